@@ -1,0 +1,343 @@
+"""Validated configuration: models, mixtures, runs and plans.
+
+A *plan* (``runs/plans/*.yaml``) is a list of entries, each a cross product of models, recipes and
+seeds with the settings they share. `load_plan` resolves it into one `RunConfig` a run: everything
+a run depends on, nothing implied, copied whole into the run's record.
+
+Every mistake raises `UserError` with one line that names the file, the field and the accepted
+values, before anything is written.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from fp8lab.errors import UserError
+
+Recipe = Literal["bf16", "tensorwise", "rowwise", "rowwise_with_gw_hp", "fused"]
+Head = Literal["bf16", "fp8"]
+RECIPES: tuple[Recipe, ...] = get_args(Recipe)
+
+# A name becomes a folder: it must not be able to leave the folder it is given.
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+
+
+class Config(BaseModel):
+    """Immutable, no unknown fields; the docstring under a field is its description."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Config):
+    """Dimensions of one GPT. Everything else about the model is fixed (see `fp8lab.model`)."""
+
+    name: Name
+    """Short name, by total parameters: '125M'."""
+    d_model: int = Field(gt=0)
+    """Width of the residual stream."""
+    n_layers: int = Field(gt=0)
+    """Number of blocks."""
+    n_heads: int = Field(gt=0)
+    """Attention heads; the head dimension is d_model / n_heads and must be even (RoPE)."""
+    d_ff: int = Field(gt=0)
+    """Inner width of the SwiGLU MLP."""
+    vocab_size: int = Field(gt=0)
+    """Rows of the embedding, padding included."""
+    seq_len: int = Field(gt=0)
+    """Context length in tokens."""
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    """Base of the rotary frequencies."""
+    norm_epsilon: float = Field(default=1e-6, gt=0)
+    """Epsilon of every RMSNorm."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> ModelConfig:
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head dimension d_model / n_heads = {self.head_dim} must be even for RoPE")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+
+GPT2_VOCAB_PADDED = 50_304
+LADDER_VOCAB = 8_192
+
+
+def _gpt2(name: str, n_layers: int, d_model: int, n_heads: int, d_ff: int, seq_len: int = 1024) -> ModelConfig:
+    return ModelConfig(
+        name=name,
+        d_model=d_model,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        d_ff=d_ff,
+        vocab_size=GPT2_VOCAB_PADDED,
+        seq_len=seq_len,
+    )
+
+
+def _ladder(name: str, n_layers: int, d_model: int, d_ff: int) -> ModelConfig:
+    return ModelConfig(
+        name=name,
+        d_model=d_model,
+        n_layers=n_layers,
+        n_heads=d_model // 64,
+        d_ff=d_ff,
+        vocab_size=LADDER_VOCAB,
+        seq_len=1024,
+    )
+
+
+MODELS: dict[str, ModelConfig] = {
+    model.name: model
+    for model in (
+        # The one-GPU ladder: with GPT-2's 50k vocabulary the head would be most of these models.
+        _ladder("7M", 6, 256, 704),
+        _ladder("13M", 8, 320, 896),
+        _ladder("19M", 9, 384, 1024),
+        _ladder("28M", 10, 448, 1216),
+        _ladder("48M", 11, 576, 1536),
+        # The source article's sizes.
+        _gpt2("125M", 12, 768, 12, 2048),
+        _gpt2("250M", 16, 1024, 16, 2816),
+        _gpt2("350M", 24, 1024, 16, 2816),
+        _gpt2("1.5B", 28, 2048, 16, 5632),
+    )
+}
+"""Named sizes that a plan may refer to by name alone."""
+
+
+class OptimizerConfig(Config):
+    """AdamW (Loshchilov & Hutter, 1711.05101)."""
+
+    peak_learning_rate: float = Field(gt=0)
+    """Learning rate at the end of warm-up."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled; on matrices only, never on norm gains."""
+    gradient_clip: float = Field(default=1.0, gt=0)
+    """Largest global L2 norm of the gradient."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Coefficient of mean(logsumexp(logits)^2) (PaLM, 2204.02311, section 5)."""
+
+
+class ScheduleConfig(Config):
+    """Learning rate against progress through the run's tokens."""
+
+    kind: Literal["cosine", "wsd"] = "cosine"
+    """Cosine to final_fraction, or warm-up, stable, linear decay (WSD: 2404.06395)."""
+    warmup_fraction: float = Field(default=0.02, ge=0, lt=1)
+    """Share of the steps over which the rate rises linearly from 0."""
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    """WSD only: share of the steps over which the rate falls linearly."""
+    final_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Rate at the last step as a fraction of the peak."""
+
+
+class RunConfig(Config):
+    """Everything that one training run depends on."""
+
+    plan: Name
+    """Plan the run belongs to."""
+    run: Name
+    """Name of the run: its folder in the plan's records."""
+    model: ModelConfig
+    recipe: Recipe
+    """Precision of the linear layers' GEMMs (see `fp8lab.precision`)."""
+    head: Head = "bf16"
+    """Precision of the output head's GEMMs."""
+    high_precision: tuple[str, ...] = ()
+    """Linear layers to leave in BF16: shell patterns on their names, for example 'blocks.0.*'. One that matches nothing is an error."""
+    seed: int = Field(ge=0)
+    """Seeds the weights and the order of the data."""
+    mixture: str
+    """Name of a file in runs/mixtures, or a path to one."""
+    tokens: int = Field(gt=0)
+    """Training tokens; rounded up to whole global batches."""
+    global_batch_tokens: int = Field(gt=0)
+    """Tokens an optimizer step, over all GPUs and micro-steps."""
+    micro_batch: int = Field(gt=0)
+    """Sequences a GPU holds at once."""
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    activation_checkpointing: bool = False
+    """Recompute each block in backward: less memory, about a third more compute."""
+    compile: bool = True
+    """torch.compile each block."""
+    validation_tokens: int = Field(default=65_536, gt=0)
+    """Validation tokens a domain."""
+    validation_interval: int = Field(default=0, ge=0)
+    """Steps between validations; 0: only at the end."""
+    log_interval: int = Field(default=1, gt=0)
+    """Steps between rows of metrics.parquet."""
+    checkpoint_interval: int = Field(default=500, gt=0)
+    """Steps between checkpoints."""
+    evaluation: Literal["none", "demo", "full"] = "none"
+    """lm-eval suite that scores the finished run."""
+
+    @model_validator(mode="after")
+    def _batch_is_whole_sequences(self) -> RunConfig:
+        sequence_tokens = self.micro_batch * self.model.seq_len
+        if self.global_batch_tokens % sequence_tokens:
+            raise ValueError(
+                f"global_batch_tokens {self.global_batch_tokens} is not a multiple of "
+                f"micro_batch x seq_len = {self.micro_batch} x {self.model.seq_len} = {sequence_tokens}"
+            )
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps: `tokens` in whole global batches, rounded up."""
+        return -(-self.tokens // self.global_batch_tokens)
+
+
+class Plan(Config):
+    """A resolved plan: what `fp8lab run` executes, in order."""
+
+    name: Name
+    description: str
+    path: Path
+    runs: tuple[RunConfig, ...]
+
+    def __getitem__(self, run: str) -> RunConfig:
+        for config in self.runs:
+            if config.run == run:
+                return config
+        raise UserError(f"{self.path}: no run {run!r}; it has {', '.join(c.run for c in self.runs)}")
+
+
+def validate(cls: type[Config], values: Any, where: str) -> Any:
+    """Build `cls` from parsed YAML or JSON.
+
+    Raises:
+        UserError: one line, '<where>: <field>: <what is wrong and what is accepted>'.
+    """
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        given = "" if isinstance(first["input"], Mapping) else f" (given: {first['input']!r})"
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = f"unknown field; accepted: {', '.join(_accepted_fields(cls, first['loc']))}"
+            given = ""
+        raise UserError(f"{where}: {field + ': ' if field else ''}{message}{given}") from None
+
+
+def _accepted_fields(cls: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the model in which `location`'s last part stands."""
+    for part in location[:-1]:
+        field = cls.model_fields.get(str(part))
+        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            cls = field.annotation
+    return list(cls.model_fields)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping, parsed without the power to construct objects.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of fields at the top level")
+    return values
+
+
+class _Entry(Config):
+    """The keys of a plan's entry that multiply it into runs; the rest are `RunConfig` fields."""
+
+    models: tuple[str | ModelConfig, ...] = Field(min_length=1)
+    recipes: tuple[Recipe, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(default=(1,), min_length=1)
+    tokens_per_parameter: float | None = Field(default=None, gt=0)
+
+
+class _PlanFile(Config):
+    name: Name
+    description: str
+    defaults: dict[str, Any] = {}
+    entries: list[dict[str, Any]] = Field(min_length=1)
+
+
+def load_plan(path: Path | str, mixture: str | None = None) -> Plan:
+    """Read a plan file and resolve it into runs.
+
+    Args:
+        path: the plan's YAML file.
+        mixture: replaces the mixture of every run.
+
+    Raises:
+        UserError: any mistake in the file, naming the field.
+    """
+    path = Path(path)
+    plan_file: _PlanFile = validate(_PlanFile, read_yaml(path), str(path))
+    runs: list[RunConfig] = []
+    for index, values in enumerate(plan_file.entries):
+        merged = _merge(plan_file.defaults, values)
+        if mixture is not None:
+            merged["mixture"] = mixture
+        runs.extend(_expand_entry(merged, plan_file.name, f"{path}: entries[{index}]"))
+    names = [config.run for config in runs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{path}: run {name!r} appears {names.count(name)} times; each run needs a name of its own")
+    return Plan(name=plan_file.name, description=plan_file.description, path=path, runs=tuple(runs))
+
+
+def _expand_entry(values: dict[str, Any], plan: str, where: str) -> list[RunConfig]:
+    multipliers = {key: values.pop(key) for key in _Entry.model_fields if key in values}
+    entry: _Entry = validate(_Entry, multipliers, where)
+    runs = []
+    for model, recipe, seed in itertools.product(entry.models, entry.recipes, entry.seeds):
+        if isinstance(model, str):
+            if model not in MODELS:
+                raise UserError(f"{where}: models: no model {model!r}; known: {', '.join(MODELS)}")
+            model = MODELS[model]
+        run_values = dict(values)
+        if entry.tokens_per_parameter is not None:
+            if "tokens" in run_values:
+                raise UserError(f"{where}: give tokens or tokens_per_parameter, not both")
+            run_values["tokens"] = round(entry.tokens_per_parameter * parameter_count(model))
+        head = run_values.get("head", "bf16")
+        name = f"{model.name}-{recipe}{'-head_fp8' if head == 'fp8' else ''}-s{seed}"
+        suffix = run_values.pop("suffix", "")
+        run_values |= {"plan": plan, "run": name + suffix, "model": model, "recipe": recipe, "seed": seed}
+        runs.append(validate(RunConfig, run_values, where))
+    return runs
+
+
+def _merge(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` over `defaults`, mappings merged field by field."""
+    merged = dict(defaults)
+    for key, value in values.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            value = _merge(merged[key], value)
+        merged[key] = value
+    return merged
+
+
+def parameter_count(model: ModelConfig) -> int:
+    """N: every trained number once, the tied embedding included once."""
+    attention = 4 * model.d_model**2 + 2 * model.head_dim
+    mlp = 3 * model.d_model * model.d_ff
+    norms = 2 * model.d_model
+    return model.vocab_size * model.d_model + model.n_layers * (attention + mlp + norms) + model.d_model

@@ -1,0 +1,5 @@
+"""Errors that are the user's to mend: the command line prints one line and exits with code 2."""
+
+
+class UserError(Exception):
+    """A mistake in the input. The message is one line that names the field or file, and what is accepted."""

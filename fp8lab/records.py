@@ -1,0 +1,339 @@
+"""The run record: the waist of the hourglass.
+
+Everything that produces results writes one of these, and everything that shows results reads
+nothing else. A record is a folder ``<records_dir>/<plan>/<run>/`` with ``record.json`` and tables
+beside it:
+
+====================  ==========================================================================
+``metrics.parquet``   a row a logged step
+``validation.parquet``  a row a validation and domain
+``health.parquet``    a row a step, layer and tensor: FP8 health
+``steps.parquet``     a row a timed step (speed runs)
+``eval.json``         lm-eval's result dictionary
+====================  ==========================================================================
+
+Writing is atomic (temporary name, fsync, rename); reading validates, and an error names the file
+and the field or column. Nothing in a record can execute: JSON and parquet only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pandas as pd
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, TypeAdapter, ValidationError
+
+from fp8lab.config import Head, Name, Recipe
+from fp8lab.errors import UserError
+
+SCHEMA = 1
+
+Status = Literal["running", "finished", "interrupted", "diverged", "failed"]
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "metrics": ("step", "tokens", "loss", "lr", "grad_norm", "step_ms", "tokens_per_s", "skipped"),
+    "validation": ("step", "tokens", "domain", "loss", "bits_per_byte"),
+    "health": (
+        "step",
+        "layer",
+        "tensor",
+        "amax",
+        "scale",
+        "underflow_fraction",
+        "saturation_fraction",
+        "sqnr_db",
+        "kurtosis",
+        "gradient_norm",
+    ),
+    "steps": (
+        "model",
+        "seq_len",
+        "micro_batch",
+        "recipe",
+        "head",
+        "round",
+        "step",
+        "step_ms",
+        "tokens",
+        "peak_memory_bytes",
+        "sm_clock_mhz",
+        "power_w",
+    ),
+}
+"""Columns that each table must have; a table may have more (a shared one has `run`)."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class RecordedModel(_Part):
+    name: str
+    d_model: int
+    n_layers: int
+    n_heads: int
+    d_ff: int
+    vocab_size: int
+    seq_len: int
+    tied: bool
+
+
+class ParameterCounts(_Part):
+    total: int
+    non_embedding: int
+    matmul: int
+
+
+class Flops(_Part):
+    per_token_6n: int
+    per_token_matmul_attention: int
+    per_token_matmul_attention_causal: int
+    total: int
+
+
+class DomainLoss(_Part):
+    loss: float
+    """Nats a token."""
+    bits_per_byte: float
+
+
+class FinalLosses(_Part):
+    train_loss: float
+    """Nats a token, mean of the last logged steps (at most 20)."""
+    validation_loss: float
+    """Nats a token: the domains' losses, averaged by the mixture's weights."""
+    bits_per_byte: float
+    by_domain: dict[str, DomainLoss]
+
+
+class Stability(_Part):
+    spike_score: float
+    """Share of logged losses at least 7 standard deviations from the mean of the 1,000 before (OLMo 2, 2501.00656)."""
+    skipped_steps: int
+    first_bad_step: int | None
+    first_bad_layer: str | None
+
+
+class Speed(_Part):
+    tokens_per_second_median: float
+    """From the median step, warm-up excluded."""
+    tokens_per_second_end_to_end: float
+    """All tokens over all wall time: data, validation, logging and checkpoints included."""
+    bf16_mfu: float | None
+    """Against 989.4 TFLOP/s; None off the GPU."""
+    peak_memory_bytes: int | None
+    wall_seconds: float
+
+
+class Provenance(_Part):
+    git_commit: str
+    git_dirty: bool
+    started_utc: str
+    ended_utc: str
+    command: str
+    device_name: str
+    device_count: int
+    host_count: int
+    versions: dict[str, str]
+    data_sha256: str | None = None
+    tokenizer_sha256: str | None = None
+    epochs: dict[str, float] | None = None
+    """Passes over each domain's training text."""
+
+
+class Parent(_Part):
+    run: str
+    step: int
+
+
+class _Record(_Part):
+    schema_: Literal[1] = Field(default=SCHEMA, alias="schema")
+    plan: Name
+    run: Name
+    status: Status
+    reason: str | None = None
+    """Why a run is not finished: one line."""
+    provenance: Provenance
+
+
+class TrainRecord(_Record):
+    """One training run."""
+
+    kind: Literal["train"] = "train"
+    parent: Parent | None = None
+    """The run and step that a decay branch starts from."""
+    recipe: Recipe
+    head: Head
+    emulated: bool
+    """True where FP8 arithmetic was simulated: the losses are FP8's, the speed is not."""
+    seed: int
+    model: RecordedModel
+    parameters: ParameterCounts
+    tokens: int
+    """Tokens trained on so far."""
+    steps: int
+    """Optimizer steps done so far."""
+    global_batch_tokens: int
+    flops: Flops
+    final: FinalLosses | None = None
+    """Present when the run finished."""
+    stability: Stability | None = None
+    speed: Speed | None = None
+    conversion: list[dict[str, str]] = []
+    """What the precision swap did to each Linear: name, shape, converted, reason."""
+    samples: list[str] = []
+    """Text the finished model wrote."""
+    config: dict[str, Any]
+    """The whole resolved configuration."""
+
+
+class SpeedRecord(_Record):
+    """Timed optimizer steps of several recipes, alternating in one process; the steps are in steps.parquet."""
+
+    kind: Literal["speed"] = "speed"
+    results: dict[str, Any]
+    """Profiles, compile seconds and GEMM ceilings by model and recipe."""
+    config: dict[str, Any]
+
+
+class DataRecord(_Record):
+    """What a data build read, removed and wrote."""
+
+    kind: Literal["data"] = "data"
+    results: dict[str, Any]
+    """By domain: documents, bytes and tokens, removals by reason, hashes, sources and licences."""
+    config: dict[str, Any]
+
+
+class BenchmarkRecord(_Record):
+    """A measurement of this software itself: tokeniser, loader, checkpoint or trainer overhead."""
+
+    kind: Literal["benchmark"] = "benchmark"
+    results: dict[str, Any]
+    config: dict[str, Any] = {}
+
+
+class TestRecord(_Record):
+    """Outcomes of fault tests, as the tests themselves wrote them."""
+
+    __test__ = False  # not a pytest class
+    kind: Literal["test"] = "test"
+    results: dict[str, Any]
+    config: dict[str, Any] = {}
+
+
+Record = TrainRecord | SpeedRecord | DataRecord | BenchmarkRecord | TestRecord
+_RECORD: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Discriminator("kind")])
+
+
+def record_dir(records_dir: Path, plan: str, run: str) -> Path:
+    """Folder of one record."""
+    return records_dir / plan / run
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write(record: Record, records_dir: Path) -> Path:
+    """Write ``record.json`` and return the record's folder."""
+    folder = record_dir(records_dir, record.plan, record.run)
+    content = record.model_dump_json(by_alias=True, indent=2)
+    write_atomically(folder / "record.json", content.encode() + b"\n")
+    return folder
+
+
+def read(folder: Path) -> Record:
+    """Read and validate ``record.json``.
+
+    Raises:
+        UserError: the file is missing, truncated or not a valid record; the message names the file and field.
+    """
+    path = folder / "record.json"
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: truncated or not JSON ({error})") from None
+    try:
+        return _RECORD.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        raise UserError(f"{path}: {field}: {first['msg']}") from None
+
+
+def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
+    """Write ``<name>.parquet`` atomically.
+
+    Raises:
+        UserError: a required column is missing.
+    """
+    path = folder / f"{name}.parquet"
+    _check_columns(path, name, table.columns)
+    sink = pa.BufferOutputStream()
+    table.to_parquet(sink, index=False, compression="zstd")
+    write_atomically(path, sink.getvalue().to_pybytes())
+
+
+def read_table(folder: Path, name: str) -> pd.DataFrame:
+    """Read ``<name>.parquet``.
+
+    Raises:
+        UserError: the file is missing or damaged, or lacks a column; the message names both.
+    """
+    path = folder / f"{name}.parquet"
+    try:
+        table = pd.read_parquet(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such table") from None
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"{path}: truncated or not parquet ({error})") from None
+    _check_columns(path, name, table.columns)
+    return table
+
+
+def _check_columns(path: Path, name: str, columns: Iterable[str]) -> None:
+    missing = [column for column in COLUMNS[name] if column not in columns]
+    if missing:
+        raise UserError(f"{path}: missing column {', '.join(missing)}")
+
+
+def read_eval(folder: Path) -> dict[str, Any]:
+    """lm-eval's results (``eval.json``).
+
+    Raises:
+        UserError: the file is missing or damaged, or has no 'results'.
+    """
+    path = folder / "eval.json"
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: truncated or not JSON ({error})") from None
+    if not isinstance(values, dict) or not isinstance(values.get("results"), dict):
+        raise UserError(f"{path}: results: missing")
+    return values
+
+
+def read_plan(records_dir: Path, plan: str) -> Iterator[tuple[Path, Record]]:
+    """Every record of a plan, by name of run."""
+    for path in sorted((records_dir / plan).glob("*/record.json")):
+        yield path.parent, read(path.parent)
