@@ -315,7 +315,7 @@ def _expand_entry(values: dict[str, Any], plan: str, where: str) -> list[RunConf
         run_values = dict(values)
         if entry.tokens_per_parameter is not None:
             if "tokens" in run_values:
-                raise UserError(f"{where}: give tokens or tokens_per_parameter, not both")
+                raise UserError(f"{where}: tokens: give tokens or tokens_per_parameter, not both")
             run_values["tokens"] = round(entry.tokens_per_parameter * parameter_count(model))
         head = run_values.get("head", "bf16")
         name = f"{model.name}-{recipe}{'-head_fp8' if head == 'fp8' else ''}-s{seed}"

@@ -20,7 +20,13 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,7 +34,8 @@ import pandas as pd
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, TypeAdapter, ValidationError
 
-from fp8lab.config import Head, Name, Recipe
+from fp8lab import flops
+from fp8lab.config import Head, Name, Recipe, RunConfig
 from fp8lab.errors import UserError
 
 SCHEMA = 1
@@ -69,7 +76,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, populate_by_name=True)
 
 
 class RecordedModel(_Part):
@@ -229,6 +236,73 @@ class TestRecord(_Record):
 
 Record = TrainRecord | SpeedRecord | DataRecord | BenchmarkRecord | TestRecord
 _RECORD: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Discriminator("kind")])
+
+
+VERSIONED_PACKAGES = ("fp8lab", "torch", "torchao", "triton", "numpy", "tiktoken", "datasets", "lm_eval", "transformers")
+
+
+def collect_provenance(device_name: str, device_count: int = 1, host_count: int = 1) -> Provenance:
+    """Where and with what a result is being made; `ended_utc` is for the writer to update.
+
+    The commit is the environment's FP8LAB_COMMIT where the machine that runs has no repository.
+    """
+    commit, dirty = _git_state()
+    now = utc_now()
+    versions = {"python": sys.version.split()[0]}
+    for package in VERSIONED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return Provenance(
+        git_commit=commit,
+        git_dirty=dirty,
+        started_utc=now,
+        ended_utc=now,
+        command=shlex.join(sys.argv),
+        device_name=device_name,
+        device_count=device_count,
+        host_count=host_count,
+        versions=versions,
+    )
+
+
+def utc_now() -> str:
+    """The time now, ISO 8601, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _git_state() -> tuple[str, bool]:
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # Records themselves change while runs go on: they do not make the code dirty.
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no", "--", ":!runs/records"))
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("FP8LAB_COMMIT", "unknown"), False
+
+
+def started(config: RunConfig, provenance: Provenance, *, emulated: bool) -> TrainRecord:
+    """The record of a run that has begun: status 'running', no results yet."""
+    model = config.model
+    return TrainRecord(
+        plan=config.plan,
+        run=config.run,
+        status="running",
+        provenance=provenance,
+        recipe=config.recipe,
+        head=config.head,
+        emulated=emulated,
+        seed=config.seed,
+        model=RecordedModel(**model.model_dump(include=set(RecordedModel.model_fields)), tied=True),
+        parameters=ParameterCounts(**asdict(flops.parameters(model))),
+        tokens=0,
+        steps=0,
+        global_batch_tokens=config.global_batch_tokens,
+        flops=Flops(**flops.flops_record(model, 0)),
+        config=config.model_dump(mode="json"),
+    )
 
 
 def record_dir(records_dir: Path, plan: str, run: str) -> Path:

@@ -1,0 +1,41 @@
+"""What a run will cost, before it runs: memory and hours.
+
+Estimates, never results: they are printed by ``fp8lab run --dry-run`` and labelled as planned
+wherever the article shows them.
+"""
+
+from __future__ import annotations
+
+from fp8lab.config import RunConfig, parameter_count
+from fp8lab.flops import BF16_PEAK_FLOPS, flops_per_token
+
+# FP32 weight, gradient and AdamW's two moments, and the BF16 copy that autocast multiplies with.
+STATE_BYTES_PER_PARAMETER = 4 + 4 + 8 + 2
+# BF16 logits and their gradient, and the FP32 logits of the loss.
+LOGIT_BYTES = 2 + 2 + 4
+
+
+def memory_bytes(config: RunConfig) -> int:
+    """Estimated peak bytes on one GPU, in BF16 and without sharding.
+
+    State, plus what a compiled block keeps for backward: about six vectors of d_model and three of
+    d_ff a token, in BF16, plus the logits. FP8 recipes keep less; activation checkpointing keeps
+    one vector of d_model a block and token.
+    """
+    model = config.model
+    tokens = config.micro_batch * model.seq_len
+    kept = model.d_model if config.activation_checkpointing else 6 * model.d_model + 3 * model.d_ff
+    activations = tokens * (model.n_layers * kept * 2 + model.vocab_size * LOGIT_BYTES)
+    return parameter_count(model) * STATE_BYTES_PER_PARAMETER + activations
+
+
+def hours(config: RunConfig, bf16_mfu: float, device_count: int, efficiency: float = 0.9) -> float:
+    """Estimated hours on `device_count` H100s.
+
+    Args:
+        bf16_mfu: assumed utilisation of one GPU's BF16 peak.
+        efficiency: tokens/s of several GPUs over that many times one GPU's.
+    """
+    flops = flops_per_token(config.model).per_token_matmul_attention_causal * config.tokens
+    scaling = efficiency if device_count > 1 else 1.0
+    return flops / (BF16_PEAK_FLOPS * bf16_mfu * device_count * scaling) / 3600
