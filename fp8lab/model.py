@@ -40,7 +40,9 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight, self.epsilon).to(x.dtype)
 
 
-def rope_frequencies(seq_len: int, head_dim: int, theta: float, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def rope_frequencies(
+    seq_len: int, head_dim: int, theta: float, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding (Su et al., 2104.09864), FP32, each (seq_len, head_dim / 2)."""
     inverse = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(seq_len, device=device, dtype=torch.float32), inverse)
@@ -76,7 +78,9 @@ class Attention(nn.Module):
         q = apply_rope(self.q_norm(q), cos, sin)
         k = apply_rope(self.k_norm(k), cos, sin)
         # scaled_dot_product_attention wants (batch, heads, seq, head_dim)
-        attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
+        attended = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
+        )
         return self.output(attended.transpose(1, 2).reshape(batch, seq, d_model))
 
 
@@ -108,8 +112,16 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+class TiedHead(nn.Module):
+    """The output projection, through the embedding's weight; a module of its own so that its GEMM can be swapped."""
+
+    def forward(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Logits (..., vocab_size) of `hidden` (..., d_model) and `weight` (vocab_size, d_model), in `hidden`'s dtype."""
+        return F.linear(hidden, weight.to(hidden.dtype))
+
+
 class GPT(nn.Module):
-    """The whole model: token ids in, logits or the mean cross-entropy out."""
+    """The whole model: token ids in, logits out. The training loss is in `fp8lab.loss`."""
 
     cos: Tensor
     sin: Tensor
@@ -120,6 +132,7 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_epsilon)
+        self.head: nn.Module = TiedHead()
         cos, sin = rope_frequencies(config.seq_len, config.head_dim, config.rope_theta)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -154,7 +167,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (..., vocab_size) of `hidden` (..., d_model), through the tied embedding."""
-        return F.linear(hidden, self.embedding.weight)
+        return self.head(hidden, self.embedding.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (batch, seq, vocab_size) of token ids (batch, seq)."""
