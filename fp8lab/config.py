@@ -11,12 +11,13 @@ values, before anything is written.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from fp8lab.errors import UserError
 
@@ -158,7 +159,7 @@ class RunConfig(Config):
     head: Head = "bf16"
     """Precision of the output head's GEMMs."""
     high_precision: tuple[str, ...] = ()
-    """Linear layers to leave in BF16: shell patterns on their names, for example 'blocks.0.*'. One that matches nothing is an error."""
+    """Linears to leave in BF16: shell patterns on their names ('blocks.0.*'). One that matches nothing is an error."""
     seed: int = Field(ge=0)
     """Seeds the weights and the order of the data."""
     mixture: str
@@ -217,7 +218,10 @@ class Plan(Config):
         raise UserError(f"{self.path}: no run {run!r}; it has {', '.join(c.run for c in self.runs)}")
 
 
-def validate(cls: type[Config], values: Any, where: str) -> Any:
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def validate(cls: type[ConfigT], values: Any, where: str) -> ConfigT:
     """Build `cls` from parsed YAML or JSON.
 
     Raises:
@@ -228,7 +232,7 @@ def validate(cls: type[Config], values: Any, where: str) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        given = "" if isinstance(first["input"], Mapping) else f" (given: {first['input']!r})"
+        given = "" if isinstance(first["input"], Mapping | BaseModel) else f" (given: {first['input']!r})"
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = f"unknown field; accepted: {', '.join(_accepted_fields(cls, first['loc']))}"
@@ -262,10 +266,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def _model_of_name(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value not in MODELS:
+        raise ValueError(f"no model {value!r}; known: {', '.join(MODELS)}")
+    return MODELS[value]
+
+
 class _Entry(Config):
     """The keys of a plan's entry that multiply it into runs; the rest are `RunConfig` fields."""
 
-    models: tuple[str | ModelConfig, ...] = Field(min_length=1)
+    models: tuple[Annotated[ModelConfig, BeforeValidator(_model_of_name)], ...] = Field(min_length=1)
     recipes: tuple[Recipe, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(default=(1,), min_length=1)
     tokens_per_parameter: float | None = Field(default=None, gt=0)
@@ -303,15 +315,37 @@ def load_plan(path: Path | str, mixture: str | None = None) -> Plan:
     return Plan(name=plan_file.name, description=plan_file.description, path=path, runs=tuple(runs))
 
 
+def load_run(plan: Path | str, run: str, mixture: str | None = None) -> RunConfig:
+    """One run of a plan, or of the ``config.json`` that a trained run keeps beside its weights.
+
+    Raises:
+        UserError: any mistake in the file, or no such run in it.
+    """
+    if Path(plan).suffix == ".json":
+        return read_run_config(Path(plan))
+    return load_plan(plan, mixture)[run]
+
+
+def read_run_config(path: Path) -> RunConfig:
+    """The resolved configuration saved beside trained weights.
+
+    Raises:
+        UserError: the file is missing, damaged or not a run's configuration.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: truncated or not JSON ({error})") from None
+    return validate(RunConfig, values, str(path))
+
+
 def _expand_entry(values: dict[str, Any], plan: str, where: str) -> list[RunConfig]:
     multipliers = {key: values.pop(key) for key in _Entry.model_fields if key in values}
     entry: _Entry = validate(_Entry, multipliers, where)
     runs = []
     for model, recipe, seed in itertools.product(entry.models, entry.recipes, entry.seeds):
-        if isinstance(model, str):
-            if model not in MODELS:
-                raise UserError(f"{where}: models: no model {model!r}; known: {', '.join(MODELS)}")
-            model = MODELS[model]
         run_values = dict(values)
         if entry.tokens_per_parameter is not None:
             if "tokens" in run_values:

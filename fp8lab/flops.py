@@ -27,7 +27,7 @@ class Parameters:
     non_embedding: int
     """Without the embedding (Kaplan et al., 2001.08361)."""
     matmul: int
-    """Weights that a GEMM multiplies a token by: the blocks' Linears and the head (the tied embedding read as a matrix)."""
+    """Weights that a GEMM multiplies a token by: the blocks' Linears and the head (the tied embedding as a matrix)."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def flops_record(model: ModelConfig, tokens: int) -> dict[str, int]:
 
 
 def fp8_share(model: ModelConfig, head: str) -> float:
-    """Share of the Linears' FLOPs that runs in FP8 when every block Linear is converted, and the head if `head` is 'fp8'."""
+    """Share of the GEMMs' FLOPs that runs in FP8: every Linear of the blocks, and the head if `head` is 'fp8'."""
     weights = linear_weights(model)
     total = sum(weights.values())
     return 1.0 if head == "fp8" else (total - weights["head"]) / total

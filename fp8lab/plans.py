@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from fp8lab import records
-from fp8lab.config import Plan, RunConfig
+from fp8lab.config import Plan, RunConfig, read_run_config
 from fp8lab.errors import UserError
 from fp8lab.progress import Progress as WorkerProgress
 from fp8lab.progress import read_progress
@@ -123,6 +123,67 @@ def _run_one(
     return True
 
 
+def evaluate_run(
+    folder: Path,
+    workspace: Workspace,
+    suite: str,
+    evaluation_data: Path | None,
+    precision: str | None,
+    console: Console,
+) -> bool:
+    """Score one trained run, given its checkpoint folder. True if the notebook ran to its end.
+
+    Raises:
+        UserError: the folder's configuration is damaged.
+        Interrupted: SIGINT or SIGTERM arrived.
+    """
+    config = read_run_config(folder / "config.json")
+    # From the configuration saved beside the weights, not from a plan that may have moved on.
+    parameters: dict[str, Any] = {
+        "plan": str(folder / "config.json"),
+        "run": config.run,
+        "records_dir": str(workspace.records),
+        "data_dir": str(workspace.data),
+        "checkpoints_dir": str(workspace.checkpoints),
+        "mixture": None,
+        "suite": suite,
+        "eval_data_dir": _text(evaluation_data),
+        "precision": precision,
+    }
+    label = f"{config.plan} {config.run}"
+    done = _execute(workspace, "evaluate", config, parameters, console, label)
+    notebook = workspace.record(config) / "evaluate.ipynb"
+    console.print(f"{label}: scored; see {notebook}" if done else f"{label}: scoring failed; see {notebook}")
+    return done
+
+
+def status_rows(plan: Plan | None, records_dir: Path, checkpoints_dir: Path) -> list[tuple[str, ...]]:
+    """A row a run: plan, run, status, step, loss, tokens/s, detail."""
+    known = {(config.plan, config.run): config for config in plan.runs} if plan else {}
+    pattern = f"{plan.name if plan else '*'}/*/record.json"
+    recorded = {(path.parts[-3], path.parts[-2]) for path in records_dir.glob(pattern)}
+    return [_status_row(*key, records_dir, checkpoints_dir) for key in [*known, *sorted(recorded - set(known))]]
+
+
+def _status_row(plan: str, run: str, records_dir: Path, checkpoints_dir: Path) -> tuple[str, ...]:
+    folder = records.record_dir(records_dir, plan, run)
+    if not (folder / "record.json").exists():
+        return plan, run, "to do", "", "", "", ""
+    record = records.read(folder)
+    if not isinstance(record, records.TrainRecord):
+        return plan, run, record.status, "", "", "", record.kind
+    progress = read_progress(checkpoints_dir / plan / run / "progress.json")
+    if record.status == "running" and progress is not None:
+        alive = progress.is_alive()
+        status = "running" if alive else "stopped: the same command resumes"
+        loss = "" if progress.loss is None else f"{progress.loss:.4f}"
+        speed = "" if progress.tokens_per_second is None else f"{progress.tokens_per_second:,.0f}"
+        return plan, run, status, f"{progress.step}/{progress.steps}", loss, speed, progress.summary() if alive else ""
+    loss = f"{record.final.validation_loss:.4f}" if record.final else ""
+    speed = f"{record.speed.tokens_per_second_median:,.0f}" if record.speed else ""
+    return plan, run, record.status, str(record.steps), loss, speed, record.reason or ""
+
+
 def finished_record(folder: Path) -> records.TrainRecord | None:
     """The run's record if the run finished."""
     if not (folder / "record.json").exists():
@@ -169,7 +230,13 @@ def _execute(
     work = workspace.checkpoint(config)
     work.mkdir(parents=True, exist_ok=True)
     log_path = work / f"{template}.log"
-    command = [sys.executable, "-m", "papermill", f"runs/{template}.ipynb", str((folder / f"{template}.ipynb").resolve())]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        f"runs/{template}.ipynb",
+        str((folder / f"{template}.ipynb").resolve()),
+    ]
     # JSON is YAML: one argument carries every parameter with its type.
     command += ["--parameters_yaml", json.dumps(parameters), "--kernel", "python3", "--no-progress-bar"]
     with log_path.open("wb") as log:
@@ -193,9 +260,7 @@ def _execute(
 
 
 @contextmanager
-def _forwarding(
-    process: subprocess.Popen[bytes], latest: Callable[[], WorkerProgress | None]
-) -> Iterator[list[int]]:
+def _forwarding(process: subprocess.Popen[bytes], latest: Callable[[], WorkerProgress | None]) -> Iterator[list[int]]:
     """Pass SIGINT and SIGTERM on to the worker, once; yields the list that received signals are added to."""
     received: list[int] = []
 
@@ -251,7 +316,9 @@ def _ensure_unfinished_record(config: RunConfig, folder: Path, log: Path, *, int
         record = records.started(config, records.collect_provenance("unknown"), emulated=False)
     record.status = "interrupted" if interrupted else "failed"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    record.reason = "stopped by a signal" if interrupted else (lines[-1].strip() if lines else "the notebook's process died")
+    record.reason = (
+        "stopped by a signal" if interrupted else (lines[-1].strip() if lines else "the notebook's process died")
+    )
     records.write(record, folder.parent.parent)
 
 

@@ -38,8 +38,6 @@ from fp8lab import flops
 from fp8lab.config import Head, Name, Recipe, RunConfig
 from fp8lab.errors import UserError
 
-SCHEMA = 1
-
 Status = Literal["running", "finished", "interrupted", "diverged", "failed"]
 
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -159,7 +157,7 @@ class Parent(_Part):
 
 
 class _Record(_Part):
-    schema_: Literal[1] = Field(default=SCHEMA, alias="schema")
+    schema_: Literal[1] = Field(default=1, alias="schema")
     plan: Name
     run: Name
     status: Status
@@ -238,7 +236,17 @@ Record = TrainRecord | SpeedRecord | DataRecord | BenchmarkRecord | TestRecord
 _RECORD: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Discriminator("kind")])
 
 
-VERSIONED_PACKAGES = ("fp8lab", "torch", "torchao", "triton", "numpy", "tiktoken", "datasets", "lm_eval", "transformers")
+VERSIONED_PACKAGES = (
+    "fp8lab",
+    "torch",
+    "torchao",
+    "triton",
+    "numpy",
+    "tiktoken",
+    "datasets",
+    "lm_eval",
+    "transformers",
+)
 
 
 def collect_provenance(device_name: str, device_count: int = 1, host_count: int = 1) -> Provenance:
@@ -278,7 +286,9 @@ def _git_state() -> tuple[str, bool]:
 
     try:
         # Records themselves change while runs go on: they do not make the code dirty.
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no", "--", ":!runs/records"))
+        return git("rev-parse", "HEAD"), bool(
+            git("status", "--porcelain", "--untracked-files=no", "--", ":!runs/records")
+        )
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("FP8LAB_COMMIT", "unknown"), False
 

@@ -1,0 +1,255 @@
+"""The command line: ``fp8lab --help``.
+
+Each command reads its arguments, calls one function of the package and prints what came back.
+Heavy imports stay inside the commands, so that ``--help`` and ``status`` answer at once.
+
+Exit codes: 0 done; 1 a run failed; 2 the input is wrong (one line says what); 130 and 143 stopped by
+SIGINT and SIGTERM, with a checkpoint to resume from.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fp8lab.errors import UserError
+
+app = typer.Typer(
+    help="Train language models in FP8 and BF16 on the same tokens, and publish what happened.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Text into token shards.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+console = Console()
+
+RecordsDir = Annotated[Path, typer.Option(help="Folder of run records.")]
+DataDir = Annotated[Path, typer.Option(help="Folder of token shards.")]
+CheckpointsDir = Annotated[Path, typer.Option(help="Folder of checkpoints and trained weights.")]
+MixtureOption = Annotated[
+    str | None, typer.Option(help="Mixture to use instead of the plan's: a name in runs/mixtures, or a YAML file.")
+]
+EvaluationData = Annotated[
+    Path | None,
+    typer.Option("--eval-data", help="Folder of evaluation data (JSON lines), for scoring without the hub."),
+]
+RunArgument = Annotated[str, typer.Argument(metavar="PLAN/RUN", help="A run, for example demo/1M-bf16-s1.")]
+
+RECORDS = Path("runs/records")
+DATA = Path("data")
+CHECKPOINTS = Path("checkpoints")
+
+
+@app.command()
+def run(
+    plan: Annotated[Path, typer.Argument(help="Plan to execute (YAML).")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print parameters, tokens, FLOPs, memory (GB) and hours.")
+    ] = False,
+    mixture: MixtureOption = None,
+    eval_data: EvaluationData = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Run again where a finished run was made with another configuration.")
+    ] = False,
+    bf16_mfu: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Share of BF16's peak FLOP/s that --dry-run assumes.")
+    ] = 0.4,
+    records_dir: RecordsDir = RECORDS,
+    data_dir: DataDir = DATA,
+    checkpoints_dir: CheckpointsDir = CHECKPOINTS,
+) -> None:
+    """Execute every run of a plan through papermill; skip finished runs, resume interrupted ones."""
+    from fp8lab import plans
+    from fp8lab.config import load_plan
+    from fp8lab.data import build, load_mixture
+
+    resolved = load_plan(plan, mixture)
+    if dry_run:
+        from fp8lab.tables import planned_runs
+
+        console.print(f"{resolved.description}. Planned, not measured; hours assume {bf16_mfu:.0%} BF16-MFU.")
+        _print_frame(planned_runs(resolved, bf16_mfu))
+        return
+    workspace = plans.Workspace(records=records_dir, data=data_dir, checkpoints=checkpoints_dir)
+    for name in dict.fromkeys(config.mixture for config in resolved.runs):
+        console.print(f"data: mixture {name}")
+        build(load_mixture(name), data_dir)
+    options = plans.Options(mixture=mixture, evaluation_data=eval_data, replace=replace)
+    unsuccessful = plans.run_plan(resolved, workspace, options, console)
+    if unsuccessful:
+        console.print(f"{unsuccessful} of {len(resolved.runs)} runs did not finish", style="red")
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(
+    plan: Annotated[Path | None, typer.Argument(help="Plan (YAML); all plans with records if left out.")] = None,
+    records_dir: RecordsDir = RECORDS,
+    checkpoints_dir: CheckpointsDir = CHECKPOINTS,
+) -> None:
+    """Show every run: finished, in progress (loss in nats, tokens/s, time left), or still to do."""
+    from fp8lab.config import load_plan
+    from fp8lab.plans import status_rows
+
+    table = Table("plan", "run", "status", "step", "loss (nats)", "tokens/s", "detail")
+    for row in status_rows(load_plan(plan) if plan else None, records_dir, checkpoints_dir):
+        table.add_row(*row)
+    console.print(table)
+
+
+@app.command()
+def doctor(data_dir: DataDir = DATA) -> None:
+    """Show what this machine can do: devices, FP8 tensor cores or emulation, versions, Quarto, data."""
+    from fp8lab.doctor import findings
+
+    table = Table("what", "found", "so")
+    for finding in findings(data_dir):
+        table.add_row(finding.what, finding.found, finding.consequence)
+    console.print(table)
+
+
+@app.command()
+def generate(
+    run: RunArgument,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 100,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token; 1 samples as trained.")
+    ] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among this many likeliest tokens; 0: among all.")] = 50,
+    seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 1,
+    data_dir: DataDir = DATA,
+    checkpoints_dir: CheckpointsDir = CHECKPOINTS,
+) -> None:
+    """Let a trained model continue a prompt."""
+    from fp8lab.checkpoint import load_model
+    from fp8lab.data import TokenDataset, load_mixture
+    from fp8lab.generation import generate as continue_prompt
+
+    model, config = load_model(_run_folder(run, checkpoints_dir))
+    encoding = TokenDataset.open(load_mixture(config.mixture), data_dir).encoding
+    text = continue_prompt(
+        model, encoding, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed
+    )
+    console.print(prompt + text, markup=False, highlight=False)
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    suite: Annotated[
+        Literal["demo", "full"], typer.Option(help="Own items in seconds, or the article's eleven tasks.")
+    ] = "full",
+    eval_data: EvaluationData = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Recipe to score in; BF16 if left out, whatever the run trained in.")
+    ] = None,
+    records_dir: RecordsDir = RECORDS,
+    data_dir: DataDir = DATA,
+    checkpoints_dir: CheckpointsDir = CHECKPOINTS,
+) -> None:
+    """Score a finished run with lm-eval, through runs/evaluate.ipynb."""
+    from fp8lab import plans
+
+    folder = _run_folder(run, checkpoints_dir)
+    workspace = plans.Workspace(records=records_dir, data=data_dir, checkpoints=checkpoints_dir)
+    if not plans.evaluate_run(folder, workspace, suite, eval_data, precision, console):
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    to: Annotated[Path, typer.Option(help="Folder to write.")],
+    data_dir: DataDir = DATA,
+    checkpoints_dir: CheckpointsDir = CHECKPOINTS,
+) -> None:
+    """Write a trained model as safetensors, config and tokenizer that transformers opens (Qwen3)."""
+    from fp8lab.export import export as export_model
+
+    export_model(_run_folder(run, checkpoints_dir), to, data_dir=data_dir)
+    console.print(f"wrote {to}")
+
+
+@app.command()
+def publish(
+    records_dir: RecordsDir = RECORDS,
+    site_dir: Annotated[Path, typer.Option(help="Folder to write the site to.")] = Path("_site"),
+) -> None:
+    """Execute stale chapters and publish the article (Quarto where installed, else pandoc)."""
+    from fp8lab.publish import publish as publish_site
+
+    index = publish_site(Path.cwd(), records_dir, site_dir)
+    console.print(f"article: open {index}")
+
+
+@data_app.command("build")
+def data_build(
+    mixture: Annotated[str, typer.Argument(help="A name in runs/mixtures, or a YAML file.")],
+    eval_data: EvaluationData = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Worker processes; all cores if left out.")] = None,
+    data_dir: DataDir = DATA,
+) -> None:
+    """Clean, tokenise and shard a mixture; resumes where it was stopped."""
+    from fp8lab.data import build, load_mixture
+
+    folder = build(load_mixture(mixture), data_dir, processes=processes, eval_data_dir=eval_data)
+    console.print(f"built {folder}")
+
+
+@data_app.command("tokenizer")
+def data_tokenizer(
+    mixture: Annotated[str, typer.Argument(help="A name in runs/mixtures, or a YAML file.")],
+    to: Annotated[Path, typer.Option(help="File to write.")],
+    vocab_size: Annotated[int, typer.Option(min=257, help="Entries, end-of-text included; a multiple of 16.")] = 8192,
+) -> None:
+    """Train a byte-level BPE on a mixture's training text."""
+    from fp8lab.data import load_mixture, train_tokenizer
+
+    train_tokenizer(load_mixture(mixture), vocab_size, to)
+    console.print(f"wrote {to}")
+
+
+def _run_folder(run: str, checkpoints_dir: Path) -> Path:
+    """Folder of a run given as PLAN/RUN."""
+    folder = checkpoints_dir / run
+    if ".." in Path(run).parts or not (folder / "config.json").exists():
+        known = sorted(
+            str(path.parent.relative_to(checkpoints_dir)) for path in checkpoints_dir.glob("*/*/config.json")
+        )
+        raise UserError(f"{run}: no trained run of that name in {checkpoints_dir}; there: {', '.join(known) or 'none'}")
+    return folder
+
+
+def _print_frame(frame: object) -> None:
+    import pandas as pd
+
+    assert isinstance(frame, pd.DataFrame)
+    table = Table(*frame.columns)
+    for row in frame.itertuples(index=False):
+        table.add_row(*(str(value) for value in row))
+    console.print(table)
+
+
+def main() -> None:
+    """Entry point: turns the user's mistakes into one line and exit code 2."""
+    from fp8lab.plans import Interrupted
+
+    try:
+        app()
+    except UserError as error:
+        print(f"fp8lab: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except Interrupted as interruption:
+        print(f"fp8lab: stopped by {interruption}; the same command resumes", file=sys.stderr)
+        raise SystemExit(interruption.exit_code) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The run record: what is written can be read, and what is damaged is refused by name."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from fp8lab import records
+from fp8lab.config import MODELS, OptimizerConfig, RunConfig
+from fp8lab.errors import UserError
+
+CONFIG = RunConfig(
+    plan="p",
+    run="r",
+    model=MODELS["7M"],
+    recipe="bf16",
+    seed=1,
+    mixture="demo",
+    tokens=4096,
+    global_batch_tokens=2048,
+    micro_batch=2,
+    optimizer=OptimizerConfig(peak_learning_rate=1e-3),
+)
+
+
+def started() -> records.TrainRecord:
+    return records.started(CONFIG, records.collect_provenance("CPU"), emulated=False)
+
+
+def metrics(rows: int = 3) -> pd.DataFrame:
+    return pd.DataFrame({column: range(rows) for column in records.COLUMNS["metrics"]})
+
+
+def test_a_record_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    record = started()
+    folder = records.write(record, tmp_path)
+    assert folder == tmp_path / "p" / "r"
+    assert records.read(folder) == record
+    assert RunConfig.model_validate(record.config) == CONFIG
+    assert [found for _, found in records.read_plan(tmp_path, "p")] == [record]
+
+
+def test_only_complete_files_are_left_behind(tmp_path: Path) -> None:
+    folder = records.write(started(), tmp_path)
+    records.write_table(folder, "metrics", metrics())
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.parquet", "record.json"]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, -2])
+def test_a_truncated_record_is_refused_by_name(tmp_path: Path, cut: int) -> None:
+    path = records.write(started(), tmp_path) / "record.json"
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(UserError, match=r"p/r/record\.json: truncated"):
+        records.read(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("recipe", "fp9"), ("status", "done"), ("tokens", None), ("surprise", 1), ("schema", 2), ("plan", "../x")],
+)
+def test_a_wrong_field_is_refused_by_name(tmp_path: Path, field: str, value: object) -> None:
+    path = records.write(started(), tmp_path) / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(UserError, match=rf"record\.json: (train\.)?{field}"):
+        records.read(path.parent)
+
+
+def test_a_missing_column_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"metrics\.parquet: missing column loss"):
+        records.write_table(tmp_path, "metrics", metrics().drop(columns="loss"))
+    metrics().drop(columns="loss").to_parquet(tmp_path / "metrics.parquet")
+    with pytest.raises(UserError, match=r"metrics\.parquet: missing column loss"):
+        records.read_table(tmp_path, "metrics")
+
+
+def test_a_truncated_table_is_refused_by_name(tmp_path: Path) -> None:
+    records.write_table(tmp_path, "metrics", metrics())
+    path = tmp_path / "metrics.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"metrics\.parquet: truncated"):
+        records.read_table(tmp_path, "metrics")
+
+
+class Bomb:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("name", ["record.json", "metrics.parquet", "eval.json"])
+def test_a_pickle_in_place_of_a_record_executes_nothing(tmp_path: Path, name: str) -> None:
+    target = tmp_path / "executed"
+    (tmp_path / name).write_bytes(pickle.dumps(Bomb(target)))
+    readers = {
+        "record.json": lambda: records.read(tmp_path),
+        "metrics.parquet": lambda: records.read_table(tmp_path, "metrics"),
+        "eval.json": lambda: records.read_eval(tmp_path),
+    }
+    with pytest.raises(UserError, match=name):
+        readers[name]()
+    assert not target.exists()
