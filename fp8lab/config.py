@@ -131,6 +131,8 @@ class OptimizerConfig(Config):
     """Largest global L2 norm of the gradient."""
     z_loss: float = Field(default=0.0, ge=0)
     """Coefficient of mean(logsumexp(logits)^2) (PaLM, 2204.02311, section 5)."""
+    skip_outliers: float | None = Field(default=None, gt=0)
+    """Skip a step whose loss or gradient norm is this many standard deviations above the mean of the last 128."""
 
 
 class ScheduleConfig(Config):

@@ -1,0 +1,328 @@
+"""Checkpoints that survive what really happens, and the final weights.
+
+A run's folder ``<checkpoints_dir>/<plan>/<run>/`` holds::
+
+    step-00000500/            resumable state after 500 steps
+        model.safetensors         FP32 weights, and the precision recipe's buffers
+        optimizer.safetensors     AdamW's moments and step counts
+        trainer.safetensors       the step guard's history
+        metrics.parquet, validation.parquet   every row so far
+        state.json                step, elapsed seconds, the run's configuration
+        checksums.json            SHA-256 and size of every file above
+    model.safetensors         the trained weights
+    config.json               the run's configuration
+
+A checkpoint is written under a temporary name, each file and the folder are synced to disk, and only
+then is it renamed: it is there whole or not at all. On resuming, the newest checkpoint whose checksums
+hold is used, and each damaged one is reported. Where there are checkpoints but none is whole, the run
+is refused and nothing is overwritten. Tensors are safetensors, tables are parquet, the rest is JSON:
+opening one executes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fp8lab.config import RunConfig, read_run_config
+from fp8lab.errors import UserError
+from fp8lab.model import GPT
+from fp8lab.records import write_atomically
+
+log = logging.getLogger(__name__)
+
+MODEL_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+CHECKSUMS_FILE = "checksums.json"
+KEEP = 2
+"""Resumable checkpoints kept: the newest, and the one to fall back on if it is damaged."""
+
+
+@dataclass
+class TrainingState:
+    """Everything that a run continues from."""
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    trainer: dict[str, Tensor]
+    metrics: pd.DataFrame
+    validation: pd.DataFrame
+    facts: dict[str, Any]
+    """JSON: the configuration, data hashes, elapsed seconds."""
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold the run folder for this process; a dead owner's lock is gone with it.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise UserError(f"{folder}: process {owner} is training this run; wait for it or stop it") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints in the background, one at a time.
+
+    `save` copies the state to the host and returns; an error of a write is raised by the next `save`
+    or by `wait`.
+    """
+
+    def __init__(self, folder: Path, keep_every: int = 0) -> None:
+        """
+        Args:
+            folder: the run's folder.
+            keep_every: checkpoints at multiples of this step are never removed; 0: none.
+        """
+        self._folder = folder
+        self._keep_every = keep_every
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, state: TrainingState) -> None:
+        """Snapshot `state` and start writing it; first waits for the write before."""
+        self.wait()
+        snapshot = TrainingState(
+            step=state.step,
+            model=_to_host(state.model),
+            optimizer=_to_host(state.optimizer),
+            trainer=_to_host(state.trainer),
+            metrics=state.metrics,
+            validation=state.validation,
+            facts=state.facts,
+        )
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the write under way.
+
+        Raises:
+            OSError: it failed, for example because the disk is full; earlier checkpoints are untouched.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, state: TrainingState) -> None:
+        try:
+            write(self._folder, state)
+            _remove_old(self._folder, self._keep_every)
+        except BaseException as error:
+            self._error = error
+
+
+def _to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies in host memory; the device's copies are queued together and waited for once."""
+    copies = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        copies[name] = target.copy_(tensor, non_blocking=True)
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.synchronize()
+    return copies
+
+
+def write(folder: Path, state: TrainingState) -> Path:
+    """Write one checkpoint; it appears under its name only when all of it is on disk.
+
+    Raises:
+        OSError: writing failed; the temporary folder is removed and nothing else has changed.
+    """
+    final = folder / f"step-{state.step:08d}"
+    if final.exists() and find_damage(final) is None:
+        return final
+    temporary = folder / f".{final.name}.tmp"
+    _remove(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        for name in ("model", "optimizer", "trainer"):
+            _save_tensors(getattr(state, name), temporary / f"{name}.safetensors")
+        for name in ("metrics", "validation"):
+            getattr(state, name).to_parquet(temporary / f"{name}.parquet", index=False)
+        (temporary / "state.json").write_text(json.dumps(state.facts | {"step": state.step}))
+        checksums = {path.name: _checksum(path) for path in sorted(temporary.iterdir())}
+        (temporary / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=2))
+        for path in temporary.iterdir():
+            _sync(path)
+        _sync(temporary)
+        _remove(final)
+        temporary.rename(final)
+        _sync(folder)
+    except BaseException:
+        _remove(temporary)
+        raise
+    return final
+
+
+def load_latest(folder: Path) -> TrainingState | None:
+    """The newest whole checkpoint, or None where there has never been one.
+
+    Raises:
+        UserError: there are checkpoints and all are damaged.
+    """
+    candidates = _checkpoints(folder)
+    problems = []
+    for path in reversed(candidates):
+        problem = find_damage(path)
+        if problem is None:
+            return _load(path)
+        problems.append(problem)
+        log.warning("damaged checkpoint: %s", problem)
+    if problems:
+        raise UserError(
+            f"{folder}: every checkpoint is damaged ({problems[0]}); restore one, or remove the folder to start again"
+        )
+    return None
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with the checkpoint `path` by its checksums, in one line; None if it is whole."""
+    try:
+        checksums = json.loads((path / CHECKSUMS_FILE).read_bytes())
+        expected = {name: (str(entry["sha256"]), int(entry["bytes"])) for name, entry in checksums.items()}
+    except OSError:
+        return f"{path / CHECKSUMS_FILE} is missing"
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return f"{path / CHECKSUMS_FILE} cannot be parsed"
+    required = {f"{name}.safetensors" for name in ("model", "optimizer", "trainer")}
+    required |= {"metrics.parquet", "validation.parquet", "state.json"}
+    if set(expected) != required:
+        return f"{path / CHECKSUMS_FILE} lists other files than a checkpoint's"
+    for name, (sha256, size) in expected.items():
+        file = path / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if file.stat().st_size != size:
+            return f"{file} has {file.stat().st_size} bytes instead of {size}"
+        if _checksum(file)["sha256"] != sha256:
+            return f"{file} does not match its SHA-256"
+    return None
+
+
+def clean_up(folder: Path) -> None:
+    """Remove what a killed process left half-written. Call it while holding the lock."""
+    for path in folder.glob(".step-*.tmp"):
+        _remove(path)
+
+
+def save_final(folder: Path, model: GPT, config: RunConfig) -> None:
+    """Write the trained weights and the configuration, each atomically; weights first."""
+    parameters = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+    temporary = folder / f".{MODEL_FILE}.tmp"
+    try:
+        _save_tensors(parameters, temporary)
+        _sync(temporary)
+        temporary.replace(folder / MODEL_FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
+    write_atomically(folder / CONFIG_FILE, config.model_dump_json(indent=2).encode() + b"\n")
+
+
+def load_model(run_folder: Path, device: torch.device | str = "cpu") -> tuple[GPT, RunConfig]:
+    """A finished run's model, in evaluation mode with FP32 weights and no FP8, and its configuration.
+
+    Raises:
+        UserError: a file is missing or damaged, or the weights are not this configuration's.
+    """
+    config = read_run_config(run_folder / CONFIG_FILE)
+    path = run_folder / MODEL_FILE
+    try:
+        tensors = load_file(path, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({error})") from None
+    with torch.device(device):
+        model = GPT(config.model)
+    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for name, shape in expected.items():
+        if name not in tensors or tensors[name].shape != shape:
+            found = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is missing"
+            raise UserError(f"{path}: {name} {found}; expected {tuple(shape)} by {run_folder / CONFIG_FILE}")
+    unknown = sorted(set(tensors) - set(expected))
+    if unknown:
+        raise UserError(f"{path}: {unknown[0]} is no weight of the model in {run_folder / CONFIG_FILE}")
+    model.load_state_dict(tensors, strict=False)
+    return model.eval(), config
+
+
+def _load(path: Path) -> TrainingState:
+    facts = json.loads((path / "state.json").read_bytes())
+    return TrainingState(
+        step=facts.pop("step"),
+        model=load_file(path / "model.safetensors"),
+        optimizer=load_file(path / "optimizer.safetensors"),
+        trainer=load_file(path / "trainer.safetensors"),
+        metrics=pd.read_parquet(path / "metrics.parquet"),
+        validation=pd.read_parquet(path / "validation.parquet"),
+        facts=facts,
+    )
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
+
+
+def _remove_old(folder: Path, keep_every: int) -> None:
+    for path in _checkpoints(folder)[:-KEEP]:
+        step = int(path.name.removeprefix("step-"))
+        if not keep_every or step % keep_every:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+def _checksum(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+
+
+def _sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

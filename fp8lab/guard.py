@@ -1,0 +1,76 @@
+"""Deciding on the device whether a step is taken.
+
+A step whose loss or gradient is not finite would destroy the weights, so it is skipped; optionally
+also one whose loss or gradient norm is an outlier against recent steps (the step-skipping optimizer
+of OLMo-core). The verdict stays on the device, where the fused optimizer reads it as `found_inf`: the
+host learns of it when metrics are flushed, and never waits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+OUTLIER_WINDOW = 128
+"""Steps that an outlier is judged against; none is judged before the window is full."""
+
+
+class StepGuard(nn.Module):
+    """Judges every step; its buffers are part of a resumable checkpoint."""
+
+    losses: Tensor
+    norms: Tensor
+    taken: Tensor
+    skipped: Tensor
+    skipped_in_a_row: Tensor
+    first_bad_step: Tensor
+    first_bad_parameters: Tensor
+
+    def __init__(self, parameters: int, outlier_deviations: float | None) -> None:
+        """
+        Args:
+            parameters: number of parameter tensors.
+            outlier_deviations: skip a step this many standard deviations above the mean; None: never.
+        """
+        super().__init__()
+        self._outlier_deviations = outlier_deviations
+        self.register_buffer("losses", torch.zeros(OUTLIER_WINDOW))
+        self.register_buffer("norms", torch.zeros(OUTLIER_WINDOW))
+        self.register_buffer("taken", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("skipped_in_a_row", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("first_bad_step", torch.full((), -1, dtype=torch.int64))
+        self.register_buffer("first_bad_parameters", torch.zeros(parameters, dtype=torch.bool))
+
+    @torch.no_grad()
+    def judge(self, step: int, loss: Tensor, parameter_norms: Tensor) -> tuple[Tensor, Tensor]:
+        """The verdict on one step.
+
+        Args:
+            step: the step's number, kept if it is the first bad one.
+            loss: scalar.
+            parameter_norms: (parameters,) L2 norm of each parameter's gradient.
+
+        Returns:
+            The global gradient norm, and whether to skip the step: a scalar, and a boolean scalar.
+        """
+        norm = torch.linalg.vector_norm(parameter_norms)
+        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        first = bad & (self.first_bad_step < 0)
+        self.first_bad_step.copy_(torch.where(first, step, self.first_bad_step))
+        self.first_bad_parameters.copy_(torch.where(first, ~torch.isfinite(parameter_norms), self.first_bad_parameters))
+        skip = bad
+        if self._outlier_deviations is not None:
+            skip = skip | self._is_outlier(self.losses, loss) | self._is_outlier(self.norms, norm)
+        # A skipped step leaves the history alone, or one outlier would excuse the next.
+        slot = torch.arange(OUTLIER_WINDOW, device=loss.device) == self.taken % OUTLIER_WINDOW
+        self.losses.copy_(torch.where(slot & ~skip, loss, self.losses))
+        self.norms.copy_(torch.where(slot & ~skip, norm, self.norms))
+        self.taken += ~skip
+        self.skipped += skip
+        self.skipped_in_a_row.copy_(torch.where(skip, self.skipped_in_a_row + 1, 0))
+        return norm, skip
+
+    def _is_outlier(self, history: Tensor, value: Tensor) -> Tensor:
+        deviation = (value - history.mean()) / history.std().clamp(min=1e-12)
+        return (self.taken >= OUTLIER_WINDOW) & (deviation > self._outlier_deviations)

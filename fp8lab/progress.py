@@ -1,0 +1,92 @@
+"""What a run in progress tells the outside: one small JSON file, replaced at most once a second.
+
+``fp8lab run`` draws its bars from it and ``fp8lab status`` reads it from another terminal. It is
+news, not a result: nothing is computed from it, and losing it loses nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+FILE_NAME = "progress.json"
+WRITE_INTERVAL_SECONDS = 1.0
+
+
+class Progress(BaseModel):
+    """One moment of a run."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    stage: Literal["starting", "training", "validating", "saving", "evaluating", "done"]
+    step: int = 0
+    """Steps done: optimizer steps, or items when evaluating."""
+    steps: int
+    """Steps in all."""
+    tokens: int = 0
+    """Training tokens seen."""
+    loss: float | None = None
+    """Last logged training loss, nats a token."""
+    tokens_per_second: float | None = None
+    bf16_mfu: float | None = None
+    """Against BF16's peak; None off the GPU."""
+    eta_seconds: float | None = None
+    updated_utc: datetime = Field(default_factory=lambda: datetime.now(UTC))
+    pid: int = Field(default_factory=os.getpid)
+    """The process that does the work: where signals go."""
+
+    def is_alive(self) -> bool:
+        """True if the process that wrote this still runs on this machine."""
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+
+    def summary(self) -> str:
+        """One line: stage, step, loss, speed, utilisation, time left."""
+        parts = [f"{self.stage} {self.step}/{self.steps}"]
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.4f}")
+        if self.tokens_per_second is not None:
+            parts.append(f"{self.tokens_per_second:,.0f} tokens/s")
+        if self.bf16_mfu is not None:
+            parts.append(f"BF16-MFU {self.bf16_mfu:.1%}")
+        if self.eta_seconds is not None:
+            minutes, seconds = divmod(round(self.eta_seconds), 60)
+            hours, minutes = divmod(minutes, 60)
+            parts.append(f"ETA {hours}:{minutes:02}:{seconds:02}")
+        return ", ".join(parts)
+
+
+class ProgressFile:
+    """Writes `Progress` into a run's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / FILE_NAME
+        self._next_write = 0.0
+
+    def update(self, make: Callable[[], Progress], *, now: bool = False) -> None:
+        """Write ``make()`` if a second has passed since the last write, or if `now`."""
+        if not now and time.monotonic() < self._next_write:
+            return
+        self._next_write = time.monotonic() + WRITE_INTERVAL_SECONDS
+        temporary = self._path.with_name(f".{FILE_NAME}.{os.getpid()}.tmp")
+        temporary.write_text(make().model_dump_json())
+        temporary.replace(self._path)
+
+
+def read_progress(path: Path) -> Progress | None:
+    """The last `Progress` in the file `path`, or None where there is none that can be read."""
+    try:
+        return Progress.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
