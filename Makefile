@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_AR
 .PHONY: report test check install install-dev browser clean
 
 report: .venv/installed .venv/quarto-tried
-	@$(BIN)/fp8lab run runs/plans/demo.yaml
+	@$(BIN)/fp8lab run --jobs 2 runs/plans/demo.yaml
 	@$(BIN)/fp8lab publish
 
 test: .venv/installed-dev browser

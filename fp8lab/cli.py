@@ -57,6 +57,7 @@ def run(
     replace: Annotated[
         bool, typer.Option("--replace", help="Run again where a finished run was made with another configuration.")
     ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once; on a CPU they share its cores.")] = 1,
     bf16_mfu: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of BF16's peak FLOP/s that --dry-run assumes.")
     ] = 0.4,
@@ -80,7 +81,7 @@ def run(
     for name in dict.fromkeys(config.mixture for config in resolved.runs):
         console.print(f"data: mixture {name}")
         build(load_mixture(name), data_dir)
-    options = plans.Options(mixture=mixture, evaluation_data=eval_data, replace=replace)
+    options = plans.Options(mixture=mixture, evaluation_data=eval_data, replace=replace, jobs=jobs)
     unsuccessful = plans.run_plan(resolved, workspace, options, console)
     if unsuccessful:
         console.print(f"{unsuccessful} of {len(resolved.runs)} runs did not finish", style="red")

@@ -2,7 +2,7 @@
 
 Each run is one execution of ``runs/train.ipynb`` and, where its plan asks for scores, one of
 ``runs/evaluate.ipynb``, in a process of its own. This module never imports torch: it starts the
-notebooks, draws progress from the file that the worker keeps (`fp8lab.progress`), passes SIGINT and
+notebooks, draws progress from the file that each worker keeps (`fp8lab.progress`), passes SIGINT and
 SIGTERM on as one request to checkpoint and stop, and makes sure that however a notebook dies, a
 record says so.
 """
@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +25,13 @@ from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 
 from fp8lab import records
 from fp8lab.config import Plan, RunConfig, read_run_config
 from fp8lab.errors import UserError
-from fp8lab.progress import Progress as WorkerProgress
-from fp8lab.progress import read_progress
+from fp8lab.progress import Progress, read_progress
 
 POLL_SECONDS = 0.25
 LINE_SECONDS = 15.0
@@ -48,8 +50,17 @@ class Workspace:
     def record(self, config: RunConfig) -> Path:
         return records.record_dir(self.records, config.plan, config.run)
 
-    def checkpoint(self, config: RunConfig) -> Path:
+    def work(self, config: RunConfig) -> Path:
+        """Where a run keeps what is not its record: checkpoints, weights, progress, logs."""
         return self.checkpoints / config.plan / config.run
+
+    def parameters(self) -> dict[str, Any]:
+        """The folders, as notebooks take them."""
+        return {
+            "records_dir": str(self.records),
+            "data_dir": str(self.data),
+            "checkpoints_dir": str(self.checkpoints),
+        }
 
 
 @dataclass(frozen=True)
@@ -62,10 +73,12 @@ class Options:
     """Folder of evaluation data, for machines without the hub."""
     replace: bool = False
     """Run again where a finished record was made with another configuration."""
+    jobs: int = 1
+    """Runs at once; on a CPU they share its cores."""
 
 
 class Interrupted(Exception):
-    """The user's signal, after the worker has stopped."""
+    """The user's signal, after the workers have stopped."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal.Signals(signal_number).name)
@@ -80,47 +93,22 @@ def run_plan(plan: Plan, workspace: Workspace, options: Options, console: Consol
 
     Raises:
         UserError: a finished record was made with another configuration and `options.replace` is off.
-        Interrupted: SIGINT or SIGTERM arrived; the run in progress has a checkpoint.
+        Interrupted: SIGINT or SIGTERM arrived; the runs in progress have checkpoints.
     """
     for config in plan.runs:
-        _check_unchanged(config, workspace, options)
-    unsuccessful = 0
-    for number, config in enumerate(plan.runs, start=1):
-        label = f"{plan.name} {number}/{len(plan.runs)} {config.run}"
-        unsuccessful += not _run_one(config, plan, workspace, options, console, label)
-    return unsuccessful
-
-
-def _run_one(
-    config: RunConfig, plan: Plan, workspace: Workspace, options: Options, console: Console, label: str
-) -> bool:
-    """Train, then score, whatever of it is not done yet. True if all of it now is."""
-    folder = workspace.record(config)
-    parameters: dict[str, Any] = {
-        "plan": str(plan.path),
-        "run": config.run,
-        "records_dir": str(workspace.records),
-        "data_dir": str(workspace.data),
-        "checkpoints_dir": str(workspace.checkpoints),
-        "mixture": options.mixture,
-    }
-    trained = finished_record(folder)
-    did_something = trained is None
-    if trained is None:
-        _execute(workspace, "train", config, parameters, console, label)
-        trained = finished_record(folder)
-    if trained is None:
-        _report_unfinished(config, workspace, console, label)
-        return False
-    if config.evaluation != "none" and not (folder / "eval.json").exists():
-        did_something = True
-        parameters |= {"suite": config.evaluation, "eval_data_dir": _text(options.evaluation_data), "precision": None}
-        if not _execute(workspace, "evaluate", config, parameters, console, label):
-            console.print(f"{label}: scoring failed; see {folder / 'evaluate.ipynb'}", style="red")
-            return False
-    loss = f"validation loss {trained.final.validation_loss:.4f} nats" if trained.final else "no final loss"
-    console.print(f"{label}: {'finished' if did_something else 'already finished'}, {loss}")
-    return True
+        _check_unchanged(config, workspace, replace=options.replace)
+    with _stage(workspace, console, options.jobs) as stage:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            futures = [
+                pool.submit(
+                    _run_one, config, plan, options, stage, f"{plan.name} {number}/{len(plan.runs)} {config.run}"
+                )
+                for number, config in enumerate(plan.runs, start=1)
+            ]
+            # Signals reach the main thread only while it is not blocked in a lock.
+            while not all(future.done() for future in futures):
+                time.sleep(POLL_SECONDS)
+        return sum(not future.result() for future in futures)
 
 
 def evaluate_run(
@@ -137,32 +125,34 @@ def evaluate_run(
         UserError: the folder's configuration is damaged.
         Interrupted: SIGINT or SIGTERM arrived.
     """
-    config = read_run_config(folder / "config.json")
     # From the configuration saved beside the weights, not from a plan that may have moved on.
-    parameters: dict[str, Any] = {
-        "plan": str(folder / "config.json"),
-        "run": config.run,
-        "records_dir": str(workspace.records),
-        "data_dir": str(workspace.data),
-        "checkpoints_dir": str(workspace.checkpoints),
-        "mixture": None,
-        "suite": suite,
-        "eval_data_dir": _text(evaluation_data),
-        "precision": precision,
-    }
+    path = folder / "config.json"
+    config = read_run_config(path)
     label = f"{config.plan} {config.run}"
-    done = _execute(workspace, "evaluate", config, parameters, console, label)
-    notebook = workspace.record(config) / "evaluate.ipynb"
-    console.print(f"{label}: scored; see {notebook}" if done else f"{label}: scoring failed; see {notebook}")
+    with _stage(workspace, console, jobs=1) as stage:
+        done = _evaluate(stage, config, path, None, suite, evaluation_data, precision, label)
+    console.print(
+        f"{label}: {'scored' if done else 'scoring failed'}; see {workspace.record(config) / 'evaluate.ipynb'}"
+    )
     return done
+
+
+def finished_record(folder: Path) -> records.TrainRecord | None:
+    """The run's record if the run finished."""
+    if not (folder / "record.json").exists():
+        return None
+    record = records.read(folder)
+    return record if isinstance(record, records.TrainRecord) and record.status == "finished" else None
 
 
 def status_rows(plan: Plan | None, records_dir: Path, checkpoints_dir: Path) -> list[tuple[str, ...]]:
     """A row a run: plan, run, status, step, loss, tokens/s, detail."""
-    known = {(config.plan, config.run): config for config in plan.runs} if plan else {}
-    pattern = f"{plan.name if plan else '*'}/*/record.json"
-    recorded = {(path.parts[-3], path.parts[-2]) for path in records_dir.glob(pattern)}
-    return [_status_row(*key, records_dir, checkpoints_dir) for key in [*known, *sorted(recorded - set(known))]]
+    planned = [(config.plan, config.run) for config in plan.runs] if plan else []
+    recorded = {
+        (path.parts[-3], path.parts[-2]) for path in records_dir.glob(f"{plan.name if plan else '*'}/*/record.json")
+    }
+    keys = planned + sorted(recorded - set(planned))
+    return [_status_row(name, run, records_dir, checkpoints_dir) for name, run in keys]
 
 
 def _status_row(plan: str, run: str, records_dir: Path, checkpoints_dir: Path) -> tuple[str, ...]:
@@ -174,153 +164,217 @@ def _status_row(plan: str, run: str, records_dir: Path, checkpoints_dir: Path) -
         return plan, run, record.status, "", "", "", record.kind
     progress = read_progress(checkpoints_dir / plan / run / "progress.json")
     if record.status == "running" and progress is not None:
-        alive = progress.is_alive()
-        status = "running" if alive else "stopped: the same command resumes"
+        status = "running" if progress.is_alive() else "stopped"
+        detail = progress.summary() if progress.is_alive() else "the same command resumes it"
         loss = "" if progress.loss is None else f"{progress.loss:.4f}"
         speed = "" if progress.tokens_per_second is None else f"{progress.tokens_per_second:,.0f}"
-        return plan, run, status, f"{progress.step}/{progress.steps}", loss, speed, progress.summary() if alive else ""
+        return plan, run, status, f"{progress.step}/{progress.steps}", loss, speed, detail
     loss = f"{record.final.validation_loss:.4f}" if record.final else ""
     speed = f"{record.speed.tokens_per_second_median:,.0f}" if record.speed else ""
     return plan, run, record.status, str(record.steps), loss, speed, record.reason or ""
 
 
-def finished_record(folder: Path) -> records.TrainRecord | None:
-    """The run's record if the run finished."""
-    if not (folder / "record.json").exists():
-        return None
-    record = records.read(folder)
-    return record if isinstance(record, records.TrainRecord) and record.status == "finished" else None
+def _run_one(config: RunConfig, plan: Plan, options: Options, stage: _Stage, label: str) -> bool:
+    """Train, then score, whatever of it is not done yet. True if all of it now is."""
+    if stage.received is not None:
+        return False
+    folder = stage.workspace.record(config)
+    trained = finished_record(folder)
+    scored = config.evaluation == "none" or (folder / "eval.json").exists()
+    if trained is not None and scored:
+        stage.print(f"{label}: already finished, {_loss(trained)}")
+        return True
+    if trained is None:
+        parameters = {"plan": str(plan.path), "run": config.run, "mixture": options.mixture}
+        stage.execute("train", config, parameters, label)
+        trained = finished_record(folder)
+        if trained is None:
+            record = records.read(folder)
+            stage.print(f"{label}: {record.status}: {record.reason}; see {folder / 'train.ipynb'}", style="red")
+            return False
+    if config.evaluation != "none" and not _evaluate(
+        stage, config, plan.path, options.mixture, config.evaluation, options.evaluation_data, None, label
+    ):
+        stage.print(f"{label}: scoring failed; see {folder / 'evaluate.ipynb'}", style="red")
+        return False
+    stage.print(f"{label}: finished, {_loss(trained)}")
+    return True
 
 
-def _check_unchanged(config: RunConfig, workspace: Workspace, options: Options) -> None:
-    record = finished_record(workspace.record(config))
+def _loss(record: records.TrainRecord) -> str:
+    return f"validation loss {record.final.validation_loss:.4f} nats" if record.final else "no final loss"
+
+
+def _evaluate(
+    stage: _Stage,
+    config: RunConfig,
+    plan: Path,
+    mixture: str | None,
+    suite: str,
+    evaluation_data: Path | None,
+    precision: str | None,
+    label: str,
+) -> bool:
+    parameters = {
+        "plan": str(plan),
+        "run": config.run,
+        "mixture": mixture,
+        "suite": suite,
+        "eval_data_dir": None if evaluation_data is None else str(evaluation_data),
+        "precision": precision,
+    }
+    return stage.execute("evaluate", config, parameters, label)
+
+
+def _check_unchanged(config: RunConfig, workspace: Workspace, *, replace: bool) -> None:
+    folder = workspace.record(config)
+    record = finished_record(folder)
     if record is None:
         return
     planned = config.model_dump(mode="json")
     changed = [key for key in planned if record.config.get(key) != planned[key]]
     if not changed:
         return
-    folder = workspace.record(config)
-    if not options.replace:
+    if not replace:
         raise UserError(
             f"{folder}: made with another configuration ({', '.join(changed)} changed); "
             "--replace runs it again, or give the plan another name"
         )
-    for path in (folder / "record.json", folder / "eval.json"):
-        path.unlink(missing_ok=True)
-
-
-def _report_unfinished(config: RunConfig, workspace: Workspace, console: Console, label: str) -> None:
-    folder = workspace.record(config)
-    record = records.read(folder)
-    console.print(f"{label}: {record.status}: {record.reason}; see {folder / 'train.ipynb'}", style="red")
-
-
-def _execute(
-    workspace: Workspace,
-    template: str,
-    config: RunConfig,
-    parameters: dict[str, Any],
-    console: Console,
-    label: str,
-) -> bool:
-    """Execute ``runs/<template>.ipynb`` into the run's record. True if the notebook ran to its end."""
-    folder = workspace.record(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    work = workspace.checkpoint(config)
-    work.mkdir(parents=True, exist_ok=True)
-    log_path = work / f"{template}.log"
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        f"runs/{template}.ipynb",
-        str((folder / f"{template}.ipynb").resolve()),
-    ]
-    # JSON is YAML: one argument carries every parameter with its type.
-    command += ["--parameters_yaml", json.dumps(parameters), "--kernel", "python3", "--no-progress-bar"]
-    with log_path.open("wb") as log:
-        # A session of its own, so that a terminal's Ctrl-C reaches the worker once, through `_forwarding`.
-        process = subprocess.Popen(
-            command, cwd=workspace.root, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    started = time.time()
-
-    def latest() -> WorkerProgress | None:
-        progress = read_progress(work / "progress.json")
-        return progress if progress is not None and progress.updated_utc.timestamp() >= started - 1 else None
-
-    with _forwarding(process, latest) as received:
-        _watch(process, latest, console, f"{label} {template}")
-    if template == "train" and finished_record(folder) is None:
-        _ensure_unfinished_record(config, folder, log_path, interrupted=bool(received))
-    if received:
-        raise Interrupted(received[0])
-    return process.returncode == 0
+    for old in (folder, workspace.work(config)):
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
-def _forwarding(process: subprocess.Popen[bytes], latest: Callable[[], WorkerProgress | None]) -> Iterator[list[int]]:
-    """Pass SIGINT and SIGTERM on to the worker, once; yields the list that received signals are added to."""
-    received: list[int] = []
+def _stage(workspace: Workspace, console: Console, jobs: int) -> Iterator[_Stage]:
+    """A `_Stage` that receives this process's SIGINT and SIGTERM.
 
-    def handle(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        progress = latest()
-        # The training process checkpoints and stops; before it reports, there is nothing to save.
-        target = progress.pid if progress is not None else process.pid
+    Raises:
+        Interrupted: on leaving, if a signal arrived.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        stage = _Stage(workspace, console, bars, jobs)
+        previous = {number: signal.signal(number, stage.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield stage
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+    if stage.received is not None:
+        raise Interrupted(stage.received)
+
+
+class _Worker:
+    """One notebook in execution."""
+
+    def __init__(self, process: subprocess.Popen[bytes], progress_path: Path) -> None:
+        self.process = process
+        self.progress_path = progress_path
+        self.started = time.time()
+
+    def progress(self) -> Progress | None:
+        """What the notebook's kernel last reported, None before its first report."""
+        progress = read_progress(self.progress_path)
+        return progress if progress is not None and progress.updated_utc.timestamp() >= self.started else None
+
+    def stop(self) -> None:
+        """Ask the kernel to checkpoint and stop; before it reports, there is nothing to save."""
+        progress = self.progress()
+        target = self.process.pid if progress is None else progress.pid
         try:
             os.kill(target, signal.SIGTERM)
         except ProcessLookupError:
-            process.terminate()
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+            self.process.terminate()
 
 
-def _watch(
-    process: subprocess.Popen[bytes],
-    latest: Callable[[], WorkerProgress | None],
-    console: Console,
-    label: str,
-) -> None:
-    """Show the worker's progress until it ends: a bar on a terminal, a line now and then elsewhere."""
-    next_line = time.monotonic() + LINE_SECONDS
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task: TaskID = bar.add_task(label, total=None, state="starting")
-        while process.poll() is None:
+class _Stage:
+    """Where notebooks execute: starts them, shows their progress, stops them on a signal."""
+
+    def __init__(self, workspace: Workspace, console: Console, bars: Bars, jobs: int) -> None:
+        self.workspace = workspace
+        self.received: int | None = None
+        self._console, self._bars, self._jobs = console, bars, jobs
+        self._workers: set[_Worker] = set()
+
+    def print(self, text: str, style: str | None = None) -> None:
+        if self.received is None:
+            self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def stop(self, number: int, _frame: FrameType | None) -> None:
+        """Signal handler: every worker once, and no new ones."""
+        if self.received is None:
+            self.received = number
+            for worker in list(self._workers):
+                worker.stop()
+
+    def execute(self, template: str, config: RunConfig, parameters: dict[str, Any], label: str) -> bool:
+        """Execute ``runs/<template>.ipynb`` into the run's record. True if the notebook ran to its end."""
+        folder, work = self.workspace.record(config), self.workspace.work(config)
+        folder.mkdir(parents=True, exist_ok=True)
+        work.mkdir(parents=True, exist_ok=True)
+        log = work / f"{template}.log"
+        process = self._start(template, folder, parameters | self.workspace.parameters(), log)
+        worker = _Worker(process, work / "progress.json")
+        self._workers.add(worker)
+        if self.received is not None:
+            # The signal came while the process was starting.
+            worker.stop()
+        try:
+            self._watch(worker, f"{label} {template}")
+        finally:
+            self._workers.discard(worker)
+        if template == "train":
+            self._ensure_record(config, folder, log)
+        return process.returncode == 0
+
+    def _start(self, template: str, folder: Path, parameters: dict[str, Any], log: Path) -> subprocess.Popen[bytes]:
+        notebook = str((folder / f"{template}.ipynb").resolve())
+        command = [sys.executable, "-m", "papermill", f"runs/{template}.ipynb", notebook]
+        # JSON is YAML: one argument carries every parameter with its type.
+        command += ["--parameters_yaml", json.dumps(parameters), "--kernel", "python3", "--no-progress-bar"]
+        environment = dict(os.environ)
+        if self._jobs > 1:
+            threads = max(1, (os.cpu_count() or 1) // self._jobs)
+            environment.setdefault("OMP_NUM_THREADS", str(threads))
+        with log.open("wb") as output:
+            # A session of its own, so that a terminal's Ctrl-C reaches the worker once, through `stop`.
+            return subprocess.Popen(
+                command,
+                cwd=self.workspace.root,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def _watch(self, worker: _Worker, label: str) -> None:
+        """Show the worker's progress until it ends: a bar on a terminal, a line now and then elsewhere."""
+        next_line = time.monotonic() + LINE_SECONDS
+        task: TaskID = self._bars.add_task(label, total=None, state="starting")
+        while worker.process.poll() is None:
             time.sleep(POLL_SECONDS)
-            progress = latest()
+            progress = worker.progress()
             if progress is None:
                 continue
             state = progress.summary()
-            bar.update(task, completed=progress.step, total=progress.steps, state=state)
-            if not console.is_terminal and time.monotonic() >= next_line:
-                console.print(f"{label}: {state}")
+            self._bars.update(task, completed=progress.step, total=progress.steps, state=state)
+            if not self._console.is_terminal and time.monotonic() >= next_line:
+                self.print(f"{label}: {state}")
                 next_line = time.monotonic() + LINE_SECONDS
+        self._bars.remove_task(task)
 
-
-def _ensure_unfinished_record(config: RunConfig, folder: Path, log: Path, *, interrupted: bool) -> None:
-    """If the notebook died without a word (killed, out of memory, no import), write the record it could not."""
-    path = folder / "record.json"
-    if path.exists():
-        record = records.read(folder)
-        if not isinstance(record, records.TrainRecord) or record.status != "running":
-            return
-    else:
-        record = records.started(config, records.collect_provenance("unknown"), emulated=False)
-    record.status = "interrupted" if interrupted else "failed"
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    record.reason = (
-        "stopped by a signal" if interrupted else (lines[-1].strip() if lines else "the notebook's process died")
-    )
-    records.write(record, folder.parent.parent)
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
+    def _ensure_record(self, config: RunConfig, folder: Path, log: Path) -> None:
+        """If the notebook died without a word (killed, out of memory, no import), write the record it could not."""
+        if (folder / "record.json").exists():
+            record = records.read(folder)
+            if not isinstance(record, records.TrainRecord) or record.status != "running":
+                return
+        else:
+            record = records.started(config, records.collect_provenance("unknown"), emulated=False)
+        if self.received is not None:
+            record.status, record.reason = "interrupted", f"stopped by {signal.Signals(self.received).name}"
+        else:
+            lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            record.status, record.reason = "failed", lines[-1] if lines else "the notebook's process died"
+        record.provenance.ended_utc = records.utc_now()
+        records.write(record, self.workspace.records)

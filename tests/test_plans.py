@@ -1,0 +1,151 @@
+"""Plans through papermill: what runs, what is skipped, and what is left when a notebook dies.
+
+The notebooks here stand in for ``runs/train.ipynb``: they write the same record in a second.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from rich.console import Console
+
+from fp8lab import records
+from fp8lab.config import Plan, load_plan
+from fp8lab.errors import UserError
+from fp8lab.plans import Options, Workspace, run_plan, status_rows
+
+PARAMETERS = "plan = run = records_dir = data_dir = checkpoints_dir = mixture = None"
+START = """
+from pathlib import Path
+from fp8lab import records
+from fp8lab.config import load_run
+config = load_run(plan, run, mixture)
+record = records.started(config, records.collect_provenance("CPU"), emulated=False)
+work = Path(checkpoints_dir) / config.plan / config.run
+"""
+FINISH = """
+record.status, record.tokens, record.steps = "finished", config.tokens, config.steps
+records.write(record, Path(records_dir))
+"""
+FAIL = "records.write(record, Path(records_dir))\nraise RuntimeError('the loss is out of cheese')"
+DIE = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+STOP_ON_SIGNAL = """
+import signal, time
+from fp8lab.progress import Progress, ProgressFile
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+for step in range(600):
+    ProgressFile(work).update(lambda: Progress(stage="training", step=step, steps=600), now=True)
+    time.sleep(0.1)
+    if stopped:
+        record.status, record.reason, record.steps = "interrupted", "SIGTERM", step
+        records.write(record, Path(records_dir))
+        break
+"""
+
+
+def make_project(root: Path, train: str) -> tuple[Plan, Workspace]:
+    (root / "runs" / "plans").mkdir(parents=True)
+    cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
+    cells += [nbformat.v4.new_code_cell(source) for source in (START, train)]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    nbformat.write(notebook, root / "runs" / "train.ipynb")
+    path = root / "runs" / "plans" / "p.yaml"
+    model = {"name": "t", "d_model": 32, "n_layers": 1, "n_heads": 2, "d_ff": 64, "vocab_size": 64, "seq_len": 16}
+    entry = {
+        "models": [model],
+        "recipes": ["bf16"],
+        "seeds": [1, 2],
+        "mixture": "demo",
+        "tokens": 64,
+        "global_batch_tokens": 32,
+        "micro_batch": 2,
+        "optimizer": {"peak_learning_rate": 0.001},
+    }
+    path.write_text(yaml.safe_dump({"name": "p", "description": "d", "entries": [entry]}))
+    workspace = Workspace(root, root / "records", root / "data", root / "checkpoints")
+    return load_plan(path), workspace
+
+
+def execute(plan: Plan, workspace: Workspace, **options: object) -> tuple[int, str]:
+    output = io.StringIO()
+    unsuccessful = run_plan(plan, workspace, Options(**options), Console(file=output))  # type: ignore[arg-type]
+    return unsuccessful, output.getvalue()
+
+
+def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
+    plan, workspace = make_project(tmp_path, FINISH)
+    unsuccessful, _ = execute(plan, workspace, jobs=2)
+    assert unsuccessful == 0
+    folders = [workspace.record(config) for config in plan.runs]
+    assert [records.read(folder).status for folder in folders] == ["finished", "finished"]
+    before = [(folder / "train.ipynb").stat().st_mtime_ns for folder in folders]
+    unsuccessful, output = execute(plan, workspace)
+    assert unsuccessful == 0
+    assert output.count("already finished") == 2
+    assert [(folder / "train.ipynb").stat().st_mtime_ns for folder in folders] == before
+
+
+def test_a_changed_configuration_does_not_pass_for_the_old_result(tmp_path: Path) -> None:
+    plan, workspace = make_project(tmp_path, FINISH)
+    execute(plan, workspace, jobs=2)
+    plan.path.write_text(plan.path.read_text().replace("0.001", "0.002"))
+    changed = load_plan(plan.path)
+    with pytest.raises(UserError, match=r"optimizer changed.*--replace"):
+        execute(changed, workspace)
+    assert execute(changed, workspace, replace=True, jobs=2)[0] == 0
+    record = records.read(workspace.record(changed.runs[0]))
+    assert isinstance(record, records.TrainRecord)
+    assert record.config["optimizer"]["peak_learning_rate"] == 0.002
+
+
+def test_a_failed_notebook_leaves_its_failure_and_a_record(tmp_path: Path) -> None:
+    plan, workspace = make_project(tmp_path, FAIL)
+    unsuccessful, output = execute(plan, workspace, jobs=2)
+    assert unsuccessful == 2
+    record = records.read(workspace.record(plan.runs[0]))
+    assert record.status == "failed"
+    assert "out of cheese" in (record.reason or "")
+    assert "out of cheese" in (workspace.record(plan.runs[0]) / "train.ipynb").read_text()
+    assert "t-bf16-s1: failed" in output
+
+
+def test_a_killed_kernel_leaves_a_failed_record(tmp_path: Path) -> None:
+    plan, workspace = make_project(tmp_path, DIE)
+    assert execute(plan, workspace, jobs=2)[0] == 2
+    assert records.read(workspace.record(plan.runs[0])).status == "failed"
+
+
+def test_a_signal_stops_the_worker_at_a_checkpoint_and_starts_no_other(tmp_path: Path) -> None:
+    plan, workspace = make_project(tmp_path, STOP_ON_SIGNAL)
+    script = (
+        "import sys; from pathlib import Path; from rich.console import Console\n"
+        "from fp8lab.config import load_plan; from fp8lab.plans import *\n"
+        f"root = Path({str(tmp_path)!r})\n"
+        "workspace = Workspace(root, root / 'records', root / 'data', root / 'checkpoints')\n"
+        "try: run_plan(load_plan(root / 'runs/plans/p.yaml'), workspace, Options(), Console())\n"
+        "except Interrupted as interruption: sys.exit(interruption.exit_code)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script])
+    progress = workspace.work(plan.runs[0]) / "progress.json"
+    deadline = time.monotonic() + 60
+    try:
+        while not progress.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert status_rows(plan, workspace.records, workspace.checkpoints)[1][2] == "to do"
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
+    assert records.read(workspace.record(plan.runs[0])).status == "interrupted"
+    assert not (workspace.record(plan.runs[1]) / "record.json").exists()
