@@ -1,0 +1,560 @@
+"""`build`: from a mixture to verified shards, in parallel, resumable.
+
+Stages, each over all parts (a file, or a share of a streamed data set) side by side:
+
+1. gather: text of installed packages becomes JSON lines; other sources already have files or a stream.
+2. fingerprint: content hash and MinHash of every local document.
+3. duplicates: per domain, validation first (`fp8lab.data.cleaning.find_duplicates`).
+4. tokenise: each part becomes shards; contaminated documents are left out here.
+5. manifest: written last.
+
+The work folder ``.build`` keeps each stage's results and, for every part, how many documents its finished shards
+hold. A build that was stopped goes on from there; one whose inputs have changed starts over.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import tiktoken
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fp8lab import records, tokenizer
+from fp8lab.config import Config
+from fp8lab.data import cleaning, installed
+from fp8lab.data.mixture import HubSource, InstalledSource, JsonlSource, MixtureConfig, TokenizerFile, TrainedTokenizer
+from fp8lab.data.shards import (
+    MANIFEST,
+    TOKENIZER,
+    Decontamination,
+    DomainManifest,
+    Manifest,
+    Removed,
+    ShardWriter,
+    SplitManifest,
+    TokenizerManifest,
+    check_sizes,
+    read_manifest,
+    write_manifest,
+)
+from fp8lab.data.sources import HubPart, JsonlPart, Part, Split, file_sha256, jsonl_parts
+from fp8lab.errors import UserError
+
+MAX_UNREADABLE = 0.001
+"""Share of a domain's documents that may be unreadable before the build is refused."""
+
+PIECE_CHARACTERS = 1_000_000
+"""Longer documents are tokenised in pieces of at most so many characters, cut at line ends."""
+
+Result = TypeVar("Result")
+
+
+class _PartResult(Config):
+    """What a part's finished shards hold; kept beside them so that a stopped build can go on."""
+
+    documents_read: int = 0
+    finished: bool = False
+    removed: Removed = Removed()
+    train: SplitManifest = SplitManifest()
+    validation: SplitManifest = SplitManifest()
+
+
+def build(
+    mixture: MixtureConfig,
+    data_dir: Path,
+    *,
+    corpus_dir: Path | None = None,
+    eval_data_dir: Path | None = None,
+    processes: int | None = None,
+    records_dir: Path | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Build ``<data_dir>/<mixture.name>``, go on with a build that was stopped, or return at once if it is complete.
+
+    Args:
+        corpus_dir: folder that the patterns of jsonl sources start from.
+        eval_data_dir: folder of evaluation items (``*.jsonl``), for decontamination.
+        processes: worker processes; all cores if None.
+        records_dir: where to write the build's `DataRecord` (plan 'data', run: the mixture's name), if anywhere.
+
+    Raises:
+        UserError: an input is missing or bad, or a shard of a finished build is missing or truncated.
+    """
+    folder = Path(data_dir) / mixture.name
+    if (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
+        if manifest.content_sha256 == mixture.content_sha256:
+            check_sizes(folder, manifest)
+            return folder
+    started = time.monotonic()
+    provenance = records.collect_provenance("CPU")
+    if mixture.decontaminate and eval_data_dir is None:
+        raise UserError(
+            f"mixture {mixture.name!r} removes evaluation text from training: give the evaluation data "
+            "(--eval-data DIR), or set its field decontaminate to false"
+        )
+    _check_corpus(mixture, corpus_dir)
+    work = _open_work_folder(folder, mixture, corpus_dir, eval_data_dir)
+    with _Pool(processes or os.cpu_count() or 1, console) as pool:
+        items = None if eval_data_dir is None or not mixture.decontaminate else _evaluation_items(eval_data_dir, work)
+        parts = _gather(mixture, corpus_dir, work, pool)
+        duplicates = _find_duplicates(parts, work, pool)
+        encoding = _tokenizer(mixture, parts, duplicates)
+        records.write_atomically(folder / TOKENIZER, tokenizer.ranks_text(encoding))
+        jobs = [
+            _Job(part, folder, mixture.shard_tokens, duplicates[part.name], items is not None)
+            for part in itertools.chain.from_iterable(parts.values())
+        ]
+        results = pool.map("tokenise", _tokenise, jobs)
+        by_part = {job.part.name: result for job, result in zip(jobs, results, strict=True)}
+        manifest = _manifest(mixture, encoding, items, parts, by_part)
+    write_manifest(folder, manifest)
+    shutil.rmtree(work)
+    if records_dir is not None:
+        _write_record(manifest, mixture, provenance, time.monotonic() - started, records_dir)
+    return folder
+
+
+def train_tokenizer(
+    mixture: MixtureConfig,
+    vocab_size: int,
+    out: Path,
+    *,
+    corpus_dir: Path | None = None,
+    sample_bytes: int = 200_000_000,
+) -> tiktoken.Encoding:
+    """Train a BPE on a sample of the mixture's training text, domains by weight, and write its ranks file to `out`.
+
+    Args:
+        vocab_size: entries, end-of-text included.
+        corpus_dir: folder that the patterns of jsonl sources start from.
+        sample_bytes: characters of text to learn from, at most.
+
+    Raises:
+        UserError: an input is missing or bad, or the text is too small for the vocabulary.
+    """
+    _check_corpus(mixture, corpus_dir)
+    work = out.parent / f".{out.name}.build"
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        with _Pool(1, None) as pool:
+            parts = _gather(mixture, corpus_dir, work, pool)
+        encoding = tokenizer.train(_sample(mixture, parts, sample_bytes), vocab_size, out.stem)
+        records.write_atomically(out, tokenizer.ranks_text(encoding))
+    finally:
+        shutil.rmtree(work)
+    return encoding
+
+
+def _check_corpus(mixture: MixtureConfig, corpus_dir: Path | None) -> None:
+    for name, domain in mixture.domains.items():
+        if isinstance(domain.source, JsonlSource) and (corpus_dir is None or not corpus_dir.is_dir()):
+            given = "none was given" if corpus_dir is None else f"{corpus_dir} is no folder"
+            raise UserError(
+                f"domain {name!r} of mixture {mixture.name!r} is read from local files: give the corpus folder "
+                f"(--corpus DIR); {given}"
+            )
+
+
+def _open_work_folder(folder: Path, mixture: MixtureConfig, corpus_dir: Path | None, eval_dir: Path | None) -> Path:
+    """The folder of half-done work: kept if it is of the same inputs, else emptied with all old shards."""
+    inputs: list[tuple[str, int]] = []
+    for name, domain in mixture.domains.items():
+        if isinstance(domain.source, JsonlSource):
+            assert corpus_dir is not None
+            inputs += [(str(p.path), p.path.stat().st_size) for p in jsonl_parts(name, domain.source, corpus_dir)]
+        elif isinstance(domain.source, InstalledSource):
+            inputs.append((installed.revision(domain.source), 0))
+    if eval_dir is not None:
+        inputs += [(str(path), path.stat().st_size) for path in sorted(eval_dir.rglob("*.jsonl"))]
+    state = json.dumps([mixture.content_sha256, inputs])
+    state_file = folder / ".build" / "state.json"
+    if not state_file.exists() or state_file.read_text() != state:
+        shutil.rmtree(folder, ignore_errors=True)
+        records.write_atomically(state_file, state.encode())
+    (folder / MANIFEST).unlink(missing_ok=True)
+    return state_file.parent
+
+
+def _evaluation_items(folder: Path, work: Path) -> Decontamination:
+    """Collect the evaluation items' 13-grams into a file that the workers map."""
+    items = cleaning.EvaluationItems.read(folder)
+    np.save(_ngram_file(work), items.ngrams, allow_pickle=False)
+    return items.report
+
+
+def _ngram_file(work: Path) -> Path:
+    return work / "evaluation-ngrams.npy"
+
+
+def _gather(mixture: MixtureConfig, corpus_dir: Path | None, work: Path, pool: _Pool) -> dict[str, list[Part]]:
+    """The parts of every domain, validation parts first."""
+    from_packages = [(n, d.source, work) for n, d in mixture.domains.items() if isinstance(d.source, InstalledSource)]
+    gathered = dict(
+        zip((n for n, *_ in from_packages), pool.map("gather", _gather_installed, from_packages), strict=True)
+    )
+    parts: dict[str, list[Part]] = {}
+    for name, domain in mixture.domains.items():
+        source = domain.source
+        if isinstance(source, InstalledSource):
+            parts[name] = list(gathered[name])
+        elif isinstance(source, JsonlSource):
+            assert corpus_dir is not None
+            parts[name] = sorted(jsonl_parts(name, source, corpus_dir), key=lambda part: part.split != "validation")
+        else:
+            parts[name] = [HubPart(name, "train", index, source) for index in range(source.parts)]
+    return parts
+
+
+def _gather_installed(task: tuple[str, InstalledSource, Path]) -> list[JsonlPart]:
+    name, source, work = task
+    train, validation = installed.documents(source)
+    parts: list[JsonlPart] = []
+    splits: tuple[tuple[Split, list[str]], ...] = (("validation", validation), ("train", train))
+    for split, texts in splits:
+        path = work / f"{name}-{split}.jsonl"
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        records.write_atomically(path, lines.encode())
+        parts.append(JsonlPart(name, split, 0, path, "text"))
+    return parts
+
+
+def _find_duplicates(parts: dict[str, list[Part]], work: Path, pool: _Pool) -> dict[str, cleaning.Duplicates]:
+    """By part. Hub data sets come deduplicated and are too large to compare: they keep all documents."""
+    local = {name: [p for p in of_domain if isinstance(p, JsonlPart)] for name, of_domain in parts.items()}
+    pool.map("fingerprint", _fingerprint, [(part, work) for part in itertools.chain.from_iterable(local.values())])
+    tasks = [(of_domain, work) for of_domain in local.values() if of_domain]
+    found = {
+        p.name: cleaning.Duplicates(frozenset(), frozenset()) for p in itertools.chain.from_iterable(parts.values())
+    }
+    for (of_domain, _), duplicates in zip(tasks, pool.map("duplicates", _duplicates_of_domain, tasks), strict=True):
+        found |= {part.name: duplicate for part, duplicate in zip(of_domain, duplicates, strict=True)}
+    return found
+
+
+def _fingerprint(task: tuple[JsonlPart, Path]) -> None:
+    part, work = task
+    path = work / f"{part.name}.npz"
+    if path.exists():
+        return
+    prints = cleaning.fingerprints(_counted(part.documents()))
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(
+        temporary,
+        counts=np.array([prints.documents, prints.unreadable]),
+        numbers=prints.numbers,
+        hashes=prints.hashes,
+        signatures=prints.signatures,
+    )
+    temporary.replace(path)
+
+
+def _duplicates_of_domain(task: tuple[list[JsonlPart], Path]) -> list[cleaning.Duplicates]:
+    parts, work = task
+    prints = []
+    for part in parts:
+        with np.load(work / f"{part.name}.npz", allow_pickle=False) as arrays:
+            documents, unreadable = arrays["counts"].tolist()
+            prints.append(
+                cleaning.Fingerprints(documents, unreadable, arrays["numbers"], arrays["hashes"], arrays["signatures"])
+            )
+    _refuse_unreadable(parts[0].domain, sum(p.unreadable for p in prints), sum(p.documents for p in prints))
+    return cleaning.find_duplicates(prints)
+
+
+def _refuse_unreadable(domain: str, unreadable: int, documents: int) -> None:
+    if unreadable > MAX_UNREADABLE * documents:
+        raise UserError(
+            f"domain {domain!r}: {unreadable} of {documents} documents are unreadable (not UTF-8, not JSON, or without "
+            f"the text field); more than {MAX_UNREADABLE:.1%} is refused"
+        )
+
+
+def _tokenizer(
+    mixture: MixtureConfig, parts: dict[str, list[Part]], duplicates: dict[str, cleaning.Duplicates]
+) -> tiktoken.Encoding:
+    if isinstance(mixture.tokenizer, TokenizerFile):
+        return tokenizer.load(mixture.tokenizer.file, mixture.tokenizer.sha256)
+    if isinstance(mixture.tokenizer, TrainedTokenizer):
+        texts = _training_texts(itertools.chain.from_iterable(parts.values()), duplicates)
+        return tokenizer.train(texts, mixture.tokenizer.vocab_size, mixture.name)
+    return tokenizer.gpt2()
+
+
+def _training_texts(parts: Iterable[Part], duplicates: dict[str, cleaning.Duplicates]) -> Iterator[str]:
+    for part in parts:
+        if part.split == "train":
+            dropped = (
+                duplicates[part.name].exact | duplicates[part.name].near if part.name in duplicates else frozenset()
+            )
+            for number, text in enumerate(part.documents()):
+                if text and number not in dropped and not cleaning.in_validation(text, part.validation_fraction):
+                    yield text
+
+
+def _sample(mixture: MixtureConfig, parts: dict[str, list[Part]], sample_bytes: int) -> Iterator[str]:
+    """Training texts up to each domain's share of `sample_bytes`, its parts in turn."""
+    for name, weight in mixture.weights.items():
+        of_domain = [part for part in parts[name] if part.split == "train"]
+        left = weight * sample_bytes
+        streams = [_training_texts([part], {}) for part in of_domain]
+        while streams and left > 0:
+            for stream in list(streams):
+                text = next(stream, None)
+                if text is None:
+                    streams.remove(stream)
+                elif left > 0:
+                    left -= len(text)
+                    yield text
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Tokenise one part into `folder`."""
+
+    part: Part
+    folder: Path
+    shard_tokens: int
+    duplicates: cleaning.Duplicates
+    decontaminate: bool
+
+
+def _tokenise(job: _Job) -> _PartResult:
+    part, folder = job.part, job.folder
+    sidecar = folder / ".build" / f"{part.name}.json"
+    result = _PartResult.model_validate_json(sidecar.read_bytes()) if sidecar.exists() else _PartResult()
+    if result.finished:
+        return result
+    encoding = tokenizer.load(folder / TOKENIZER)
+    items = _load_items(folder / ".build") if job.decontaminate else None
+    train = ShardWriter(folder, f"{part.domain}-train-{part.index:03d}", result.train)
+    validation = ShardWriter(folder, f"{part.domain}-validation-{part.index:03d}", result.validation)
+    removed = result.removed.model_dump()
+    max_tokens = part.max_tokens if isinstance(part, HubPart) else None
+
+    def save(documents_read: int, finished: bool) -> _PartResult:
+        train.close_shard()
+        validation.close_shard()
+        saved = _PartResult(
+            documents_read=documents_read,
+            finished=finished,
+            removed=Removed(**removed),
+            train=train.written,
+            validation=validation.written,
+        )
+        records.write_atomically(sidecar, saved.model_dump_json().encode())
+        return saved
+
+    documents_read = result.documents_read
+    numbered = enumerate(_counted(part.documents()))
+    for number, text in itertools.islice(numbered, documents_read, None):
+        documents_read = number + 1
+        reason = _why_removed(number, text, job.duplicates, items)
+        if reason is not None or text is None:
+            removed[reason or "unreadable"] += 1
+            continue
+        held_out = part.split == "validation" or cleaning.in_validation(text, part.validation_fraction)
+        writer = validation if held_out else train
+        writer.add(list(encode_document(encoding, text)), len(text.encode()))
+        if writer.tokens >= job.shard_tokens:
+            save(documents_read, finished=False)
+        if max_tokens is not None and train.written.tokens + train.tokens >= max_tokens:
+            break
+    return save(documents_read, finished=True)
+
+
+def _why_removed(
+    number: int, text: str | None, duplicates: cleaning.Duplicates, items: cleaning.EvaluationItems | None
+) -> str | None:
+    """The field of `Removed` to count a document under, or None to keep it."""
+    if text is None:
+        return "unreadable"
+    if not text.strip():
+        return "empty"
+    if number in duplicates.exact:
+        return "exact_duplicate"
+    if number in duplicates.near:
+        return "near_duplicate"
+    if items is not None and items.contaminate(text):
+        return "contaminated"
+    return None
+
+
+def encode_document(encoding: tiktoken.Encoding, text: str) -> Iterator[np.ndarray]:
+    """Token ids of a document, a piece at a time, end-of-text last: uint32 arrays.
+
+    Text that spells a special token stays text: nothing in a document becomes the end-of-text token.
+    """
+    for piece in pieces(text, PIECE_CHARACTERS):
+        yield encoding.encode_to_numpy(piece, allowed_special=set(), disallowed_special=())
+    yield np.array([encoding.eot_token], dtype=np.uint32)
+
+
+def pieces(text: str, characters: int) -> Iterator[str]:
+    """`text` in pieces of at most `characters`, cut after a line end where there is one."""
+    start = 0
+    while start < len(text):
+        end = start + characters
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        yield text[start:end]
+        start = end
+
+
+def _manifest(
+    mixture: MixtureConfig,
+    encoding: tiktoken.Encoding,
+    items: Decontamination | None,
+    parts: dict[str, list[Part]],
+    results: dict[str, _PartResult],
+) -> Manifest:
+    domains = {}
+    for name, domain in mixture.domains.items():
+        removed, train, validation = Removed(), SplitManifest(), SplitManifest()
+        documents = 0
+        for part in parts[name]:
+            result = results[part.name]
+            removed += result.removed
+            train += result.train
+            validation += result.validation
+            documents += result.documents_read
+        _refuse_unreadable(name, removed.unreadable, documents)
+        for split, content in (("training", train), ("validation", validation)):
+            if not content.documents:
+                raise UserError(f"domain {name!r} of mixture {mixture.name!r} has no {split} text")
+        source = domain.source.model_dump(mode="json") | _pins(domain.source, parts[name])
+        domains[name] = DomainManifest(source=source, removed=removed, train=train, validation=validation)
+    return Manifest(
+        mixture=mixture.name,
+        content_sha256=mixture.content_sha256,
+        tokenizer=TokenizerManifest(sha256=tokenizer.sha256(encoding), vocab_size=encoding.n_vocab),
+        decontamination=items,
+        domains=domains,
+    )
+
+
+def _pins(source: InstalledSource | JsonlSource | HubSource, parts: Sequence[Part]) -> dict[str, Any]:
+    """What a source's text was, exactly."""
+    if isinstance(source, InstalledSource):
+        return {"versions": installed.revision(source)}
+    if isinstance(source, JsonlSource):
+        return {"files": {part.path.name: file_sha256(part.path) for part in parts if isinstance(part, JsonlPart)}}
+    return {}
+
+
+def _write_record(
+    manifest: Manifest, mixture: MixtureConfig, provenance: records.Provenance, seconds: float, records_dir: Path
+) -> None:
+    domains = manifest.model_dump(mode="json")["domains"]
+    for domain in domains.values():
+        for split in ("train", "validation"):
+            domain[split]["shards"] = len(domain[split]["shards"])
+    provenance.ended_utc = records.utc_now()
+    provenance.data_sha256 = manifest.data_sha256
+    provenance.tokenizer_sha256 = manifest.tokenizer.sha256
+    decontamination = manifest.decontamination
+    record = records.DataRecord(
+        plan="data",
+        run=mixture.name,
+        status="finished",
+        provenance=provenance,
+        results={
+            "domains": domains,
+            "decontamination": None if decontamination is None else decontamination.model_dump(),
+            "seconds": round(seconds, 1),
+        },
+        config=mixture.model_dump(mode="json"),
+    )
+    records.write(record, records_dir)
+
+
+_documents_done: Any = None
+_items: cleaning.EvaluationItems | None = None
+
+
+def _start_worker(documents_done: Any) -> None:
+    global _documents_done
+    _documents_done = documents_done
+
+
+def _counted(documents: Iterable[Result]) -> Iterator[Result]:
+    """Pass documents through, adding to the count that the progress bar shows."""
+    for document in documents:
+        if _documents_done is not None:
+            with _documents_done.get_lock():
+                _documents_done.value += 1
+        yield document
+
+
+def _load_items(work: Path) -> cleaning.EvaluationItems:
+    """The evaluation items, once a process."""
+    global _items
+    if _items is None:
+        ngrams = np.load(_ngram_file(work), mmap_mode="r", allow_pickle=False)
+        _items = cleaning.EvaluationItems(ngrams, Decontamination(files=0, items=0, ngrams=len(ngrams), sha256=""))
+    return _items
+
+
+class _Pool:
+    """Worker processes with a progress bar for each stage; one process means this one."""
+
+    def __init__(self, processes: int, console: Console | None) -> None:
+        self._console = console or Console(stderr=True)
+        self._count: Any = None
+        self._executor: concurrent.futures.ProcessPoolExecutor | None = None
+        if processes > 1:
+            # Spawned, not forked: the caller may hold threads (torch, tokenizers).
+            context = multiprocessing.get_context("spawn")
+            self._count = context.Value("q", 0)
+            self._executor = concurrent.futures.ProcessPoolExecutor(
+                processes, mp_context=context, initializer=_start_worker, initargs=(self._count,)
+            )
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def map(self, stage: str, function: Callable[[Any], Result], tasks: Sequence[Any]) -> list[Result]:
+        """`function` of each task, in the order of `tasks`."""
+        if not tasks:
+            return []
+        with Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("parts · {task.fields[documents]:,} documents"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+        ) as progress:
+            bar = progress.add_task(stage, total=len(tasks), documents=0)
+            if self._executor is None:
+                results = []
+                for task in tasks:
+                    results.append(function(task))
+                    progress.advance(bar)
+                return results
+            self._count.value = 0
+            futures = [self._executor.submit(function, task) for task in tasks]
+            waiting = set(futures)
+            while waiting:
+                done, waiting = concurrent.futures.wait(waiting, timeout=0.25)
+                for future in done:
+                    future.result()  # raise at the first failure, not after the last part
+                progress.update(bar, completed=len(futures) - len(waiting), documents=self._count.value)
+            return [future.result() for future in futures]

@@ -1,0 +1,198 @@
+"""Documents out of JSON lines and hub data sets, one part at a time.
+
+A *part* is what one process works through from beginning to end: a file, or a share of a streamed data set. Both
+kinds are read through `datasets.load_dataset`, streaming, so memory does not grow with the corpus. A document is
+a string, or None where the line could not be read; its number in the part is its place in the iteration, which
+is the same every time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fp8lab.data.mixture import HubSource, JsonlSource
+from fp8lab.errors import UserError
+
+Split = Literal["train", "validation"]
+
+MAX_LINE_BYTES = 200_000_000
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class JsonlPart:
+    """A file of JSON lines."""
+
+    domain: str
+    split: Split
+    index: int
+    path: Path
+    text_field: str
+    validation_fraction: float = 0.0
+    """Share of a training part's documents that are held out."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.domain}-{self.split}-{self.index:03d}"
+
+    def documents(self) -> Iterator[str | None]:
+        """Every line's text; None for a line that is not UTF-8, not JSON or has no text."""
+        undecodable = inspect_lines(self.path)
+        dataset = _load_dataset(
+            "text", data_files=_literal(self.path), split="train", streaming=True, encoding_errors="replace"
+        )
+        for number, row in enumerate(dataset):
+            line = row["text"]
+            if line.strip():
+                yield None if number in undecodable else _text_of(line, self.text_field)
+
+
+@dataclass(frozen=True)
+class HubPart:
+    """One of `count` shares of a streamed data set."""
+
+    domain: str
+    split: Split
+    index: int
+    source: HubSource
+
+    @property
+    def name(self) -> str:
+        return f"{self.domain}-{self.split}-{self.index:03d}"
+
+    @property
+    def validation_fraction(self) -> float:
+        return self.source.validation_fraction
+
+    @property
+    def max_tokens(self) -> int:
+        """This part's share of the domain's training tokens."""
+        return -(-self.source.max_tokens // self.source.parts)
+
+    def documents(self) -> Iterator[str | None]:
+        """The text of every row of this share; None where it is missing."""
+        source = self.source
+        dataset = _load_dataset(
+            source.dataset,
+            source.subset,
+            data_dir=source.data_dir,
+            # A revision is of the hub; a folder has none.
+            revision=None if Path(source.dataset).is_dir() else source.revision,
+            split=source.split,
+            streaming=True,
+        )
+        if dataset.num_shards >= source.parts:
+            rows = dataset.shard(num_shards=source.parts, index=self.index)
+        else:
+            rows = (row for number, row in enumerate(dataset) if number % source.parts == self.index)
+        for row in rows:
+            if source.text_field not in row:
+                raise UserError(
+                    f"{source.dataset}: text_field {source.text_field!r}: no such column; it has {', '.join(row)}"
+                )
+            yield _encodable(row[source.text_field])
+
+
+Part = JsonlPart | HubPart
+
+
+def jsonl_parts(domain: str, source: JsonlSource, corpus_dir: Path) -> list[JsonlPart]:
+    """A part for every file of the source.
+
+    Raises:
+        UserError: a pattern matches no file, or leads out of the corpus folder.
+    """
+    held_out = 0.0 if source.validation else source.validation_fraction
+    parts = []
+    for split, patterns in (("train", source.train), ("validation", source.validation)):
+        files: list[Path] = []
+        for pattern in patterns:
+            if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+                raise UserError(f"domain {domain!r}: {split} {pattern!r} must stay inside the corpus folder")
+            matched = sorted(corpus_dir.glob(pattern))
+            if not matched:
+                raise UserError(f"domain {domain!r}: {split} {pattern!r} matches no file in {corpus_dir}")
+            files += matched
+        # A file held out is not trained on, also where a training pattern matches it.
+        files = [file for file in files if split == "validation" or not _matches(file, source.validation, corpus_dir)]
+        parts += [
+            JsonlPart(domain, split, index, file, source.text_field, held_out if split == "train" else 0.0)  # type: ignore[arg-type]
+            for index, file in enumerate(dict.fromkeys(files))
+        ]
+    return parts
+
+
+def _matches(file: Path, patterns: tuple[str, ...], folder: Path) -> bool:
+    return any(file in set(folder.glob(pattern)) for pattern in patterns)
+
+
+def open_text(path: Path) -> Any:
+    """The decompressed bytes of a ``.jsonl`` or ``.jsonl.zst`` file."""
+    if path.suffix == ".zst":
+        import zstandard
+
+        return zstandard.open(path, "rb")
+    return path.open("rb")
+
+
+def inspect_lines(path: Path) -> frozenset[int]:
+    """Numbers (from 0) of the lines that are not UTF-8, found without holding more than one line.
+
+    Raises:
+        UserError: a line is longer than 200 MB; the message gives its number (from 1).
+    """
+    undecodable = set()
+    with open_text(path) as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            if len(line) > MAX_LINE_BYTES:
+                raise UserError(f"{path}: line {number + 1} is longer than {MAX_LINE_BYTES // 1_000_000} MB")
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                undecodable.add(number)
+            number += 1
+    return frozenset(undecodable)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file as it lies."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _text_of(line: str, field: str) -> str | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return _encodable(row.get(field)) if isinstance(row, dict) else None
+
+
+def _encodable(text: Any) -> str | None:
+    """`text` if it is a string that UTF-8 can hold (JSON escapes can spell lone surrogates)."""
+    if not isinstance(text, str):
+        return None
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return None
+    return text
+
+
+def _literal(path: Path) -> str:
+    """`path` as a data_files pattern that matches itself alone."""
+    return "".join(f"[{char}]" if char in "*?[" else char for char in str(path.resolve()))
+
+
+def _load_dataset(*arguments: Any, **keywords: Any) -> Any:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import datasets
+
+    return datasets.load_dataset(*arguments, **keywords)
