@@ -1,0 +1,87 @@
+"""How a chapter speaks: figures, tables and prose, all as Markdown.
+
+A chapter's code cells display Markdown and nothing else, so that the two editions of the article
+(Quarto's and pandoc's) render the very same text, and a caption can say what was computed: which
+device, how many seeds. Figures are SVG, sharp at any width, inside the Markdown as data URIs, so a
+chapter is one file with nothing beside it to lose.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+
+import pandas as pd
+from IPython.display import Markdown, display
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from fp8lab.results import DEMO_COMMAND, RunSet
+
+
+def say(text: str) -> None:
+    """Display prose: Markdown with citations (@key) and references to figures (@fig-name)."""
+    display(Markdown(text))
+
+
+def show_figure(figure: Figure, label: str, caption: str) -> None:
+    """Display a figure that prose can refer to as ``@fig-<label>``."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    display(Markdown(f"![{caption}](data:image/svg+xml;base64,{encoded}){{#fig-{label}}}"))
+
+
+def show_table(table: pd.DataFrame, label: str, caption: str) -> None:
+    """Display a table that prose can refer to as ``@tbl-<label>``; wide ones scroll within themselves."""
+    display(Markdown(f"::: {{#tbl-{label}}}\n\n{_html_table(table)}\n\n{caption}\n\n:::"))
+
+
+def _html_table(table: pd.DataFrame) -> str:
+    """The table as HTML: first column and text to the left, numbers to the right."""
+    numeric = [
+        pd.api.types.is_numeric_dtype(kind) or _looks_numeric(table[name]) for name, kind in table.dtypes.items()
+    ]
+
+    def row(tag: str, values: list[object]) -> str:
+        cells = (
+            f'<{tag} style="text-align: {"right" if right else "left"}">{html.escape(_text(value))}</{tag}>'
+            for value, right in zip(values, numeric, strict=True)
+        )
+        return f"<tr>{''.join(cells)}</tr>"
+
+    body = "\n".join(row("td", list(values)) for values in table.itertuples(index=False, name=None))
+    return (
+        f'<div class="table-scroll">\n<table>\n<thead>{row("th", list(table.columns))}</thead>\n'
+        f"<tbody>\n{body}\n</tbody>\n</table>\n</div>"
+    )
+
+
+def _text(value: object) -> str:
+    if value is None or value is pd.NA or (isinstance(value, float) and value != value):
+        return "–"
+    return str(value)
+
+
+def _looks_numeric(column: pd.Series) -> bool:
+    return bool(column.astype(str).str.match(r"^[+\-−–]?[\d.,]*( ?[×%±].*)?$").all())
+
+
+def missing_records(what: str, command: str = DEMO_COMMAND) -> None:
+    """Say which command makes the records that a chapter needs."""
+    say(
+        f"::: {{.callout-note}}\n\nThis part shows {what}, and there is no record of that yet. "
+        f"`{command}` makes it; `fp8lab publish` then fills this page.\n\n:::"
+    )
+
+
+def scale_note(runs: RunSet) -> str:
+    """One sentence on how far the numbers of `runs` carry."""
+    if not runs.toy:
+        return runs.source
+    return (
+        "These are the demo's numbers: models of toy size trained on a CPU with FP8 arithmetic emulated. "
+        "They show that the method works and say little about larger models."
+    )

@@ -1,0 +1,393 @@
+"""Records in, figure out.
+
+One style, and one colour a precision in every figure (`RECIPE_COLOURS`, from Okabe and Ito's palette,
+distinguishable with any common colour blindness). Every axis names its quantity and unit. Figures
+drawn from the demo's runs carry 'toy scale, CPU' inside the picture, so that it travels with them.
+Speed is drawn from measurements on GPUs only (`fp8lab.results.speed_runs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+
+from fp8lab import tables
+from fp8lab.records import DataRecord
+from fp8lab.results import Run, RunSet, SpeedRun, unique
+from fp8lab.scaling import PowerLaw
+from fp8lab.units import number
+
+RECIPE_COLOURS: dict[str, str] = {
+    "bf16": "#0072B2",
+    "tensorwise": "#D55E00",
+    "rowwise": "#E69F00",
+    "rowwise_with_gw_hp": "#CC79A7",
+    "fused": "#009E73",
+    "tensorwise_fast": "#8C3B00",
+    "te_bf16": "#56B4E9",
+    "te_current": "#7A7A7A",
+    "te_delayed": "#000000",
+    "nanochat": "#B8A200",
+}
+"""Colour of each precision; peers of the speed measurements have theirs too."""
+RECIPE_MARKERS: dict[str, str] = dict(zip(RECIPE_COLOURS, "osD^vXP*ph", strict=True))
+"""Marker of each precision: colour is never the only sign."""
+NEUTRAL = "#4d4d4d"
+SLATE = "#6b7f8c"
+WIDTH = 7.2
+
+
+def use_style() -> None:
+    """Set the style that every figure shares."""
+    sns.set_theme(
+        context="notebook",
+        style="whitegrid",
+        rc={
+            "font.size": 11,
+            "axes.labelsize": 11,
+            "axes.titlesize": 11,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "xtick.labelsize": 10,
+            "ytick.labelsize": 10,
+            "legend.fontsize": 10,
+            "legend.frameon": False,
+            "axes.edgecolor": "#b0b0b0",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "grid.color": "#e6e6e6",
+            "lines.linewidth": 1.6,
+            "lines.markersize": 6,
+            "figure.constrained_layout.use": True,
+            # A fixed salt makes the same records give the same bytes.
+            "svg.hashsalt": "fp8lab",
+        },
+    )
+
+
+def loss_curves(runs: RunSet, size: str) -> Figure:
+    """Training loss of every recipe at one size, and below it the difference to BF16 on the same tokens."""
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(WIDTH, 5.4), sharex=True, height_ratios=(2, 1))
+    baselines = {run.record.seed: _smoothed(run) for run in runs.where(size=size, recipe="bf16")}
+    for run in runs.where(size=size):
+        curve = _smoothed(run)
+        style = _line_style(run.recipe)
+        top.plot(curve.index / 1e6, curve, **style)
+        if run.recipe != "bf16" and run.record.seed in baselines:
+            difference = (curve - baselines[run.record.seed]).dropna()
+            bottom.plot(difference.index / 1e6, difference, **style)
+    bottom.axhline(0, color=NEUTRAL, linewidth=0.8)
+    top.set_ylabel("training loss (nats/token)")
+    bottom.set_ylabel("FP8 − BF16\n(nats/token)")
+    bottom.set_xlabel("training tokens (millions)")
+    _symmetric_limits(bottom)
+    figure.align_ylabels()
+    _finish(figure, top, _recipes_at(runs, size), runs.toy)
+    return figure
+
+
+def _smoothed(run: Run, windows: int = 60) -> pd.Series:
+    """Mean training loss over windows of steps, by tokens at the window's end."""
+    metrics = run.metrics
+    width = max(1, len(metrics) // windows)
+    groups = np.arange(len(metrics)) // width
+    return metrics.groupby(groups).agg({"tokens": "last", "loss": "mean"}).set_index("tokens")["loss"]
+
+
+def loss_against_compute(runs: RunSet) -> Figure:
+    """Every run's training curve against the FLOPs spent, with its final validation loss as a marker."""
+    figure, axes = plt.subplots(figsize=(WIDTH, 4.4))
+    for run in runs.runs:
+        curve = _smoothed(run)
+        per_token = run.record.flops.per_token_matmul_attention_causal
+        axes.plot(curve.index * per_token, curve, **_line_style(run.recipe))
+        axes.plot(run.record.flops.total, run.validation_loss, **_point_style(run.recipe))
+    for size in runs.sizes:
+        last = runs.where(size=size)[0]
+        axes.annotate(
+            size, (last.record.flops.total, last.validation_loss), xytext=(7, 5), textcoords="offset points", fontsize=9
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("training compute (FLOPs: 6·N_matmul + 6·L·d·T a token)")
+    axes.set_ylabel("loss (nats/token)")
+    _finish(figure, axes, runs.recipes, runs.toy)
+    return figure
+
+
+def loss_against_parameters(runs: RunSet, laws: Mapping[str, PowerLaw] | None = None) -> Figure:
+    """Final validation loss against N, log-log, with a fitted power law for each recipe given in `laws`."""
+    return _final_losses(
+        runs, lambda run: run.parameters, "parameters N (embedding included once)", laws or {}, runs.ladder_recipes
+    )
+
+
+def loss_against_tokens(runs: RunSet) -> Figure:
+    """Final validation loss against the tokens trained on, log-log."""
+    return _final_losses(runs, lambda run: run.record.tokens, "training tokens D", {}, runs.ladder_recipes)
+
+
+def _final_losses(
+    runs: RunSet, position: Callable[[Run], int], label: str, laws: Mapping[str, PowerLaw], recipes: Sequence[str]
+) -> Figure:
+    figure, axes = plt.subplots(figsize=(WIDTH, 4.0))
+    for recipe in recipes:
+        points = [(position(run), run.validation_loss) for run in runs.where(recipe=recipe)]
+        x, loss = map(np.array, zip(*points, strict=True))
+        axes.plot(x, loss, linestyle="none", **_point_style(recipe))
+        if recipe in laws:
+            grid = np.geomspace(x.min() / 1.15, x.max() * 1.15, 50)
+            axes.plot(grid, laws[recipe](grid), color=RECIPE_COLOURS[recipe], linewidth=1.2, alpha=0.7)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(6))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2f}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(label)
+    axes.set_ylabel("validation loss (nats/token)")
+    _finish(figure, axes, recipes, runs.toy)
+    return figure
+
+
+def loss_gaps(runs: RunSet) -> Figure:
+    """Validation loss of each FP8 recipe minus BF16's, by size; intervals where there are several seeds."""
+    gaps = runs.gaps()
+    recipes = unique(recipe for _, recipe in gaps)
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.2))
+    for index, recipe in enumerate(recipes):
+        offset = (index - (len(recipes) - 1) / 2) * 0.12
+        for position, size in enumerate(runs.sizes):
+            gap = gaps.get((size, recipe))
+            if gap is None:
+                continue
+            axes.plot(position + offset, gap.mean, linestyle="none", **_point_style(recipe))
+            if gap.interval is not None:
+                axes.vlines(position + offset, *gap.interval, color=RECIPE_COLOURS[recipe], linewidth=2)
+    axes.axhline(0, color=NEUTRAL, linewidth=0.8)
+    axes.set_xticks(range(len(runs.sizes)), runs.sizes)
+    axes.set_xlim(-0.6, len(runs.sizes) - 0.4)
+    axes.set_xlabel("model (parameters N)")
+    axes.set_ylabel("FP8 − BF16,\nvalidation (nats/token)")
+    _symmetric_limits(axes)
+    _finish(figure, axes, recipes, runs.toy)
+    return figure
+
+
+def gaps_by_domain(runs: RunSet, size: str) -> Figure:
+    """Difference to BF16 in each domain's bits per byte at one size: mean over seeds."""
+    rows = [
+        (domain, run.recipe, losses.bits_per_byte)
+        for run in runs.where(size=size)
+        for domain, losses in run.by_domain.items()
+    ]
+    table = pd.DataFrame(rows, columns=["domain", "recipe", "bits_per_byte"])
+    means = table.pivot_table(index="domain", columns="recipe", values="bits_per_byte", sort=False)
+    recipes = [recipe for recipe in runs.recipes if recipe != "bf16" and recipe in means]
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.0))
+    height = 0.8 / len(recipes)
+    for index, recipe in enumerate(recipes):
+        positions = np.arange(len(means)) + (index - (len(recipes) - 1) / 2) * height
+        axes.barh(positions, means[recipe] - means["bf16"], height * 0.9, color=RECIPE_COLOURS[recipe])
+    axes.set_yticks(np.arange(len(means)), list(means.index))
+    axes.invert_yaxis()
+    axes.axvline(0, color=NEUTRAL, linewidth=0.8)
+    axes.set_xlabel("FP8 − BF16, validation (bits/byte)")
+    axes.grid(axis="y", visible=False)
+    _finish(figure, axes, recipes, runs.toy)
+    return figure
+
+
+def gradient_norms(runs: RunSet, size: str) -> Figure:
+    """Gradient norm of every recipe at one size; skipped steps are marked on the axis."""
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.2))
+    for run in runs.where(size=size):
+        metrics = run.metrics
+        axes.plot(metrics["tokens"] / 1e6, metrics["grad_norm"], **_line_style(run.recipe))
+        skipped = metrics[metrics["skipped"].astype(bool)]
+        axes.plot(
+            skipped["tokens"] / 1e6,
+            np.zeros(len(skipped)),
+            "x",
+            color=RECIPE_COLOURS[run.recipe],
+            transform=axes.get_xaxis_transform(),
+        )
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("training tokens (millions)")
+    axes.set_ylabel("gradient norm (L2)")
+    _finish(figure, axes, _recipes_at(runs, size), runs.toy)
+    return figure
+
+
+def data_composition(record: DataRecord, toy: bool) -> Figure:
+    """Training tokens that each domain has, beside the share of them that the mixture's weights ask for."""
+    composition = tables.data_composition(record)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.6), sharey=True)
+    left.barh(composition["domain"], composition["train_tokens"] / 1e6, color=SLATE)
+    right.barh(composition["domain"], composition["weight"], color=SLATE)
+    left.invert_yaxis()
+    left.set_xlabel("unique training tokens (millions)")
+    right.set_xlabel("share of each batch")
+    right.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    for axes in (left, right):
+        axes.grid(axis="y", visible=False)
+    _finish(figure, right, [], toy)
+    return figure
+
+
+def benchmark_scores(runs: RunSet) -> Figure:
+    """Accuracy of every scored run by task, with lm-eval's standard error and the random guess."""
+    scores = tables.scores(runs)
+    scores = scores[scores["metric"].isin(("acc", "acc_norm"))]
+    tasks = unique(scores["task"])
+    figure, grid = plt.subplots(
+        len(tasks), 1, figsize=(WIDTH, 0.7 + len(tasks) * (0.35 + 0.22 * len(runs.sizes))), sharex=True, squeeze=False
+    )
+    for axes, task in zip(grid[:, 0], tasks, strict=True):
+        _task_scores(axes, scores[scores["task"] == task], runs)
+    grid[-1, 0].set_xlabel("accuracy (bars: ±1 standard error over items; dashed: random guess)")
+    grid[-1, 0].xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _finish(figure, grid[0, 0], unique(scores["recipe"]), runs.toy)
+    return figure
+
+
+def _task_scores(axes: Axes, scores: pd.DataFrame, runs: RunSet) -> None:
+    for _, row in scores.iterrows():
+        offset = (runs.recipes.index(row["recipe"]) - (len(runs.recipes) - 1) / 2) * 0.16
+        axes.errorbar(
+            row["value"],
+            runs.sizes.index(row["size"]) + offset,
+            xerr=row["stderr"],
+            color=RECIPE_COLOURS[row["recipe"]],
+            marker=RECIPE_MARKERS[row["recipe"]],
+            markersize=5,
+            linewidth=1.2,
+        )
+    guess = scores["random_guess"].iloc[0]
+    if guess == guess:
+        axes.axvline(guess, color=NEUTRAL, linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(runs.sizes)), runs.sizes)
+    axes.set_ylim(len(runs.sizes) - 0.5, -0.5)
+    axes.set_title(scores["task"].iloc[0])
+    axes.grid(axis="y", visible=False)
+
+
+def throughput(speeds: Sequence[SpeedRun]) -> Figure:
+    """Tokens/s of each recipe over BF16's in the same process, by model: median and range over rounds."""
+    ratios = tables.speed_ratios(speeds)
+    settings = unique(ratios["setting"])
+    recipes = [recipe for recipe in RECIPE_COLOURS if recipe in set(ratios["recipe"]) and recipe != "bf16"]
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.3 * len(settings) * max(2, len(recipes)) ** 0.9))
+    for index, recipe in enumerate(recipes):
+        offset = (index - (len(recipes) - 1) / 2) * 0.8 / len(recipes)
+        rows = ratios[ratios["recipe"] == recipe]
+        positions = np.array([settings.index(setting) for setting in rows["setting"]]) + offset
+        axes.hlines(positions, rows["low"], rows["high"], color=RECIPE_COLOURS[recipe], linewidth=2)
+        axes.plot(rows["ratio"], positions, linestyle="none", **_point_style(recipe))
+    axes.axvline(1, color=RECIPE_COLOURS["bf16"], linewidth=1.2)
+    axes.set_yticks(range(len(settings)), settings)
+    axes.set_ylim(len(settings) - 0.5, -0.5)
+    axes.set_xlabel("tokens/s relative to BF16 (higher is faster)")
+    axes.grid(axis="y", visible=False)
+    _finish(figure, axes, recipes, toy=False)
+    return figure
+
+
+def step_breakdown(milliseconds: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Where a step's time goes.
+
+    Args:
+        milliseconds: recipe -> category -> GPU milliseconds a step.
+    """
+    table = pd.DataFrame(milliseconds).T
+    figure, axes = plt.subplots(figsize=(WIDTH, 1.3 + 0.42 * len(table)))
+    left = np.zeros(len(table))
+    for category, colour in zip(table.columns, sns.color_palette("mako", len(table.columns)), strict=True):
+        widths = table[category].fillna(0).to_numpy()
+        axes.barh(table.index, widths, left=left, color=colour, label=category)
+        left += widths
+    axes.invert_yaxis()
+    axes.set_xlabel("GPU time of one optimizer step (ms)")
+    axes.grid(axis="y", visible=False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+    return figure
+
+
+def peak_memory(speeds: Sequence[SpeedRun]) -> Figure:
+    """Peak allocated GPU memory of each recipe, by model."""
+    ratios = tables.speed_ratios(speeds)
+    settings = unique(ratios["setting"])
+    recipes = [recipe for recipe in RECIPE_COLOURS if recipe in set(ratios["recipe"])]
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.28 * len(settings) * len(recipes)))
+    height = 0.8 / len(recipes)
+    for index, recipe in enumerate(recipes):
+        rows = ratios[ratios["recipe"] == recipe]
+        offset = (index - (len(recipes) - 1) / 2) * height
+        positions = np.array([settings.index(setting) for setting in rows["setting"]]) + offset
+        axes.barh(positions, rows["peak_memory_bytes"] / 2**30, height * 0.9, color=RECIPE_COLOURS[recipe])
+    axes.set_yticks(range(len(settings)), settings)
+    axes.invert_yaxis()
+    axes.set_xlabel("peak GPU memory (GiB)")
+    axes.grid(axis="y", visible=False)
+    _finish(figure, axes, recipes, toy=False)
+    return figure
+
+
+def _recipes_at(runs: RunSet, size: str) -> list[str]:
+    return [recipe for recipe in runs.recipes if runs.where(size=size, recipe=recipe)]
+
+
+def _finish(figure: Figure, axes: Axes, recipes: Sequence[str], toy: bool) -> None:
+    """Add the legend of `recipes` above everything and, for the demo's runs, 'toy scale, CPU' above `axes`."""
+    if recipes:
+        handles = [
+            Line2D([], [], label=recipe, **_point_style(recipe), linestyle="-")
+            for recipe in sorted(recipes, key=list(RECIPE_COLOURS).index)
+        ]
+        figure.legend(handles=handles, loc="outside upper left", ncols=4)
+    if toy:
+        axes.set_title(
+            "toy scale, CPU", loc="right", fontsize=10, fontstyle="italic", fontweight="normal", color=NEUTRAL
+        )
+
+
+def _point_style(recipe: str) -> dict[str, Any]:
+    """BF16 is a ring, so that a point of another recipe on top of it leaves both in sight."""
+    ring = recipe == "bf16"
+    return {
+        "color": RECIPE_COLOURS[recipe],
+        "marker": RECIPE_MARKERS[recipe],
+        "markersize": 10 if ring else 7.5,
+        "markerfacecolor": "none" if ring else RECIPE_COLOURS[recipe],
+        "markeredgecolor": RECIPE_COLOURS[recipe] if ring else "white",
+        "markeredgewidth": 1.8 if ring else 0.5,
+    }
+
+
+def _line_style(recipe: str) -> dict[str, Any]:
+    """BF16 is a broad line under thin ones, for the same reason."""
+    return {
+        "color": RECIPE_COLOURS[recipe],
+        "linewidth": 3.2 if recipe == "bf16" else 1.2,
+        "alpha": 0.5 if recipe == "bf16" else 0.95,
+    }
+
+
+def _symmetric_limits(axes: Axes) -> None:
+    """Zero in the middle, so that neither sign of a difference looks larger."""
+    largest = max(abs(limit) for limit in axes.get_ylim())
+    axes.set_ylim(-largest, largest)

@@ -1,0 +1,138 @@
+"""Executing chapters: papermill, and only those whose inputs changed.
+
+A chapter's inputs are its notebook, the parts of fp8lab that it draws with, the plans, and every
+record. Their digest is kept beside the executed copies; the same digest means nothing to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import fp8lab
+from fp8lab.errors import UserError
+from fp8lab.publish.book import Chapter, read_book
+from fp8lab.records import write_atomically
+
+PACKAGE = Path(fp8lab.__file__).parent
+MODULES = (
+    "article",
+    "config",
+    "estimate",
+    "figures",
+    "flops",
+    "records",
+    "results",
+    "scaling",
+    "tables",
+    "units",
+)
+"""The modules that a chapter's numbers and figures depend on."""
+WORKERS = 2
+
+
+def execute_stale_chapters(root: Path, records_dir: Path) -> list[str]:
+    """Execute the chapters of the book in `root` whose inputs changed since their last execution.
+
+    Args:
+        root: folder of ``_quarto.yml``; also the chapters' working directory.
+        records_dir: absolute folder of run records: the chapters' one parameter.
+
+    Returns:
+        Names of the chapters that were executed.
+
+    Raises:
+        UserError: a chapter failed; the message names it and its executed copy, which shows the traceback.
+    """
+    book = read_book(root)
+    shared = _digest([*_package_files(), *sorted((root / "runs" / "plans").glob("*.yaml"))], root)
+    shared += _digest(_record_files(records_dir), records_dir) + str(records_dir)
+    digests = {
+        chapter.name: hashlib.sha256(chapter.source.read_bytes() + shared.encode()).hexdigest()
+        for chapter in book.chapters
+    }
+    state_path = root / "build" / "executed" / "state.json"
+    state = json.loads(state_path.read_bytes()) if state_path.exists() else {}
+    stale = [
+        chapter
+        for chapter in book.chapters
+        if state.get(chapter.name) != digests[chapter.name] or not chapter.executed.exists()
+    ]
+    if not stale:
+        print(f"article: all {len(book.chapters)} chapters are up to date", flush=True)
+        return []
+    print(f"article: executing {len(stale)} of {len(book.chapters)} chapters", flush=True)
+    failures = []
+    for chapter, seconds, failure in _execute(stale, root, records_dir):
+        if failure:
+            failures.append(failure)
+            print(f"article: {chapter.name} failed", flush=True)
+            continue
+        # Quarto caches what its notebook filter returned by the time of the committed file alone.
+        os.utime(chapter.source)
+        state[chapter.name] = digests[chapter.name]
+        write_atomically(state_path, json.dumps(state, indent=1).encode())
+        print(f"article: {chapter.name} executed in {seconds:.0f} s", flush=True)
+    if failures:
+        raise UserError("; ".join(failures))
+    return [chapter.name for chapter in stale]
+
+
+def _execute(chapters: list[Chapter], root: Path, records_dir: Path) -> Iterable[tuple[Chapter, float, str | None]]:
+    """Execute side by side; yield (chapter, seconds, failure) as each ends."""
+    with ProcessPoolExecutor(min(WORKERS, len(chapters)), mp_context=get_context("spawn")) as pool:
+        jobs = {
+            pool.submit(_execute_one, chapter.source, chapter.executed, root, records_dir): chapter
+            for chapter in chapters
+        }
+        for job in as_completed(jobs):
+            yield (jobs[job], *job.result())
+
+
+def _execute_one(source: Path, executed: Path, root: Path, records_dir: Path) -> tuple[float, str | None]:
+    """Execute one notebook; returns seconds and, if it failed, one line that says why."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    started = time.monotonic()
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    # The kernel must import the package that publishes, wherever the book lies.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+    os.environ["MPLBACKEND"] = "agg"
+    try:
+        papermill.execute_notebook(
+            source,
+            executed,
+            parameters={"records_dir": str(records_dir)},
+            kernel_name="python3",
+            cwd=root,
+            progress_bar=False,
+            log_output=False,
+        )
+    except PapermillExecutionError as error:
+        return time.monotonic() - started, f"{source.name}: {error.ename}: {error.evalue} (traceback in {executed})"
+    return time.monotonic() - started, None
+
+
+def _package_files() -> list[Path]:
+    files = [PACKAGE / f"{module}.py" for module in MODULES]
+    return [*files, PACKAGE / "published_scores.csv"]
+
+
+def _record_files(records_dir: Path) -> list[Path]:
+    return sorted(path for path in records_dir.rglob("*") if path.suffix in (".json", ".parquet"))
+
+
+def _digest(files: Iterable[Path], base: Path) -> str:
+    """Digest of the contents and relative names of files; one that does not exist counts as empty."""
+    digest = hashlib.sha256()
+    for path in files:
+        content = path.read_bytes() if path.exists() else b""
+        digest.update(f"{os.path.relpath(path, base)}\0{hashlib.sha256(content).hexdigest()}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,234 @@
+"""What the article draws: records grouped into comparable sets of runs.
+
+`training_runs` picks the plan whose runs the article shows: one measured on GPUs where there is
+one, else the demo's, never a mixture of both. `speed_runs` accepts GPU measurements only, since the
+speed of emulated FP8 says nothing about FP8.
+
+Differences between precisions carry an interval only where several seeds were trained: with one
+seed a difference is one draw, and callers are told so by `Gap.interval` being None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from fp8lab import records
+from fp8lab.config import RECIPES, Recipe
+from fp8lab.errors import UserError
+from fp8lab.records import DataRecord, SpeedRecord, TrainRecord
+
+MEASURED_PLANS = ("article", "ladder-h200")
+"""Plans trained on GPUs that the article draws, the most complete first."""
+DEMO_PLAN = "demo"
+DEMO_COMMAND = "fp8lab run runs/plans/demo.yaml"
+SPEED_PLAN = "speed-h200"
+SPEED_COMMAND = "fp8lab speed runs/plans/speed-h200.yaml"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: its record, and its tables read when asked for."""
+
+    folder: Path
+    record: TrainRecord
+
+    @property
+    def size(self) -> str:
+        """Name of the model: '125M'."""
+        return self.record.model.name
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.record.recipe
+
+    @property
+    def parameters(self) -> int:
+        """N, the tied embedding counted once."""
+        return self.record.parameters.total
+
+    @property
+    def validation_loss(self) -> float:
+        """Nats a token at the end of the run."""
+        return self._final.validation_loss
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self._final.bits_per_byte
+
+    @property
+    def by_domain(self) -> dict[str, records.DomainLoss]:
+        return self._final.by_domain
+
+    @property
+    def _final(self) -> records.FinalLosses:
+        if self.record.final is None:
+            raise UserError(f"{self.folder / 'record.json'}: final: missing from a finished run")
+        return self.record.final
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """A row a logged step; a plan of many runs keeps one table for all, with a column `run`."""
+        if (self.folder / "metrics.parquet").exists() or not (self.folder.parent / "metrics.parquet").exists():
+            return records.read_table(self.folder, "metrics")
+        shared = records.read_table(self.folder.parent, "metrics")
+        return shared[shared["run"] == self.record.run].reset_index(drop=True)
+
+    @cached_property
+    def evaluation(self) -> dict[str, Any] | None:
+        """lm-eval's results, or None where the run was not scored."""
+        return records.read_eval(self.folder) if (self.folder / "eval.json").exists() else None
+
+
+@dataclass(frozen=True)
+class RunSet:
+    """The finished runs of one plan, by size and then in the order of `config.RECIPES`."""
+
+    plan: str
+    runs: tuple[Run, ...]
+    unfinished: tuple[Run, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.runs)
+
+    @property
+    def toy(self) -> bool:
+        """True for runs off the GPU: real losses at toy scale, and no speed."""
+        return all(run.record.provenance.device_name.upper().startswith("CPU") for run in self.runs)
+
+    @property
+    def source(self) -> str:
+        """What a caption says about where the numbers come from."""
+        if self.toy:
+            return "Toy scale, CPU."
+        return f"Measured on {', '.join(unique(run.record.provenance.device_name for run in self.runs))}."
+
+    @property
+    def sizes(self) -> list[str]:
+        """Names of the models, smallest first."""
+        return unique(run.size for run in self.runs)
+
+    @property
+    def recipes(self) -> list[Recipe]:
+        present = {run.recipe for run in self.runs}
+        return [recipe for recipe in RECIPES if recipe in present]
+
+    @property
+    def ladder_recipes(self) -> list[Recipe]:
+        """Recipes that were trained at every size: those that a trend over sizes can be drawn for."""
+        return [recipe for recipe in self.recipes if {run.size for run in self.where(recipe=recipe)} == set(self.sizes)]
+
+    def where(self, *, size: str | None = None, recipe: str | None = None) -> list[Run]:
+        """Runs of one size, of one recipe, or of both."""
+        return [
+            run for run in self.runs if (size is None or run.size == size) and (recipe is None or run.recipe == recipe)
+        ]
+
+    def gap(self, size: str, recipe: str) -> Gap:
+        """Validation loss of `recipe` minus BF16's at `size`, over all their seeds."""
+        return Gap.between(
+            [run.validation_loss for run in self.where(size=size, recipe=recipe)],
+            [run.validation_loss for run in self.where(size=size, recipe="bf16")],
+        )
+
+    def gaps(self) -> dict[tuple[str, str], Gap]:
+        """`gap` for every size and FP8 recipe that has a BF16 run beside it."""
+        return {
+            (size, recipe): self.gap(size, recipe)
+            for size in self.sizes
+            for recipe in self.recipes
+            if recipe != "bf16" and self.where(size=size, recipe=recipe) and self.where(size=size, recipe="bf16")
+        }
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A difference of mean losses: FP8 minus BF16, nats a token."""
+
+    mean: float
+    interval: tuple[float, float] | None
+    """95%, Welch's unequal-variance t; None unless both sides have two seeds."""
+    seeds: int
+    """Runs on the side that has fewer."""
+
+    @classmethod
+    def between(cls, ours: list[float], baseline: list[float]) -> Gap:
+        seeds = min(len(ours), len(baseline))
+        interval = None
+        if seeds > 1:
+            low, high = stats.ttest_ind(ours, baseline, equal_var=False).confidence_interval(0.95)
+            interval = (float(low), float(high))
+        return cls(float(np.mean(ours) - np.mean(baseline)), interval, seeds)
+
+    def __str__(self) -> str:
+        if self.interval is None:
+            return f"{self.mean:+.4f} ({'one seed' if self.seeds == 1 else f'{self.seeds} seeds'})"
+        half_width = (self.interval[1] - self.interval[0]) / 2
+        return f"{self.mean:+.4f} ± {half_width:.4f} ({self.seeds} seeds)"
+
+
+def training_runs(records_dir: Path, plans: Iterable[str] = (*MEASURED_PLANS, DEMO_PLAN)) -> RunSet:
+    """The first of `plans` in which BF16 and an FP8 recipe both finished; an empty set where none did."""
+    for plan in plans:
+        runs = plan_runs(records_dir, plan)
+        if "bf16" in runs.recipes and len(runs.recipes) > 1:
+            return runs
+    return RunSet(plan=DEMO_PLAN, runs=())
+
+
+def plan_runs(records_dir: Path, plan: str) -> RunSet:
+    """Every training run of one plan, decay branches left out: they share their parent's curve."""
+    runs = sorted(
+        (
+            Run(folder, record)
+            for folder, record in records.read_plan(records_dir, plan)
+            if isinstance(record, TrainRecord) and record.parent is None
+        ),
+        key=lambda run: (run.parameters, RECIPES.index(run.recipe), run.record.seed),
+    )
+    finished = tuple(run for run in runs if run.record.status == "finished")
+    return RunSet(plan, finished, tuple(run for run in runs if run.record.status != "finished"))
+
+
+def data_record(records_dir: Path, plan: str) -> DataRecord | None:
+    """What the data build of a plan's mixture recorded, or None."""
+    for _, record in records.read_plan(records_dir, plan):
+        if isinstance(record, DataRecord):
+            return record
+    return None
+
+
+@dataclass(frozen=True)
+class SpeedRun:
+    """One occasion on which speed was measured."""
+
+    folder: Path
+    record: SpeedRecord
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """Every timed step."""
+        return records.read_table(self.folder, "steps").assign(occasion=self.record.run)
+
+
+def speed_runs(records_dir: Path, plan: str = SPEED_PLAN) -> list[SpeedRun]:
+    """Finished measurements of speed on a GPU; anything timed on a CPU is left out."""
+    return [
+        SpeedRun(folder, record)
+        for folder, record in records.read_plan(records_dir, plan)
+        if isinstance(record, SpeedRecord)
+        and record.status == "finished"
+        and not record.provenance.device_name.upper().startswith("CPU")
+    ]
+
+
+def unique(values: Iterable[str]) -> list[str]:
+    """Values in order of first appearance, each once."""
+    return list(dict.fromkeys(values))

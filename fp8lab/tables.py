@@ -1,0 +1,381 @@
+"""Records in, table out: pandas frames, ready to print or to draw.
+
+Frames that a reader sees have headings with units and values already rounded to what the data can
+carry; frames that figures draw have plain column names and raw numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+
+import numpy as np
+import pandas as pd
+
+from fp8lab import estimate, flops
+from fp8lab.config import Plan, parameter_count
+from fp8lab.errors import UserError
+from fp8lab.records import DataRecord
+from fp8lab.results import Run, RunSet, SpeedRun, unique
+from fp8lab.units import number, scientific
+
+RANDOM_GUESS = {
+    "hellaswag": 0.25,
+    "arc_easy": 0.25,
+    "arc_challenge": 0.25,
+    "openbookqa": 0.25,
+    "sciq": 0.25,
+    "mmlu": 0.25,
+    "boolq": 0.5,
+    "piqa": 0.5,
+    "winogrande": 0.5,
+}
+"""Accuracy of guessing among a task's choices (a few ARC items have three or five)."""
+
+PUBLISHED_COLUMNS = (
+    "model",
+    "params",
+    "train_tokens",
+    "task",
+    "metric",
+    "value",
+    "shots",
+    "source_title",
+    "source_url",
+    "notes",
+)
+
+
+def run_table(runs: RunSet) -> pd.DataFrame:
+    """One row a run: what it was and how it ended."""
+    rows = [
+        {
+            "model": run.size,
+            "recipe": run.recipe,
+            "seed": run.record.seed,
+            "tokens": number(run.record.tokens),
+            "tokens / N": f"{run.record.tokens / run.parameters:.1f}",
+            "compute (FLOPs)": scientific(run.record.flops.total),
+            "validation loss (nats/token)": f"{run.validation_loss:.4f}",
+            "bits/byte": f"{run.bits_per_byte:.4f}",
+        }
+        for run in runs.runs
+    ]
+    return pd.DataFrame(rows)
+
+
+def parameter_conventions(runs: RunSet) -> pd.DataFrame:
+    """Parameters and training FLOPs a token of each model, by convention, and the share of GEMM FLOPs in FP8."""
+    rows = []
+    for size in runs.sizes:
+        record = runs.where(size=size)[0].record
+        rows.append(
+            {
+                "model": size,
+                "layers × width": f"{record.model.n_layers} × {record.model.d_model}",
+                "N, total": number(record.parameters.total),
+                "non-embedding": number(record.parameters.non_embedding),
+                "6·N": scientific(record.flops.per_token_6n),
+                "6·N_matmul + 12·L·d·T": scientific(record.flops.per_token_matmul_attention),
+                "6·N_matmul + 6·L·d·T": scientific(record.flops.per_token_matmul_attention_causal),
+                "linear-layer FLOPs in the blocks": f"{_block_share(runs.where(size=size)[0]):.0%}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _block_share(run: Run) -> float:
+    """Share of the linear layers' FLOPs outside the head: what FP8 can reach when the head stays in BF16."""
+    head = run.record.model.vocab_size * run.record.model.d_model
+    return 1 - head / run.record.parameters.matmul
+
+
+def conversion(run: Run) -> pd.DataFrame:
+    """What the precision swap did, one row a kind of layer instead of one a block."""
+    table = pd.DataFrame(run.record.conversion, columns=["name", "shape", "precision", "reason"])
+    table["layer"] = table["name"].str.replace(r"^blocks\.\d+\.", "", regex=True)
+    grouped = table.groupby(["layer", "shape", "precision", "reason"], sort=False).size().rename("count").reset_index()
+    return grouped.rename(columns={"shape": "shape (out × in)", "count": "layers of this kind"})
+
+
+def loss_gaps(runs: RunSet) -> pd.DataFrame:
+    """Validation loss of each FP8 recipe minus BF16's, with an interval where there are several seeds."""
+    rows = []
+    for (size, recipe), gap in runs.gaps().items():
+        baseline = float(np.mean([run.validation_loss for run in runs.where(size=size, recipe="bf16")]))
+        rows.append(
+            {
+                "model": size,
+                "recipe": recipe,
+                "BF16 loss (nats/token)": f"{baseline:.4f}",
+                "FP8 − BF16 (nats/token)": f"{gap.mean:+.4f}",
+                "95% interval": f"{gap.interval[0]:+.4f} to {gap.interval[1]:+.4f}" if gap.interval else "–",
+                "relative": f"{gap.mean / baseline:+.2%}",
+                "seeds": gap.seeds,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def spikes(runs: RunSet) -> pd.DataFrame:
+    """Signs of instability of each run."""
+    rows = [
+        {
+            "model": run.size,
+            "recipe": run.recipe,
+            "seed": run.record.seed,
+            "spike score": f"{run.record.stability.spike_score:.2%}" if run.record.stability else "–",
+            "skipped steps": run.record.stability.skipped_steps if run.record.stability else "–",
+            "largest gradient norm": f"{run.metrics['grad_norm'].max():.2f}",
+            "status": run.record.status,
+        }
+        for run in (*runs.runs, *(run for run in runs.unfinished if run.record.status == "diverged"))
+    ]
+    return pd.DataFrame(rows)
+
+
+def scores(runs: RunSet) -> pd.DataFrame:
+    """Every score of every scored run, as lm-eval gave it.
+
+    Columns: size, recipe, seed, task, metric, value, stderr (NaN where lm-eval gives none), n (items),
+    random_guess (accuracy of guessing; NaN where it has no meaning or is unknown).
+    """
+    rows = [row for run in runs.runs if run.evaluation is not None for row in _run_scores(run)]
+    columns = ["size", "recipe", "seed", "task", "metric", "value", "stderr", "n", "random_guess"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _run_scores(run: Run) -> list[dict[str, object]]:
+    evaluation = run.evaluation or {}
+    guesses = RANDOM_GUESS | evaluation.get("random_guess", {})
+    rows: list[dict[str, object]] = []
+    for task, values in evaluation["results"].items():
+        for key, value in values.items():
+            metric, _, filter_name = key.partition(",")
+            if filter_name != "none" or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            stderr = values.get(f"{metric}_stderr,none")
+            rows.append(
+                {
+                    "size": run.size,
+                    "recipe": run.recipe,
+                    "seed": run.record.seed,
+                    "task": task,
+                    "metric": metric,
+                    "value": float(value),
+                    "stderr": float(stderr) if isinstance(stderr, int | float) else np.nan,
+                    "n": evaluation.get("n-samples", {}).get(task, {}).get("effective"),
+                    "random_guess": guesses.get(task, np.nan) if metric in ("acc", "acc_norm") else np.nan,
+                }
+            )
+    return rows
+
+
+def score_table(runs: RunSet) -> pd.DataFrame:
+    """Scores for reading: a row a run, a column a task and metric; items and random guess in the first two rows."""
+    table = scores(runs)
+    header: list[dict[str, object]] = [{"model": "items", "recipe": ""}, {"model": "random guess", "recipe": ""}]
+    rows: dict[tuple[str, str, int], dict[str, object]] = {}
+    for _, score in table.iterrows():
+        column = f"{score['task']} ({score['metric']})"
+        header[0][column] = "–" if pd.isna(score["n"]) else f"{int(score['n']):,}"
+        header[1][column] = "–" if pd.isna(score["random_guess"]) else f"{score['random_guess']:.0%}"
+        row = rows.setdefault(
+            (score["size"], score["recipe"], score["seed"]), {"model": score["size"], "recipe": score["recipe"]}
+        )
+        row[column] = _score(score["value"], score["stderr"], score["metric"])
+    return pd.DataFrame([*header, *rows.values()]) if rows else pd.DataFrame()
+
+
+def _score(value: float, stderr: float, metric: str) -> str:
+    if metric in ("acc", "acc_norm"):
+        return f"{value:.1%}" if stderr != stderr else f"{value:.1%} ± {stderr:.1%}"
+    return f"{value:.4g}"
+
+
+def published_scores() -> pd.DataFrame:
+    """Scores that others published for comparable models, a source for each (fp8lab/published_scores.csv).
+
+    Raises:
+        UserError: the file lacks a column.
+    """
+    with resources.as_file(resources.files("fp8lab") / "published_scores.csv") as path:
+        if not path.exists():
+            return pd.DataFrame(columns=list(PUBLISHED_COLUMNS))
+        table = pd.read_csv(path)
+        missing = [column for column in PUBLISHED_COLUMNS if column not in table.columns]
+        if missing:
+            raise UserError(f"{path}: missing column {', '.join(missing)}")
+    return table
+
+
+def published_comparison(tasks: Sequence[str], models: Sequence[str], shots: int = 0) -> pd.DataFrame:
+    """Published accuracy (%) of `models` on `tasks`, `shots`-shot: a row a model.
+
+    A cell takes acc_norm for tasks that are usually quoted so (the lengths of their choices differ), else
+    acc; the metric stands in the heading, and a model without that very number has an empty cell.
+    """
+    table = published_scores()
+    table = table[(pd.to_numeric(table["shots"], errors="coerce") == shots) & table["model"].isin(models)]
+    rows = []
+    for model in models:
+        of_model = table[table["model"] == model]
+        if of_model.empty:
+            continue
+        row: dict[str, object] = {
+            "model": model,
+            "parameters": of_model["params"].iloc[0],
+            "training tokens": of_model["train_tokens"].iloc[0],
+        }
+        for task in tasks:
+            metric = usual_metric(task)
+            values = of_model[(of_model["task"] == task) & (of_model["metric"] == metric)]["value"]
+            row[f"{task} ({metric})"] = "–" if values.empty else f"{float(values.iloc[0]):.1f}"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def usual_metric(task: str) -> str:
+    """The accuracy that a task is usually quoted in."""
+    return "acc_norm" if task in ("hellaswag", "arc_challenge", "openbookqa", "piqa") else "acc"
+
+
+def data_composition(record: DataRecord) -> pd.DataFrame:
+    """A row a domain of a data set.
+
+    Args:
+        record: its `results` are the data set's manifest, its `config` the mixture.
+
+    Returns:
+        Columns: domain, weight (share of each batch), documents, train_tokens, validation_tokens, removed
+        (documents), contaminated (documents that share text with an evaluation item; among the removed).
+
+    Raises:
+        UserError: a domain or field is missing.
+    """
+    try:
+        rows = [
+            {
+                "domain": domain,
+                "weight": float(record.config["domains"][domain]["weight"]),
+                "documents": values["train"]["documents"],
+                "train_tokens": values["train"]["tokens"],
+                "validation_tokens": values["validation"]["tokens"],
+                "removed": sum(values["removed"].values()),
+                "contaminated": values["removed"]["contaminated"],
+            }
+            for domain, values in record.results["domains"].items()
+        ]
+    except KeyError as error:
+        raise UserError(f"{record.plan}/{record.run}/record.json: {error.args[0]}: missing") from None
+    return pd.DataFrame(rows)
+
+
+def data_table(record: DataRecord) -> pd.DataFrame:
+    """`data_composition` for reading."""
+    table = data_composition(record)
+    return pd.DataFrame(
+        {
+            "domain": table["domain"],
+            "share of each batch": table["weight"].map("{:.0%}".format),
+            "documents": table["documents"].map("{:,}".format),
+            "training tokens": table["train_tokens"].map(number),
+            "validation tokens": table["validation_tokens"].map(number),
+            "documents removed": table["removed"].map("{:,}".format),
+        }
+    )
+
+
+def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
+    """Speed of each recipe against BF16 timed in the same process.
+
+    Returns:
+        A row a setting (model, context, micro-batch) and recipe. Columns: model, setting, recipe, head,
+        step_ms (median), tokens_per_second, ratio (median over rounds of BF16's median step over the
+        recipe's), low, high (smallest and largest of the rounds), rounds, occasions, peak_memory_bytes.
+    """
+    keys = ["model", "seq_len", "micro_batch"]
+    steps = pd.concat([speed.steps for speed in speeds], ignore_index=True)
+    medians = (
+        steps.groupby([*keys, "recipe", "head", "occasion", "round"], sort=False)
+        .agg(step_ms=("step_ms", "median"), tokens=("tokens", "first"), memory=("peak_memory_bytes", "max"))
+        .reset_index()
+    )
+    is_baseline = (medians["recipe"] == "bf16") & (medians["head"] == "bf16")
+    baseline_ms = medians[is_baseline].set_index([*keys, "occasion", "round"])["step_ms"].rename("bf16_ms")
+    medians = medians.join(baseline_ms, on=[*keys, "occasion", "round"]).dropna(subset=["bf16_ms"])
+    medians["ratio"] = medians["bf16_ms"] / medians["step_ms"]
+    rows = []
+    for (model, seq_len, micro_batch, recipe, head), group in medians.groupby([*keys, "recipe", "head"], sort=False):
+        step_ms = float(group["step_ms"].median())
+        rows.append(
+            {
+                "model": model,
+                "setting": f"{model}, T {seq_len}, {micro_batch} sequences",
+                "recipe": recipe,
+                "head": head,
+                "step_ms": step_ms,
+                "tokens_per_second": float(group["tokens"].iloc[0]) / step_ms * 1e3,
+                "ratio": float(group["ratio"].median()),
+                "low": float(group["ratio"].min()),
+                "high": float(group["ratio"].max()),
+                "rounds": len(group),
+                "occasions": group["occasion"].nunique(),
+                "peak_memory_bytes": int(group["memory"].max()),
+            }
+        )
+    table = pd.DataFrame(rows)
+    order = table["setting"].map({setting: index for index, setting in enumerate(_by_speed(table))})
+    return table.assign(order=order).sort_values("order", kind="stable").drop(columns="order").reset_index(drop=True)
+
+
+def _by_speed(table: pd.DataFrame) -> list[str]:
+    """Settings from the smallest model (most tokens/s) to the largest."""
+    return unique(table[table["recipe"] == "bf16"].sort_values("tokens_per_second", ascending=False)["setting"])
+
+
+def speed_table(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
+    """`speed_ratios` for reading."""
+    table = speed_ratios(speeds)
+    return pd.DataFrame(
+        {
+            "model, context, micro-batch": table["setting"],
+            "recipe": table["recipe"],
+            "head": table["head"],
+            "step (ms)": table["step_ms"].map("{:.1f}".format),
+            "tokens/s": table["tokens_per_second"].map("{:,.0f}".format),
+            "× BF16": table["ratio"].map("{:.3f}".format),
+            "over rounds": [f"{low:.3f} to {high:.3f}" for low, high in zip(table["low"], table["high"], strict=True)],
+            "peak memory (GiB)": (table["peak_memory_bytes"] / 2**30).map("{:.1f}".format),
+        }
+    )
+
+
+def planned_runs(plan: Plan, bf16_mfu: float) -> pd.DataFrame:
+    """What a plan will cost before it runs: planned, never measured.
+
+    Args:
+        bf16_mfu: assumed share of BF16's peak FLOP/s, for the hours.
+    """
+    rows = []
+    for config in plan.runs:
+        per_token = flops.flops_per_token(config.model)
+        rows.append(
+            {
+                "run": config.run,
+                "N": number(parameter_count(config.model)),
+                "tokens": number(config.tokens),
+                "tokens / N": f"{config.tokens / parameter_count(config.model):.1f}",
+                "FLOPs, 6·N": scientific(per_token.per_token_6n * config.tokens),
+                "FLOPs, matmul + attention": scientific(per_token.per_token_matmul_attention * config.tokens),
+                "FLOPs, causal": scientific(per_token.per_token_matmul_attention_causal * config.tokens),
+                "memory (GB)": f"{estimate.memory_bytes(config) / 1e9:.0f}",
+                "hours, 1 H100": _hours(estimate.hours(config, bf16_mfu, 1)),
+                "hours, 8 H100s": _hours(estimate.hours(config, bf16_mfu, 8)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _hours(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
