@@ -116,7 +116,7 @@ class TiedHead(nn.Module):
     """The output projection, through the embedding's weight; a module of its own so that its GEMM can be swapped."""
 
     def forward(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """Logits (..., vocab_size) of `hidden` (..., d_model) and `weight` (vocab_size, d_model), in `hidden`'s dtype."""
+        """Logits (..., vocab_size), in the dtype of `hidden` (..., d_model); `weight` is (vocab_size, d_model)."""
         return F.linear(hidden, weight.to(hidden.dtype))
 
 
@@ -139,19 +139,22 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Normal(0, 0.02), projections into the residual stream scaled by 1 / sqrt(2 n_layers) (GPT-2, section 2.3).
+        """Normal(0, 2 / (5 d_model)) (SmallInit: 1910.05895), projections into the residual stream / sqrt(2 n_layers).
 
+        The standard deviation is GPT-2's 0.02 at a width of 1,000; a fixed 0.02 would make the toy widths start
+        so near zero that a run of a few hundred steps hardly leaves it.
         Drawn on the CPU in the order of `named_parameters`, so that a seed means the same weights
         on every device and in every recipe.
         """
         generator = torch.Generator().manual_seed(seed)
+        deviation = math.sqrt(2 / (5 * self.config.d_model))
         residual_scale = 1 / math.sqrt(2 * self.config.n_layers)
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2:
                 parameter.fill_(1.0)
                 continue
             scale = residual_scale if name.endswith(("attention.output.weight", "mlp.down.weight")) else 1.0
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (0.02 * scale))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (deviation * scale))
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Final normed activations (batch, seq, d_model) of token ids (batch, seq)."""

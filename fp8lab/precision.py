@@ -207,7 +207,7 @@ class Float8TiedHead(nn.Module):
         self._config = config
 
     def forward(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """Logits (..., vocab_size) of `hidden` (..., d_model) and `weight` (vocab_size, d_model), in `hidden`'s dtype."""
+        """Logits (..., vocab_size), in the dtype of `hidden` (..., d_model); `weight` is (vocab_size, d_model)."""
         from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
 
         # grad_weight in BF16 (rowwise_with_gw_hp) multiplies operands of one dtype.

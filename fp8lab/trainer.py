@@ -25,14 +25,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fp8lab import checkpoint, flops, records
 from fp8lab.config import RunConfig, read_run_config
@@ -78,7 +77,7 @@ class Interrupted(Exception):
 
 
 class Diverged(Exception):
-    """Every one of the last steps was skipped for a loss or gradient that is not finite."""
+    """Every one of the last steps was skipped."""
 
 
 def train(
@@ -453,8 +452,8 @@ class _Recorder:
             return
         step, layer = self._first_bad()
         raise Diverged(
-            f"{DIVERGED_AFTER} steps in a row with a loss or gradient that is not finite; "
-            f"the first was step {step}, in {layer}"
+            f"{DIVERGED_AFTER} steps in a row were skipped"
+            + (f"; the first loss or gradient that is not finite was at step {step}, in {layer}" if step else "")
         )
 
     def _first_bad(self) -> tuple[int | None, str | None]:
