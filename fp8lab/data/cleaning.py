@@ -86,9 +86,9 @@ def signature(text: str) -> np.ndarray:
     words = word_hashes(text)
     shingles = ngram_hashes(words, min(SHINGLE, max(len(words), 1)))
     minhash = MinHash(num_perm=PERMUTATIONS, seed=1, hashfunc=int, scheme="affine32")
-    values = np.unique(shingles & np.uint64(0xFFFFFFFF))
-    for start in range(0, len(values), _SHINGLES_AT_ONCE):
-        minhash.update_batch(values[start : start + _SHINGLES_AT_ONCE].tolist())
+    for start in range(0, len(shingles), _SHINGLES_AT_ONCE):
+        low_bits = shingles[start : start + _SHINGLES_AT_ONCE] & np.uint64(0xFFFFFFFF)
+        minhash.update_batch(low_bits.tolist())
     return np.asarray(minhash.hashvalues, dtype=np.uint32)
 
 

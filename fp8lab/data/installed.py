@@ -164,7 +164,7 @@ def _prose(source: InstalledSource) -> Iterator[Piece]:
         if isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values, strict=True):
                 if isinstance(key, ast.Constant) and isinstance(value, ast.Constant):
-                    yield Piece("pydoc_data", f"pydoc_data/{key.value}", str(value.value))
+                    yield Piece("pydoc_data", f"pydoc_data/{key.value!s}", str(value.value))
 
 
 def _sentences(text: str) -> str:

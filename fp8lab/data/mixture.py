@@ -59,8 +59,10 @@ class HubSource(Config):
     """Name on the hub, or a folder."""
     subset: str | None = None
     """The data set's configuration, where it has several."""
-    data_dir: str | None = None
-    """Folder inside the data set to read."""
+    data_files: tuple[str, ...] = ()
+    """Shell patterns of the files inside the data set to read; all of the split without any."""
+    where: dict[str, str] = Field(default={})
+    """Values that a row must have, by column; a dot enters a nested one ('metadata.language')."""
     revision: str
     """Branch, tag or commit. A commit is the only one that stays what it was."""
     split: str = "train"
@@ -68,7 +70,7 @@ class HubSource(Config):
     licence: str
     """Licence of the text, as the data set's card states it."""
     parts: int = Field(default=16, gt=0)
-    """Pieces that are tokenised side by side; each yields its share of `max_tokens`."""
+    """Pieces that are tokenised side by side, at most the data set's files; each yields its share of `max_tokens`."""
     max_tokens: int = Field(gt=0)
     """Training tokens to build."""
     validation_fraction: float = Field(default=0.0005, gt=0, lt=0.5)

@@ -9,12 +9,13 @@ is the same every time.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from fp8lab.data.mixture import HubSource, JsonlSource
 from fp8lab.errors import UserError
@@ -43,14 +44,19 @@ class JsonlPart:
 
     def documents(self) -> Iterator[str | None]:
         """Every line's text; None for a line that is not UTF-8, not JSON or has no text."""
-        undecodable = inspect_lines(self.path)
+        lines, undecodable = inspect_lines(self.path)
         dataset = _load_dataset(
             "text", data_files=_literal(self.path), split="train", streaming=True, encoding_errors="replace"
         )
+        number = -1
         for number, row in enumerate(dataset):
             line = row["text"]
             if line.strip():
                 yield None if number in undecodable else _text_of(line, self.text_field)
+        if number + 1 != lines:
+            raise UserError(
+                f"{self.path}: {lines} lines, of which `datasets` read {number + 1}; compress it in one frame"
+            )
 
 
 @dataclass(frozen=True)
@@ -76,27 +82,37 @@ class HubPart:
         return -(-self.source.max_tokens // self.source.parts)
 
     def documents(self) -> Iterator[str | None]:
-        """The text of every row of this share; None where it is missing."""
+        """The text of every row of this share that `where` admits; None where it is missing."""
         source = self.source
         dataset = _load_dataset(
             source.dataset,
             source.subset,
-            data_dir=source.data_dir,
+            data_files=list(source.data_files) or None,
             # A revision is of the hub; a folder has none.
             revision=None if Path(source.dataset).is_dir() else source.revision,
             split=source.split,
             streaming=True,
         )
-        if dataset.num_shards >= source.parts:
-            rows = dataset.shard(num_shards=source.parts, index=self.index)
-        else:
-            rows = (row for number, row in enumerate(dataset) if number % source.parts == self.index)
-        for row in rows:
+        if source.parts > dataset.num_shards:
+            raise UserError(
+                f"domain {self.domain!r}: parts: {source.parts} is more than the {dataset.num_shards} files of "
+                f"{source.dataset}"
+            )
+        for row in dataset.shard(num_shards=source.parts, index=self.index):
             if source.text_field not in row:
                 raise UserError(
-                    f"{source.dataset}: text_field {source.text_field!r}: no such column; it has {', '.join(row)}"
+                    f"domain {self.domain!r}: text_field: {source.dataset} has no column {source.text_field!r}; "
+                    f"it has {', '.join(row)}"
                 )
-            yield _encodable(row[source.text_field])
+            if all(_value_at(row, path) == value for path, value in source.where.items()):
+                yield _encodable(row[source.text_field])
+
+
+def _value_at(row: Any, path: str) -> Any:
+    """The value of a column, or of a nested one: 'metadata.language'."""
+    for name in path.split("."):
+        row = row.get(name) if isinstance(row, dict) else None
+    return row
 
 
 Part = JsonlPart | HubPart
@@ -132,17 +148,21 @@ def _matches(file: Path, patterns: tuple[str, ...], folder: Path) -> bool:
     return any(file in set(folder.glob(pattern)) for pattern in patterns)
 
 
-def open_text(path: Path) -> Any:
+def open_text(path: Path) -> BinaryIO:
     """The decompressed bytes of a ``.jsonl`` or ``.jsonl.zst`` file."""
     if path.suffix == ".zst":
         import zstandard
 
-        return zstandard.open(path, "rb")
+        stream = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
+        return io.BufferedReader(stream, _BLOCK)
     return path.open("rb")
 
 
-def inspect_lines(path: Path) -> frozenset[int]:
-    """Numbers (from 0) of the lines that are not UTF-8, found without holding more than one line.
+def inspect_lines(path: Path) -> tuple[int, frozenset[int]]:
+    """Count the lines and find those that are not UTF-8, without holding more than one.
+
+    Returns:
+        the number of lines, and the numbers (from 0) of those that are not UTF-8.
 
     Raises:
         UserError: a line is longer than 200 MB; the message gives its number (from 1).
@@ -158,7 +178,7 @@ def inspect_lines(path: Path) -> frozenset[int]:
             except UnicodeDecodeError:
                 undecodable.add(number)
             number += 1
-    return frozenset(undecodable)
+    return number, frozenset(undecodable)
 
 
 def file_sha256(path: Path) -> str:
