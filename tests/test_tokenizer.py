@@ -43,7 +43,7 @@ def test_training_again_gives_the_same_tokenizer(small: tiktoken.Encoding) -> No
 
 
 def test_too_little_text_for_the_vocabulary_is_refused() -> None:
-    with pytest.raises(UserError, match="yields 25[0-9] entries, not the 512"):
+    with pytest.raises(UserError, match=r"yields 25[0-9] entries, not the 512"):
         tokenizer.train(["a b"], 512, "small")
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import warnings
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -217,20 +216,19 @@ def domain_pattern(weights: list[float]) -> np.ndarray:
     """
     counts = _whole_counts(weights)
     period = sum(counts)
-    slack = 1 - Fraction(1, max(2 * len(counts) - 2, 2))
+    # In units of 1 / denominator sequences, so that every comparison is exact.
+    denominator = max(2 * len(counts) - 2, 2)
     used = [0] * len(counts)
     pattern = np.empty(period, dtype=np.int64)
     for index in range(period):
-        best, best_deadline = -1, None
-        for domain, count in enumerate(counts):
-            ahead_allowed = Fraction(count * (index + 1), period) - used[domain] >= 1 - slack
-            if not count or not ahead_allowed:
-                continue
-            deadline = (slack + used[domain]) * period / count
-            if best_deadline is None or deadline < best_deadline:
-                best, best_deadline = domain, deadline
-        pattern[index] = best
-        used[best] += 1
+        allowed = [
+            domain
+            for domain, count in enumerate(counts)
+            if denominator * (count * (index + 1) - used[domain] * period) >= period
+        ]
+        chosen = min(allowed, key=lambda domain: (denominator * (used[domain] + 1) - 1) / counts[domain])
+        pattern[index] = chosen
+        used[chosen] += 1
     return pattern
 
 

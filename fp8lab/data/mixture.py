@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from fp8lab.config import Config, Name, read_yaml, validate
 from fp8lab.errors import UserError
@@ -104,12 +104,27 @@ class TokenizerFile(Config):
     """SHA-256 of that file."""
 
 
+def _tokenizer_kind(value: Any) -> str:
+    if isinstance(value, str):
+        return "gpt2"
+    fields = value if isinstance(value, dict) else vars(value)
+    return "trained" if "vocab_size" in fields else "file"
+
+
+TokenizerConfig = Annotated[
+    Annotated[Literal["gpt2"], Tag("gpt2")]
+    | Annotated[TokenizerFile, Tag("file")]
+    | Annotated[TrainedTokenizer, Tag("trained")],
+    Discriminator(_tokenizer_kind),
+]
+
+
 class MixtureConfig(Config):
     """Where a model's text comes from, in which shares, and how it becomes tokens."""
 
     name: Name
     description: str
-    tokenizer: Literal["gpt2"] | TokenizerFile | TrainedTokenizer
+    tokenizer: TokenizerConfig
     """'gpt2', {file, sha256} or {vocab_size}."""
     decontaminate: bool = True
     """Remove documents that share a 13-gram with an evaluation item; the build then needs the evaluation data."""

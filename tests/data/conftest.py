@@ -76,7 +76,7 @@ def mixture_of(tmp_path: Path) -> Callable[..., MixtureConfig]:
             "domains": domains,
         } | fields
         path = tmp_path / "small.yaml"
-        path.write_text(yaml.safe_dump(values))
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
         return load_mixture(path)
 
     return make

@@ -122,7 +122,7 @@ def test_a_mixtures_weights_are_met_within_a_thousandth_over_a_million_tokens(pa
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=6))
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 def test_no_domain_is_ever_a_sequence_away_from_its_share(parts: list[int]) -> None:
     weights = np.array(parts) / sum(parts)
     pattern = domain_pattern(list(weights))
@@ -146,10 +146,11 @@ def test_epochs_are_counted_and_more_than_four_warn_once(dataset: TokenDataset) 
         warnings.simplefilter("error")
         for step in range(35):
             one.batch(step)
-    with pytest.warns(UserWarning, match="'prose': more than 4 passes") as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         for step in range(35, 45):
             one.batch(step)
-    assert len(caught) == 1
+    assert ["'prose': more than 4 passes" in str(warning.message) for warning in caught] == [True]
 
 
 def test_a_batch_that_does_not_divide_by_the_devices_is_refused(dataset: TokenDataset) -> None:

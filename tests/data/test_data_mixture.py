@@ -32,7 +32,7 @@ def _demo(tmp_path: Path, change: Callable[[dict], None]) -> Path:
     values = yaml.safe_load((ROOT / "runs/mixtures/demo.yaml").read_text())
     change(values)
     path = tmp_path / "changed.yaml"
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path
 
 
