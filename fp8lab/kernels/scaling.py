@@ -1,0 +1,192 @@
+"""Scales, amax histories and counters of the fused path.
+
+A tensor is multiplied by its *quantise* scale before it is rounded to FP8, and the GEMM multiplies its
+result by the *dequantise* scale, the inverse. The scale of this step comes from the largest magnitudes
+(amax) of earlier steps: *delayed scaling* (FP8 Formats for Deep Learning, 2209.05433; Transformer
+Engine's default). So the kernel that makes a tensor can write it in FP8 at once, in one pass over
+memory, and gathers the amax for the next step on the way.
+
+Every tensor that is quantised has a *slot*: its row of flat buffers over the whole model. Moving all
+histories is then a handful of operations on one small tensor, once an optimizer step, however many
+micro-steps or recomputations it had: until `Fp8State.end_step` an amax only grows, and a repeated
+maximum changes nothing. With several ranks, `end_step` is where their amax would be reduced.
+
+The first step has no history. While `Fp8State.calibrating`, each quantising kernel runs twice, the
+first time only for its amax, so that the first step is scaled by its own tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Format = Literal["e4m3", "e5m2"]
+
+DTYPES: dict[Format, torch.dtype] = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+SCALE_STRIDE = 4
+"""Floats a slot: cuBLASLt reads scales at addresses that are multiples of 16 bytes."""
+DEQUANTISE, QUANTISE = 0, 1
+"""Places of the two scales in a slot."""
+
+
+@dataclass(frozen=True)
+class Fp8Settings:
+    """Numerics of the fused path."""
+
+    gradient_format: Format = "e4m3"
+    """E4M3 has a mantissa bit more than E5M2 and 2^18 between its largest and smallest numbers instead of 2^32.
+
+    Per-tensor scales follow the gradients, so precision is worth more here than range (DeepSeek-V3,
+    2412.19437, section 3.3.2, uses E4M3 throughout).
+    """
+    history: int = 16
+    """Steps whose largest amax sets the scale."""
+    margin: int = 1
+    """Powers of two left free above that amax, for a step that exceeds it. Costs range, not precision."""
+    power_of_two_scales: bool = True
+    """Round scales down to powers of two: scaling then rounds nothing."""
+    recompute_rotated: bool = False
+    """Rotate q and k again in backward instead of keeping them: less memory, one more pass."""
+    bf16_output_gradient_below: int = 1024
+    """Width below which the output projection's weight gradient stays in BF16.
+
+    It has d_model^2 outputs: too few tiles to fill a GPU with FP8 GEMMs, and its BF16 operands exist anyway.
+    """
+
+
+class Slot(NamedTuple):
+    """Where one tensor's scales are read and its amax is gathered."""
+
+    scale: Tensor
+    """(4,) FP32: dequantise, quantise, two unused."""
+    amax: Tensor
+    """(4,) FP32: largest finite magnitude since the last step, three unused."""
+    dtype: torch.dtype
+    """FP8 format."""
+
+    @property
+    def dequantise(self) -> Tensor:
+        """Scalar that the GEMM multiplies by; 16-byte aligned."""
+        return self.scale[DEQUANTISE]
+
+    @property
+    def limit(self) -> float:
+        """Largest finite magnitude of the format."""
+        return torch.finfo(self.dtype).max
+
+
+def scales_for(amax: Tensor, limit: Tensor | float, settings: Fp8Settings, previous: Tensor) -> Tensor:
+    """Quantise scales that map `amax` onto `limit` less the margin; `previous` where amax says nothing (0)."""
+    scale = limit / (amax * 2.0**settings.margin)
+    if settings.power_of_two_scales:
+        _, exponent = torch.frexp(scale)
+        scale = torch.ldexp(torch.ones_like(scale), exponent - 1)
+    # A tensor of denormals would want a scale that overflows.
+    return torch.where(amax > 0, scale.clamp(2.0**-100, 2.0**100), previous)
+
+
+def set_current_scale(slot: Slot, settings: Fp8Settings) -> None:
+    """Scale `slot` by the amax gathered so far."""
+    quantise = scales_for(slot.amax[0], slot.limit, settings, slot.scale[QUANTISE])
+    slot.scale[QUANTISE] = quantise
+    slot.scale[DEQUANTISE] = quantise.reciprocal()
+
+
+class Fp8State(nn.Module):
+    """Scales and histories of all slots; its buffers are part of a checkpoint."""
+
+    scale: Tensor
+    amax: Tensor
+    history: Tensor
+    steps: Tensor
+    saturated_steps: Tensor
+    underflowing_steps: Tensor
+    limit: Tensor
+    smallest_normal: Tensor
+
+    def __init__(self, formats: list[Format], settings: Fp8Settings) -> None:
+        """
+        Args:
+            formats: the format of each slot.
+            settings: numerics.
+        """
+        super().__init__()
+        self.settings = settings
+        self._dtypes = [DTYPES[name] for name in formats]
+        count = len(formats)
+        self.register_buffer("scale", torch.ones(count, SCALE_STRIDE))
+        self.register_buffer("amax", torch.zeros(count, SCALE_STRIDE))
+        self.register_buffer("history", torch.zeros(settings.history, count))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("saturated_steps", torch.zeros(count, dtype=torch.int64))
+        self.register_buffer("underflowing_steps", torch.zeros(count, dtype=torch.int64))
+        limits = torch.tensor([torch.finfo(dtype).max for dtype in self._dtypes])
+        normals = torch.tensor([torch.finfo(dtype).smallest_normal for dtype in self._dtypes])
+        self.register_buffer("limit", limits, persistent=False)
+        self.register_buffer("smallest_normal", normals, persistent=False)
+        self._step: int | None = 0
+        self._slots: list[Slot] | None = None
+
+    @property
+    def calibrating(self) -> bool:
+        """True until the first step has ended."""
+        if self._step is None:
+            self._step = int(self.steps)
+        return self._step == 0
+
+    def slots(self, first: int, count: int, *, record: bool) -> list[Slot]:
+        """`count` slots from `first`.
+
+        Args:
+            record: gather amax into the histories; without it the slots are copies, and evaluation leaves no trace.
+        """
+        if not record:
+            window = slice(first, first + count)
+            return self._make_slots(self.scale[window].clone(), self.amax[window].clone(), self._dtypes[window])
+        if self._slots is None:
+            self._slots = self._make_slots(self.scale, self.amax, self._dtypes)
+        return self._slots[first : first + count]
+
+    @staticmethod
+    def _make_slots(scale: Tensor, amax: Tensor, dtypes: list[torch.dtype]) -> list[Slot]:
+        return [Slot(*parts) for parts in zip(scale.unbind(), amax.unbind(), dtypes, strict=True)]
+
+    def quantise(self, slot: Slot, kernel: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a quantising `kernel`; on the first step twice, so that it is scaled by its own amax."""
+        if self.calibrating:
+            kernel(*arguments)
+            set_current_scale(slot, self.settings)
+        return kernel(*arguments)
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Move every history on by one step and set the next step's scales."""
+        amax = self.amax[:, 0]
+        # Several ranks would reduce `amax` here: all_reduce(amax, MAX).
+        scaled = amax * self.scale[:, QUANTISE]
+        self.saturated_steps += scaled > self.limit
+        self.underflowing_steps += (amax > 0) & (scaled < self.smallest_normal)
+        self.history[self._position()].copy_(amax)
+        quantise = scales_for(self.history.amax(0), self.limit, self.settings, self.scale[:, QUANTISE])
+        self.scale[:, QUANTISE] = quantise
+        self.scale[:, DEQUANTISE] = quantise.reciprocal()
+        self.amax.zero_()
+        self.steps += 1
+        assert self._step is not None
+        self._step += 1
+
+    def _position(self) -> int:
+        assert self._step is not None or not self.calibrating
+        return self._step % self.settings.history if self._step is not None else 0
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        super()._load_from_state_dict(*arguments, **keywords)
+        self._step = None
+
+    def _apply(self, *arguments: Any, **keywords: Any) -> Fp8State:
+        self._slots = None
+        return super()._apply(*arguments, **keywords)

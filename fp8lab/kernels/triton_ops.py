@@ -1,0 +1,506 @@
+"""The Triton kernels; `fp8lab.kernels.reference` says what each computes.
+
+All are limited by memory bandwidth, so each reads its inputs once where it can. Three shapes of kernel:
+
+- *rows*: a program holds whole rows in registers and reduces along them (RMSNorm, its backward);
+- *tiles*: a program holds a tile of rows x columns and writes it in one layout or both;
+- *heads*: a tile of tokens of one attention head, whose dimension is reduced (QK-norm).
+
+A tile that is stored in both layouts is transposed in BF16 and cast to FP8 afterwards: Triton 3.6 stores a
+wrong transposed copy if the FP8 tile itself is transposed.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fp8lab.kernels.scaling import Slot
+
+ROW_ELEMENTS = 4096
+"""Elements of the rows that one program of a row kernel holds."""
+TILE_ROWS, TILE_COLUMNS, TILE_WARPS = 128, 64, 8
+FLAT_ROWS, FLAT_COLUMNS = 8, 512
+"""Tile of kernels that write no transposed copy: long rows, for coalescing."""
+HEAD_TOKENS = 64
+VOCABULARY_BLOCK = 4096
+
+
+@triton.jit
+def _saturate(value, scale, limit):
+    """Scaled, finite values saturated, the rest NaN; in BF16, from which every FP8 copy is cast."""
+    scaled = tl.minimum(tl.maximum(value * scale, -limit), limit)
+    return tl.where(tl.abs(value) < float("inf"), scaled, float("nan")).to(tl.bfloat16)
+
+
+@triton.jit
+def _observe(amax_ptr, value):
+    """Raise the amax to that of a tile's finite values."""
+    magnitude = tl.abs(value)
+    finite = tl.where(magnitude < float("inf"), magnitude, 0.0)
+    amax = tl.max(tl.max(finite, axis=1), axis=0)
+    # Most tiles do not raise it: reading is cheaper than a contended atomic.
+    tl.atomic_max(amax_ptr, amax, mask=amax > tl.load(amax_ptr))
+
+
+@triton.jit
+def _quantise_kernel(
+    x_ptr, out_ptr, out_t_ptr, scale_ptr, amax_ptr, rows, columns, limit,
+    OBSERVE: tl.constexpr, ROW_MAJOR: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    offset = row[:, None] * columns + column[None, :]
+    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    if OBSERVE:
+        _observe(amax_ptr, x)
+    value = _saturate(x, tl.load(scale_ptr + 1), limit)
+    if ROW_MAJOR:
+        tl.store(out_ptr + offset, value.to(out_ptr.dtype.element_ty), mask=mask)
+    if TRANSPOSED:
+        mask_t = (column < columns)[:, None] & (row < rows)[None, :]
+        tl.store(
+            out_t_ptr + column[:, None] * rows + row[None, :],
+            tl.trans(value).to(out_t_ptr.dtype.element_ty),
+            mask=mask_t,
+        )
+
+
+def _quantise(x: Tensor, slot: Slot, *, observe: bool, row_major: bool, transposed: bool) -> tuple[Tensor, Tensor]:
+    rows, columns = x.shape
+    out = torch.empty((rows, columns) if row_major else (0,), dtype=slot.dtype, device=x.device)
+    out_t = torch.empty((columns, rows) if transposed else (0,), dtype=slot.dtype, device=x.device)
+    block_rows, block_columns = (TILE_ROWS, TILE_COLUMNS) if transposed else (FLAT_ROWS, FLAT_COLUMNS)
+    _quantise_kernel[(triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns))](
+        x, out, out_t, slot.scale, slot.amax, rows, columns, slot.limit,
+        OBSERVE=observe, ROW_MAJOR=row_major, TRANSPOSED=transposed,
+        BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns, num_warps=TILE_WARPS,
+    )  # fmt: skip
+    return out, out_t
+
+
+def quantise(x: Tensor, slot: Slot) -> Tensor:
+    return _quantise(x, slot, observe=True, row_major=True, transposed=False)[0]
+
+
+def quantise_transposed(x: Tensor, slot: Slot) -> Tensor:
+    return _quantise(x, slot, observe=False, row_major=False, transposed=True)[1]
+
+
+def quantise_both(x: Tensor, slot: Slot) -> tuple[Tensor, Tensor]:
+    return _quantise(x, slot, observe=True, row_major=True, transposed=True)
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr, branch_ptr, gain_ptr, total_ptr, rstd_ptr, out_ptr, scale_ptr, amax_ptr, rows, d, epsilon, limit,
+    HAS_BRANCH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (column < d)[None, :]
+    offset = row[:, None] * d + column[None, :]
+    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BRANCH:
+        x += tl.load(branch_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        # Normalise what is stored: backward reads it again.
+        total = x.to(tl.bfloat16)
+        tl.store(total_ptr + offset, total, mask=mask)
+        x = total.to(tl.float32)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / d + epsilon)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    gain = tl.load(gain_ptr + column, mask=column < d, other=0.0)
+    normed = x * rstd[:, None] * gain[None, :]
+    _observe(amax_ptr, normed)
+    tl.store(out_ptr + offset, _saturate(normed, tl.load(scale_ptr + 1), limit).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _row_blocks(d: int) -> tuple[int, int]:
+    """Rows and columns of a row kernel's program."""
+    block = triton.next_power_of_2(d)
+    return max(1, ROW_ELEMENTS // block), block
+
+
+def rms_norm(
+    x: Tensor, branch: Tensor | None, gain: Tensor, epsilon: float, slot: Slot
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, d = x.shape
+    total = x if branch is None else torch.empty_like(x)
+    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    out = torch.empty(rows, d, dtype=slot.dtype, device=x.device)
+    block_rows, block = _row_blocks(d)
+    _rms_norm_kernel[(triton.cdiv(rows, block_rows),)](
+        x, x if branch is None else branch, gain, total, rstd, out, slot.scale, slot.amax, rows, d, epsilon,
+        slot.limit, HAS_BRANCH=branch is not None, BLOCK_ROWS=block_rows, BLOCK=block, num_warps=8,
+    )  # fmt: skip
+    return total, rstd, out
+
+
+@triton.jit
+def _rms_norm_transposed_kernel(
+    x_ptr, rstd_ptr, gain_ptr, out_t_ptr, scale_ptr, rows, d, limit,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    mask = (row < rows)[:, None] & (column < d)[None, :]
+    x = tl.load(x_ptr + row[:, None] * d + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+    gain = tl.load(gain_ptr + column, mask=column < d, other=0.0)
+    value = _saturate(x * rstd[:, None] * gain[None, :], tl.load(scale_ptr + 1), limit)
+    mask_t = (column < d)[:, None] & (row < rows)[None, :]
+    tl.store(
+        out_t_ptr + column[:, None] * rows + row[None, :], tl.trans(value).to(out_t_ptr.dtype.element_ty), mask=mask_t
+    )
+
+
+def rms_norm_transposed(x: Tensor, rstd: Tensor, gain: Tensor, slot: Slot) -> Tensor:
+    rows, d = x.shape
+    out_t = torch.empty(d, rows, dtype=slot.dtype, device=x.device)
+    _rms_norm_transposed_kernel[(triton.cdiv(rows, TILE_ROWS), triton.cdiv(d, TILE_COLUMNS))](
+        x, rstd, gain, out_t, slot.scale, rows, d, slot.limit,
+        BLOCK_ROWS=TILE_ROWS, BLOCK_COLUMNS=TILE_COLUMNS, num_warps=TILE_WARPS,
+    )  # fmt: skip
+    return out_t
+
+
+@triton.jit
+def _rms_norm_backward_kernel(
+    grad_ptr, x_ptr, rstd_ptr, gain_ptr, residual_ptr, grad_x_ptr, partial_ptr, rows, d,
+    BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, BLOCK)
+    in_row = column < d
+    gain = tl.load(gain_ptr + column, mask=in_row, other=0.0)
+    grad_gain = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(tl.program_id(0) * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS):
+        row = first + tl.arange(0, BLOCK_ROWS).to(tl.int64)
+        mask = (row < rows)[:, None] & in_row[None, :]
+        offset = row[:, None] * d + column[None, :]
+        grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        residual = tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)[:, None]
+        unit = x * rstd
+        grad_gain += tl.sum(grad * unit, axis=0)
+        scaled = grad * gain[None, :]
+        mean = tl.sum(scaled * unit, axis=1) / d
+        grad_x = (scaled - unit * mean[:, None]) * rstd + residual
+        tl.store(grad_x_ptr + offset, grad_x.to(tl.bfloat16), mask=mask)
+    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * d + column, grad_gain, mask=in_row)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def rms_norm_backward(
+    grad_normed: Tensor, x: Tensor, rstd: Tensor, gain: Tensor, grad_residual: Tensor
+) -> tuple[Tensor, Tensor]:
+    rows, d = x.shape
+    block_rows, block = _row_blocks(d)
+    # Few programs, each over many rows: the gain's gradient is a sum over rows, kept in registers meanwhile.
+    programs = min(triton.cdiv(rows, block_rows), 4 * _processors(x.device))
+    grad_x = torch.empty_like(x)
+    partial = torch.empty(programs, d, dtype=torch.float32, device=x.device)
+    _rms_norm_backward_kernel[(programs,)](
+        grad_normed, x, rstd, gain, grad_residual, grad_x, partial, rows, d,
+        BLOCK_ROWS=block_rows, BLOCK=block, num_warps=8,
+    )  # fmt: skip
+    return grad_x, partial.sum(0)
+
+
+@triton.jit
+def _swiglu_kernel(
+    gate_up_ptr, out_ptr, scale_ptr, amax_ptr, rows, d_ff, limit,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    mask = (row < rows)[:, None] & (column < d_ff)[None, :]
+    pair = row[:, None] * (2 * d_ff) + column[None, :]
+    gate = tl.load(gate_up_ptr + pair, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + pair + d_ff, mask=mask, other=0.0).to(tl.float32)
+    activated = gate * tl.sigmoid(gate) * up
+    _observe(amax_ptr, activated)
+    value = _saturate(activated, tl.load(scale_ptr + 1), limit)
+    tl.store(out_ptr + row[:, None] * d_ff + column[None, :], value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def swiglu(gate_up: Tensor, slot: Slot) -> Tensor:
+    rows, d_ff = len(gate_up), gate_up.shape[1] // 2
+    out = torch.empty(rows, d_ff, dtype=slot.dtype, device=gate_up.device)
+    _swiglu_kernel[(triton.cdiv(rows, FLAT_ROWS), triton.cdiv(d_ff, FLAT_COLUMNS))](
+        gate_up, out, slot.scale, slot.amax, rows, d_ff, slot.limit,
+        BLOCK_ROWS=FLAT_ROWS, BLOCK_COLUMNS=FLAT_COLUMNS, num_warps=TILE_WARPS,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _swiglu_backward_kernel(
+    gate_up_ptr, grad_ptr, out_ptr, out_t_ptr, activated_t_ptr, grad_scale_ptr, amax_ptr, scale_ptr, rows, d_ff,
+    grad_limit, limit, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    mask = (row < rows)[:, None] & (column < d_ff)[None, :]
+    mask_t = (column < d_ff)[:, None] & (row < rows)[None, :]
+    pair = row[:, None] * (2 * d_ff) + column[None, :]
+    gate = tl.load(gate_up_ptr + pair, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + pair + d_ff, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + row[:, None] * d_ff + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    grad_scale = tl.load(grad_scale_ptr + 1)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    column_t = column[:, None] * rows + row[None, :]
+
+    activated = _saturate(silu * up, tl.load(scale_ptr + 1), limit)
+    tl.store(activated_t_ptr + column_t, tl.trans(activated).to(activated_t_ptr.dtype.element_ty), mask=mask_t)
+
+    grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
+    _observe(amax_ptr, grad_gate)
+    value = _saturate(grad_gate, grad_scale, grad_limit)
+    tl.store(out_ptr + pair, value.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_t_ptr + column_t, tl.trans(value).to(out_t_ptr.dtype.element_ty), mask=mask_t)
+
+    grad_up = grad * silu
+    _observe(amax_ptr, grad_up)
+    value = _saturate(grad_up, grad_scale, grad_limit)
+    tl.store(out_ptr + pair + d_ff, value.to(out_ptr.dtype.element_ty), mask=mask)
+    up_t = column_t + tl.cast(d_ff, tl.int64) * rows
+    tl.store(out_t_ptr + up_t, tl.trans(value).to(out_t_ptr.dtype.element_ty), mask=mask_t)
+
+
+def swiglu_backward(gate_up: Tensor, grad: Tensor, slot: Slot, grad_slot: Slot) -> tuple[Tensor, Tensor, Tensor]:
+    rows, d_ff = grad.shape
+    out = torch.empty(rows, 2 * d_ff, dtype=grad_slot.dtype, device=grad.device)
+    out_t = torch.empty(2 * d_ff, rows, dtype=grad_slot.dtype, device=grad.device)
+    activated_t = torch.empty(d_ff, rows, dtype=slot.dtype, device=grad.device)
+    _swiglu_backward_kernel[(triton.cdiv(rows, TILE_ROWS), triton.cdiv(d_ff, TILE_COLUMNS))](
+        gate_up, grad, out, out_t, activated_t, grad_slot.scale, grad_slot.amax, slot.scale, rows, d_ff,
+        grad_slot.limit, slot.limit, BLOCK_ROWS=TILE_ROWS, BLOCK_COLUMNS=TILE_COLUMNS, num_warps=TILE_WARPS,
+    )  # fmt: skip
+    return out, out_t, activated_t
+
+
+@triton.jit
+def _norm_rotate_kernel(
+    qkv_ptr, q_gain_ptr, k_gain_ptr, cos_ptr, sin_ptr, out_ptr, rows, seq, n_heads, epsilon,
+    HALF: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    head = tl.program_id(1)  # q's heads, then k's
+    lane = tl.arange(0, BLOCK)
+    in_half = lane < HALF
+    mask = (row < rows)[:, None] & in_half[None, :]
+    source = row[:, None] * (3 * n_heads * 2 * HALF) + head * 2 * HALF + lane[None, :]
+    first = tl.load(qkv_ptr + source, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(qkv_ptr + source + HALF, mask=mask, other=0.0).to(tl.float32)
+    square = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
+    rstd = (1.0 / tl.sqrt_rn(square / (2 * HALF) + epsilon))[:, None]
+    gain_ptr = q_gain_ptr
+    if head >= n_heads:
+        gain_ptr = k_gain_ptr
+    first = first * rstd * tl.load(gain_ptr + lane, mask=in_half, other=0.0)[None, :]
+    second = second * rstd * tl.load(gain_ptr + HALF + lane, mask=in_half, other=0.0)[None, :]
+    angle = (row % seq)[:, None] * HALF + lane[None, :]
+    cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
+    sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
+    target = row[:, None] * (2 * n_heads * 2 * HALF) + head * 2 * HALF + lane[None, :]
+    tl.store(out_ptr + target, (first * cos - second * sin).to(tl.bfloat16), mask=mask)
+    tl.store(out_ptr + target + HALF, (second * cos + first * sin).to(tl.bfloat16), mask=mask)
+
+
+def norm_rotate(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, n_heads: int, epsilon: float
+) -> Tensor:
+    rows, half = len(qkv), cos.shape[1]
+    out = torch.empty(rows, 2, n_heads, 2 * half, dtype=qkv.dtype, device=qkv.device)
+    _norm_rotate_kernel[(triton.cdiv(rows, HEAD_TOKENS), 2 * n_heads)](
+        qkv, q_gain, k_gain, cos, sin, out, rows, len(cos), n_heads, epsilon,
+        HALF=half, BLOCK_TOKENS=HEAD_TOKENS, BLOCK=triton.next_power_of_2(half), num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _norm_rotate_backward_kernel(
+    qkv_ptr, grad_ptr, gain_ptr, cos_ptr, sin_ptr, out_ptr, out_t_ptr, partial_ptr, scale_ptr, amax_ptr,
+    rows, seq, n_heads, first_column, batch_stride, head_stride, token_stride, epsilon, limit,
+    NORMED: tl.constexpr, HALF: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    head = tl.program_id(1)
+    lane = tl.arange(0, BLOCK)
+    in_half = lane < HALF
+    in_rows = row < rows
+    mask = in_rows[:, None] & in_half[None, :]
+    token = row % seq
+    source = (row // seq * batch_stride + token * token_stride)[:, None] + head * head_stride + lane[None, :]
+    first = tl.load(grad_ptr + source, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(grad_ptr + source + HALF, mask=mask, other=0.0).to(tl.float32)
+    column = first_column + head * 2 * HALF + lane
+    target = row[:, None] * (3 * n_heads * 2 * HALF) + column[None, :]
+    if NORMED:
+        angle = token[:, None] * HALF + lane[None, :]
+        cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
+        sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
+        grad_first = first * cos + second * sin
+        grad_second = second * cos - first * sin
+        x_first = tl.load(qkv_ptr + target, mask=mask, other=0.0).to(tl.float32)
+        x_second = tl.load(qkv_ptr + target + HALF, mask=mask, other=0.0).to(tl.float32)
+        square = tl.sum(x_first * x_first, axis=1) + tl.sum(x_second * x_second, axis=1)
+        rstd = (1.0 / tl.sqrt_rn(square / (2 * HALF) + epsilon))[:, None]
+        unit_first = x_first * rstd
+        unit_second = x_second * rstd
+        partial = (tl.program_id(0).to(tl.int64) * n_heads + head) * 2 * HALF + lane
+        tl.store(partial_ptr + partial, tl.sum(grad_first * unit_first, axis=0), mask=in_half)
+        tl.store(partial_ptr + partial + HALF, tl.sum(grad_second * unit_second, axis=0), mask=in_half)
+        scaled_first = grad_first * tl.load(gain_ptr + lane, mask=in_half, other=0.0)[None, :]
+        scaled_second = grad_second * tl.load(gain_ptr + HALF + lane, mask=in_half, other=0.0)[None, :]
+        dot = tl.sum(scaled_first * unit_first, axis=1) + tl.sum(scaled_second * unit_second, axis=1)
+        mean = (dot / (2 * HALF))[:, None]
+        first = (scaled_first - unit_first * mean) * rstd
+        second = (scaled_second - unit_second * mean) * rstd
+    _observe(amax_ptr, first)
+    _observe(amax_ptr, second)
+    scale = tl.load(scale_ptr + 1)
+    first_value = _saturate(first, scale, limit)
+    second_value = _saturate(second, scale, limit)
+    tl.store(out_ptr + target, first_value.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + target + HALF, second_value.to(out_ptr.dtype.element_ty), mask=mask)
+    mask_t = in_half[:, None] & in_rows[None, :]
+    target_t = column.to(tl.int64)[:, None] * rows + row[None, :]
+    tl.store(out_t_ptr + target_t, tl.trans(first_value).to(out_t_ptr.dtype.element_ty), mask=mask_t)
+    second_t = target_t + tl.cast(HALF, tl.int64) * rows
+    tl.store(out_t_ptr + second_t, tl.trans(second_value).to(out_t_ptr.dtype.element_ty), mask=mask_t)
+
+
+def norm_rotate_backward(
+    qkv: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor],
+    q_gain: Tensor,
+    k_gain: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    epsilon: float,
+    slot: Slot,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, width = qkv.shape
+    n_heads, half = grads[0].shape[1], cos.shape[1]
+    out = torch.empty(rows, width, dtype=slot.dtype, device=qkv.device)
+    out_t = torch.empty(width, rows, dtype=slot.dtype, device=qkv.device)
+    token_blocks = triton.cdiv(rows, HEAD_TOKENS)
+    partial = torch.empty(2, token_blocks * n_heads, 2 * half, dtype=torch.float32, device=qkv.device)
+    for index, (grad, gain) in enumerate(zip(grads, (q_gain, k_gain, k_gain), strict=True)):
+        if grad.stride(3) != 1:
+            grad = grad.contiguous()
+        _norm_rotate_backward_kernel[(token_blocks, n_heads)](
+            qkv, grad, gain, cos, sin, out, out_t, partial[index % 2], slot.scale, slot.amax,
+            rows, len(cos), n_heads, index * n_heads * 2 * half,
+            grad.stride(0), grad.stride(1), grad.stride(2), epsilon, slot.limit,
+            NORMED=index < 2, HALF=half, BLOCK_TOKENS=HEAD_TOKENS, BLOCK=triton.next_power_of_2(half), num_warps=8,
+        )  # fmt: skip
+    q_gain_grad, k_gain_grad = partial.sum(1)
+    return out, out_t, q_gain_grad, k_gain_grad
+
+
+def matmul(a: Tensor, b: Tensor, a_slot: Slot, b_slot: Slot, dtype: torch.dtype) -> Tensor:
+    return torch._scaled_mm(
+        a, b.t(), scale_a=a_slot.dequantise, scale_b=b_slot.dequantise, out_dtype=dtype, use_fast_accum=True
+    )
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    logits_ptr, target_ptr, entropy_ptr, lse_ptr, vocabulary, z_loss, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    logits_ptr += row * vocabulary
+    # One running maximum and sum a lane, so that the loop reduces across lanes only at its end.
+    largest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        value = tl.load(logits_ptr + start + lane, mask=start + lane < vocabulary, other=float("-inf")).to(tl.float32)
+        higher = tl.where((value > largest) | (value != value), value, largest)
+        # A lane that has seen nothing but -inf would compute inf - inf.
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(largest - shift) + tl.exp(value - shift)
+        largest = higher
+    row_largest = tl.max(tl.where(largest == largest, largest, float("-inf")), axis=0)
+    lse = row_largest + tl.log(tl.sum(total * tl.exp(largest - row_largest), axis=0))
+    target = tl.load(target_ptr + row)
+    tl.store(lse_ptr + row, lse)
+    tl.store(entropy_ptr + row, lse - tl.load(logits_ptr + target).to(tl.float32))
+    if GRADIENT:
+        factor = 1 + 2 * z_loss * lse
+        tl.debug_barrier()
+        # Read again: most of the row is still in L2.
+        for start in range(0, vocabulary, BLOCK):
+            mask = start + lane < vocabulary
+            value = tl.load(logits_ptr + start + lane, mask=mask, other=float("-inf")).to(tl.float32)
+            grad = tl.exp(value - lse) * factor - tl.where(start + lane == target, 1.0, 0.0)
+            tl.store(logits_ptr + start + lane, grad.to(tl.bfloat16), mask=mask)
+
+
+def _run_cross_entropy(logits: Tensor, targets: Tensor, z_loss: float, *, gradient: bool) -> tuple[Tensor, Tensor]:
+    rows, vocabulary = logits.shape
+    entropy = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    lse = torch.empty_like(entropy)
+    _cross_entropy_kernel[(rows,)](
+        logits, targets, entropy, lse, vocabulary, z_loss, GRADIENT=gradient, BLOCK=VOCABULARY_BLOCK, num_warps=8
+    )
+    return entropy, lse
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Overwrites `logits` with their gradient."""
+    entropy, lse = _run_cross_entropy(logits, targets, z_loss, gradient=True)
+    return entropy, lse, logits
+
+
+@triton.jit
+def _logits_gradient_kernel(
+    logits_ptr, target_ptr, lse_ptr, out_ptr, out_t_ptr, scale_ptr, rows, vocabulary, z_loss, limit,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    mask = (row < rows)[:, None] & (column < vocabulary)[None, :]
+    offset = row[:, None] * vocabulary + column[None, :]
+    value = tl.load(logits_ptr + offset, mask=mask, other=float("-inf")).to(tl.float32)
+    lse = tl.load(lse_ptr + row, mask=row < rows, other=0.0)
+    target = tl.load(target_ptr + row, mask=row < rows, other=-1)
+    grad = tl.exp(value - lse[:, None]) * (1 + 2 * z_loss * lse)[:, None]
+    grad -= tl.where(column[None, :] == target[:, None], 1.0, 0.0)
+    quantised = _saturate(grad, tl.load(scale_ptr + 1), limit)
+    tl.store(out_ptr + offset, quantised.to(out_ptr.dtype.element_ty), mask=mask)
+    mask_t = (column < vocabulary)[:, None] & (row < rows)[None, :]
+    tl.store(
+        out_t_ptr + column[:, None] * rows + row[None, :],
+        tl.trans(quantised).to(out_t_ptr.dtype.element_ty),
+        mask=mask_t,
+    )
+
+
+def cross_entropy_quantised(
+    logits: Tensor, targets: Tensor, z_loss: float, slot: Slot
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, vocabulary = logits.shape
+    entropy, lse = _run_cross_entropy(logits, targets, z_loss, gradient=False)
+    out = torch.empty(rows, vocabulary, dtype=slot.dtype, device=logits.device)
+    out_t = torch.empty(vocabulary, rows, dtype=slot.dtype, device=logits.device)
+    _logits_gradient_kernel[(triton.cdiv(rows, TILE_ROWS), triton.cdiv(vocabulary, TILE_COLUMNS))](
+        logits, targets, lse, out, out_t, slot.scale, rows, vocabulary, z_loss, slot.limit,
+        BLOCK_ROWS=TILE_ROWS, BLOCK_COLUMNS=TILE_COLUMNS, num_warps=TILE_WARPS,
+    )  # fmt: skip
+    return entropy, lse, out, out_t
