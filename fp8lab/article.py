@@ -41,9 +41,7 @@ def show_table(table: pd.DataFrame, label: str, caption: str) -> None:
 
 def _html_table(table: pd.DataFrame) -> str:
     """The table as HTML: first column and text to the left, numbers to the right."""
-    numeric = [
-        pd.api.types.is_numeric_dtype(kind) or _looks_numeric(table[name]) for name, kind in table.dtypes.items()
-    ]
+    numeric = [position > 0 and _is_numeric(table.iloc[:, position]) for position in range(table.shape[1])]
 
     def row(tag: str, values: list[object]) -> str:
         cells = (
@@ -65,8 +63,10 @@ def _text(value: object) -> str:
     return str(value)
 
 
-def _looks_numeric(column: pd.Series) -> bool:
-    return bool(column.astype(str).str.match(r"^[+\-−–]?[\d.,]*( ?[×%±].*)?$").all())
+def _is_numeric(column: pd.Series) -> bool:
+    return pd.api.types.is_numeric_dtype(column) or bool(
+        column.astype(str).str.match(r"^[+\-−–]?[\d.,]*(e\d+)?[kMBT]?( ?[×%±].*)?$").all()
+    )
 
 
 def missing_records(what: str, command: str = DEMO_COMMAND) -> None:

@@ -44,7 +44,7 @@ RECIPE_MARKERS: dict[str, str] = dict(zip(RECIPE_COLOURS, "osD^vXP*ph", strict=T
 """Marker of each precision: colour is never the only sign."""
 NEUTRAL = "#4d4d4d"
 SLATE = "#6b7f8c"
-WIDTH = 7.2
+WIDTH = 5.8
 
 
 def use_style() -> None:
@@ -53,14 +53,14 @@ def use_style() -> None:
         context="notebook",
         style="whitegrid",
         rc={
-            "font.size": 11,
-            "axes.labelsize": 11,
-            "axes.titlesize": 11,
+            "font.size": 10,
+            "axes.labelsize": 10,
+            "axes.titlesize": 10,
             "axes.titleweight": "bold",
             "axes.titlelocation": "left",
-            "xtick.labelsize": 10,
-            "ytick.labelsize": 10,
-            "legend.fontsize": 10,
+            "xtick.labelsize": 9,
+            "ytick.labelsize": 9,
+            "legend.fontsize": 9,
             "legend.frameon": False,
             "axes.edgecolor": "#b0b0b0",
             "axes.spines.top": False,
@@ -77,7 +77,7 @@ def use_style() -> None:
 
 def loss_curves(runs: RunSet, size: str) -> Figure:
     """Training loss of every recipe at one size, and below it the difference to BF16 on the same tokens."""
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(WIDTH, 5.4), sharex=True, height_ratios=(2, 1))
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(WIDTH, 4.6), sharex=True, height_ratios=(2, 1))
     baselines = {run.record.seed: _smoothed(run) for run in runs.where(size=size, recipe="bf16")}
     for run in runs.where(size=size):
         curve = _smoothed(run)
@@ -106,7 +106,7 @@ def _smoothed(run: Run, windows: int = 60) -> pd.Series:
 
 def loss_against_compute(runs: RunSet) -> Figure:
     """Every run's training curve against the FLOPs spent, with its final validation loss as a marker."""
-    figure, axes = plt.subplots(figsize=(WIDTH, 4.4))
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.8))
     for run in runs.runs:
         curve = _smoothed(run)
         per_token = run.record.flops.per_token_matmul_attention_causal
@@ -139,7 +139,7 @@ def loss_against_tokens(runs: RunSet) -> Figure:
 def _final_losses(
     runs: RunSet, position: Callable[[Run], int], label: str, laws: Mapping[str, PowerLaw], recipes: Sequence[str]
 ) -> Figure:
-    figure, axes = plt.subplots(figsize=(WIDTH, 4.0))
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.5))
     for recipe in recipes:
         points = [(position(run), run.validation_loss) for run in runs.where(recipe=recipe)]
         x, loss = map(np.array, zip(*points, strict=True))
@@ -358,10 +358,12 @@ def _finish(figure: Figure, axes: Axes, recipes: Sequence[str], toy: bool) -> No
             Line2D([], [], label=recipe, **_point_style(recipe), linestyle="-")
             for recipe in sorted(recipes, key=list(RECIPE_COLOURS).index)
         ]
-        figure.legend(handles=handles, loc="outside upper left", ncols=4)
+        figure.legend(
+            handles=handles, loc="outside upper left", ncols=4, columnspacing=1.2, handletextpad=0.4, handlelength=1.6
+        )
     if toy:
         axes.set_title(
-            "toy scale, CPU", loc="right", fontsize=10, fontstyle="italic", fontweight="normal", color=NEUTRAL
+            "toy scale, CPU", loc="right", fontsize=9, fontstyle="italic", fontweight="normal", color=NEUTRAL
         )
 
 

@@ -58,6 +58,11 @@ class Chinchilla:
         n, d = np.asarray(parameters, dtype=float), np.asarray(tokens, dtype=float)
         return self.E + self.A / n**self.alpha + self.B / d**self.beta
 
+    def tokens_to_reach(self, parameters: float, loss: float) -> float:
+        """Tokens that a model of this size needs for this loss; infinite where it cannot reach it."""
+        left = loss - self.E - self.A / parameters**self.alpha
+        return float((self.B / left) ** (1 / self.beta)) if left > 0 else float("inf")
+
 
 HOFFMANN = Chinchilla(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
 """The constants of 2203.15556."""
@@ -158,6 +163,13 @@ def bootstrap(
         if len(draws) == samples:
             break
     return np.array(draws)
+
+
+def interval(draws: Floats, confidence: float = 0.95) -> tuple[Floats, Floats]:
+    """Lower and upper ends of the central interval of each constant over `bootstrap` draws."""
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(draws, (tail, 1 - tail), axis=0)
+    return low, high
 
 
 @dataclass(frozen=True)

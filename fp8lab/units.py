@@ -18,6 +18,11 @@ def scientific(value: float) -> str:
     return f"{value:.2e}".replace("e+", "e")
 
 
+def signed(value: float, digits: int = 4) -> str:
+    """A difference with its sign, a true minus included: +0.0054, −1.334."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
 def listing(items: Sequence[str]) -> str:
     """'a', 'a and b', 'a, b and c'."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

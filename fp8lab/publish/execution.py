@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -86,7 +87,8 @@ def execute_stale_chapters(root: Path, records_dir: Path) -> list[str]:
 
 def _execute(chapters: list[Chapter], root: Path, records_dir: Path) -> Iterable[tuple[Chapter, float, str | None]]:
     """Execute side by side; yield (chapter, seconds, failure) as each ends."""
-    with ProcessPoolExecutor(min(WORKERS, len(chapters)), mp_context=get_context("spawn")) as pool:
+    workers = min(WORKERS, len(chapters))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_set_environment) as pool:
         jobs = {
             pool.submit(_execute_one, chapter.source, chapter.executed, root, records_dir): chapter
             for chapter in chapters
@@ -95,26 +97,33 @@ def _execute(chapters: list[Chapter], root: Path, records_dir: Path) -> Iterable
             yield (jobs[job], *job.result())
 
 
+def _set_environment() -> None:
+    """For the kernels that this process starts: they import the package that publishes, and need no display."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+    os.environ["MPLBACKEND"] = "agg"
+
+
 def _execute_one(source: Path, executed: Path, root: Path, records_dir: Path) -> tuple[float, str | None]:
     """Execute one notebook; returns seconds and, if it failed, one line that says why."""
     import papermill
     from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
 
     started = time.monotonic()
     executed.parent.mkdir(parents=True, exist_ok=True)
-    # The kernel must import the package that publishes, wherever the book lies.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
-    os.environ["MPLBACKEND"] = "agg"
     try:
-        papermill.execute_notebook(
-            source,
-            executed,
-            parameters={"records_dir": str(records_dir)},
-            kernel_name="python3",
-            cwd=root,
-            progress_bar=False,
-            log_output=False,
-        )
+        # The kernel is reached through sockets that only this user can open; TCP would be open to the machine.
+        with tempfile.TemporaryDirectory(prefix="fp8lab-") as sockets:
+            papermill.execute_notebook(
+                source,
+                executed,
+                parameters={"records_dir": str(records_dir)},
+                kernel_name="python3",
+                cwd=root,
+                progress_bar=False,
+                log_output=False,
+                config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),
+            )
     except PapermillExecutionError as error:
         return time.monotonic() - started, f"{source.name}: {error.ename}: {error.evalue} (traceback in {executed})"
     return time.monotonic() - started, None

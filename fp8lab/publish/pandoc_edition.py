@@ -24,6 +24,7 @@ from fp8lab.publish.notebook_filter import prose
 from fp8lab.records import write_atomically
 
 KINDS = {"fig": "figure", "tbl": "table"}
+REFERENCES = "## References\n\n::: {#refs}\n:::\n"
 LABEL = re.compile(r"\{#((?:fig|tbl)-[\w-]+)\}")
 
 
@@ -49,6 +50,8 @@ def _body(text: str, chapter: Chapter, pages: dict[str, Chapter], bibliography: 
     """The chapter's HTML: from Markdown to pandoc's tree, references resolved there, then out with citations."""
     tree = json.loads(pypandoc.convert_text(text, "json", format="markdown"))
     _link_references(tree["blocks"], chapter, pages)
+    if '"t": "Cite"' in json.dumps(tree):
+        tree["blocks"] += json.loads(pypandoc.convert_text(REFERENCES, "json", format="markdown"))["blocks"]
     return pypandoc.convert_text(
         json.dumps(tree),
         "html5",
@@ -57,16 +60,15 @@ def _body(text: str, chapter: Chapter, pages: dict[str, Chapter], bibliography: 
             "--citeproc",
             f"--bibliography={bibliography}",
             "--metadata=link-citations:true",
-            "--metadata=reference-section-title:References",
             "--mathml",
             "--wrap=preserve",
-            "--no-highlight",
+            "--syntax-highlighting=none",
         ],
     )
 
 
 def _link_references(node: Any, chapter: Chapter, pages: dict[str, Chapter]) -> None:
-    """Turn pandoc's Cite elements that name figures and tables into links, in place."""
+    """Turn pandoc's Cite elements that name figures and tables into links, and links to notebooks into links to pages."""
     if isinstance(node, list):
         for child in node:
             _link_references(child, chapter, pages)
@@ -74,6 +76,9 @@ def _link_references(node: Any, chapter: Chapter, pages: dict[str, Chapter]) -> 
         if node.get("t") == "Cite" and all(citation["citationId"] in pages for citation in node["c"][0]):
             label = node["c"][0][0]["citationId"]
             node.update(_link(label, chapter, pages[label]))
+        elif node.get("t") == "Link":
+            target = node["c"][2]
+            target[0] = re.sub(r"\.ipynb(?=$|#)", ".html", target[0])
         elif "c" in node:
             _link_references(node["c"], chapter, pages)
 
