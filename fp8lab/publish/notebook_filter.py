@@ -45,7 +45,8 @@ def executed_copy(committed: dict[str, Any]) -> dict[str, Any]:
     if not path.exists():
         return committed
     texts = prose(json.loads(path.read_text(encoding="utf-8")))
-    cells = [{"cell_type": "markdown", "metadata": {}, "source": text} for text in texts]
+    # Quarto wants a cell's source as a list of lines.
+    cells = [{"cell_type": "markdown", "metadata": {}, "source": text.splitlines(keepends=True)} for text in texts]
     return committed | {"nbformat_minor": 4, "cells": cells}
 
 

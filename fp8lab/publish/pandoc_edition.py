@@ -24,16 +24,16 @@ from fp8lab.publish.notebook_filter import prose
 from fp8lab.records import write_atomically
 
 KINDS = {"fig": "figure", "tbl": "table"}
-REFERENCES = "## References\n\n::: {#refs}\n:::\n"
 LABEL = re.compile(r"\{#((?:fig|tbl)-[\w-]+)\}")
 
 
 def render(book: Book, site_dir: Path) -> None:
-    """Write one HTML page a chapter, and the style sheet, into `site_dir`."""
+    """Write one HTML page a chapter, and the style sheet and icon, into `site_dir`."""
     texts = {chapter: _markdown(chapter) for chapter in book.chapters}
     pages = {label: chapter for chapter, text in texts.items() for label in LABEL.findall(text)}
     site_dir.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(str(resources.files(__package__) / "style.css"), site_dir / "style.css")
+    for asset in ("style.css", "favicon.svg"):
+        shutil.copyfile(str(resources.files(__package__) / asset), site_dir / asset)
     # pandoc is a process of its own: threads are enough to use both cores.
     with ThreadPoolExecutor(2) as pool:
         bodies = pool.map(lambda chapter: _body(texts[chapter], chapter, pages, book.bibliography), book.chapters)
@@ -50,8 +50,6 @@ def _body(text: str, chapter: Chapter, pages: dict[str, Chapter], bibliography: 
     """The chapter's HTML: from Markdown to pandoc's tree, references resolved there, then out with citations."""
     tree = json.loads(pypandoc.convert_text(text, "json", format="markdown"))
     _link_references(tree["blocks"], chapter, pages)
-    if '"t": "Cite"' in json.dumps(tree):
-        tree["blocks"] += json.loads(pypandoc.convert_text(REFERENCES, "json", format="markdown"))["blocks"]
     return pypandoc.convert_text(
         json.dumps(tree),
         "html5",
@@ -68,7 +66,7 @@ def _body(text: str, chapter: Chapter, pages: dict[str, Chapter], bibliography: 
 
 
 def _link_references(node: Any, chapter: Chapter, pages: dict[str, Chapter]) -> None:
-    """Turn pandoc's Cite elements that name figures and tables into links, and links to notebooks into links to pages."""
+    """In place: citations that name figures and tables become links, and links to notebooks become links to pages."""
     if isinstance(node, list):
         for child in node:
             _link_references(child, chapter, pages)
@@ -105,6 +103,7 @@ def _page(book: Book, chapter: Chapter, body: str) -> str:
         description=html.escape(book.description),
         home=_relative("index.html", chapter.page),
         style=_relative("style.css", chapter.page),
+        icon=_relative("favicon.svg", chapter.page),
         contents=contents,
         previous=_neighbour(book, chapter, position - 1, "previous", "← "),
         next=_neighbour(book, chapter, position + 1, "next", "", " →"),
