@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8lab.kernels import attention
-from fp8lab.kernels.operations import operations
+from fp8lab.kernels.operations import bf16_grad_weight, operations
 from fp8lab.kernels.scaling import Format, Fp8Settings, Fp8State, Slot
 from fp8lab.model import Block
 
@@ -164,7 +164,7 @@ class _FusedBlock(torch.autograd.Function):
             *((q, k) if keep_rotated else ()),
         )  # fmt: skip
         ctx.block, ctx.slots, ctx.shape = block, slots, shape
-        ctx.attention_saved = attention_saved._replace(logsumexp=None)
+        ctx.attention_saved = attention_saved._replace(logsumexp=torch.empty(0))
         return out.view(shape)
 
     @staticmethod
@@ -207,7 +207,7 @@ class _FusedBlock(torch.autograd.Function):
         slot = slots["grad_attention"]
         if x.shape[1] < settings.bf16_output_gradient_below:
             grad_attention = quantise(slot, operations.quantise, grad, slot)
-            grad_output_weight = _bf16_grad_weight(grad, attended)
+            grad_output_weight = bf16_grad_weight(grad, attended)
         else:
             grad_attention, grad_attention_t = quantise(slot, operations.quantise_both, grad, slot)
             attended_t = operations.quantise_transposed(attended, slots["attended"])
@@ -262,10 +262,3 @@ def _rotated(
     qk = block.operations.norm_rotate(qkv, q_gain, k_gain, cos, sin, n_heads, epsilon)
     q, k = qk.view(*shape[:2], 2, n_heads, -1).permute(2, 0, 3, 1, 4)
     return q, k, v
-
-
-def _bf16_grad_weight(grad: Tensor, inputs: Tensor) -> Tensor:
-    """Weight gradient (out, in) FP32 of BF16 matrices (rows, out) and (rows, in)."""
-    if grad.device.type == "cpu":
-        return grad.float().t() @ inputs.float()
-    return torch.mm(grad.t(), inputs, out_dtype=torch.float32)

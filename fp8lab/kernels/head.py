@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp8lab.kernels.operations import operations
-from fp8lab.kernels.scaling import DTYPES, QUANTISE, Fp8Settings, Slot, set_current_scale
+from fp8lab.kernels.operations import bf16_grad_weight, operations
+from fp8lab.kernels.scaling import DEQUANTISE, DTYPES, QUANTISE, Fp8Settings, Slot, set_current_scale
 
 CHUNK_LOGITS = 2**30
-"""Logits held at once: 2 GiB in BF16."""
+"""Logits held at once on a GPU: 2 GiB in BF16."""
+EMULATED_CHUNK_LOGITS = 2**26
+"""On a CPU, where the reference also makes FP32 copies."""
 ROW_MULTIPLE = 128
 LOGITS_GRADIENT_SCALE = 2.0**15
 _CURRENT = Fp8Settings(margin=0)
@@ -68,9 +70,10 @@ def linear_cross_entropy(
         return _LinearCrossEntropy.apply(hidden, weight, targets, fp8, z_loss)
 
 
-def _chunk_rows(tokens: int, vocabulary: int) -> int:
+def _chunk_rows(tokens: int, vocabulary: int, device: torch.device) -> int:
     """Tokens a chunk: the chunks are of one size but for the last, and a multiple that FP8 GEMMs accept."""
-    chunks = -(-tokens * vocabulary // CHUNK_LOGITS)
+    limit = EMULATED_CHUNK_LOGITS if device.type == "cpu" else CHUNK_LOGITS
+    chunks = -(-tokens * vocabulary // limit)
     return -(-tokens // (chunks * ROW_MULTIPLE)) * ROW_MULTIPLE
 
 
@@ -96,11 +99,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
         tokens = len(targets)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        grad_weight = None
         entropies, lses = [], []
-        for start in range(0, tokens, rows := _chunk_rows(tokens, len(weight))):
+        for start in range(0, tokens, rows := _chunk_rows(tokens, len(weight), hidden.device)):
             chunk = slice(start, start + rows)
-            entropy, lse = head.chunk(chunk, targets[chunk], z_loss, grad_hidden, grad_weight)
+            entropy, lse, grad_hidden[chunk], chunk_grad_weight = head.chunk(chunk, targets[chunk], z_loss)
+            grad_weight = chunk_grad_weight if grad_weight is None else grad_weight.add_(chunk_grad_weight)
             entropies.append(entropy)
             lses.append(lse)
         cross_entropy = torch.cat(entropies).mean()
@@ -116,48 +120,41 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_objective: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         factor = grad_objective / ctx.tokens
-        return grad_hidden * factor.to(grad_hidden.dtype), grad_weight * factor, None, None, None
+        # In place: the weight's gradient is the largest of the model. Autograd refuses a second backward through it.
+        return grad_hidden.mul_(factor), grad_weight.mul_(factor), None, None, None
 
 
 class _Bf16Head:
     def __init__(self, operations: ModuleType, hidden: Tensor, weight: Tensor) -> None:
         self._operations, self._hidden, self._weight = operations, hidden, weight.bfloat16()
 
-    def chunk(
-        self, chunk: slice, targets: Tensor, z_loss: float, grad_hidden: Tensor, grad_weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def chunk(self, chunk: slice, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Cross-entropy and logsumexp of each row, and the gradients of their sum by hidden and by weight."""
         hidden = self._hidden[chunk]
         entropy, lse, grad = self._operations.cross_entropy(hidden @ self._weight.t(), targets, z_loss)
-        grad_hidden[chunk] = grad @ self._weight
-        if grad.device.type == "cpu":
-            grad_weight += grad.float().t() @ hidden.float()
-        else:
-            grad_weight += torch.mm(grad.t(), hidden, out_dtype=torch.float32)
-        return entropy, lse
+        return entropy, lse, grad @ self._weight, bf16_grad_weight(grad, hidden)
 
 
 class _Fp8Head:
     def __init__(self, operations: ModuleType, hidden: Tensor, weight: Tensor) -> None:
-        self._operations = operations
+        self._operations, self._source = operations, hidden
         self._hidden_slot, self._weight_slot = _slot(hidden), _slot(weight)
         self._grad_slot = _slot(hidden, DTYPES["e5m2"])
-        self._grad_slot.scale[0], self._grad_slot.scale[QUANTISE] = 1 / LOGITS_GRADIENT_SCALE, LOGITS_GRADIENT_SCALE
+        self._grad_slot.scale[DEQUANTISE] = 1 / LOGITS_GRADIENT_SCALE
+        self._grad_slot.scale[QUANTISE] = LOGITS_GRADIENT_SCALE
         self._weight, self._weight_t = _current(operations.quantise_both, weight, self._weight_slot)
         self._hidden = _current(operations.quantise, hidden, self._hidden_slot)
-        self._source = hidden
 
-    def chunk(
-        self, chunk: slice, targets: Tensor, z_loss: float, grad_hidden: Tensor, grad_weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        operations = self._operations
-        logits = operations.matmul(
-            self._hidden[chunk], self._weight, self._hidden_slot, self._weight_slot, torch.bfloat16
-        )
-        entropy, lse, grad, grad_t = operations.cross_entropy_quantised(logits, targets, z_loss, self._grad_slot)
+    def chunk(self, chunk: slice, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `_Bf16Head.chunk`."""
+        matmul, hidden_slot, weight_slot = self._operations.matmul, self._hidden_slot, self._weight_slot
+        logits = matmul(self._hidden[chunk], self._weight, hidden_slot, weight_slot, torch.bfloat16)
+        entropy, lse, grad, grad_t = self._operations.cross_entropy_quantised(logits, targets, z_loss, self._grad_slot)
         del logits
-        grad_hidden[chunk] = operations.matmul(
-            grad, self._weight_t, self._grad_slot, self._weight_slot, grad_hidden.dtype
+        hidden_t = self._operations.quantise_transposed(self._source[chunk], hidden_slot)
+        return (
+            entropy,
+            lse,
+            matmul(grad, self._weight_t, self._grad_slot, weight_slot, torch.bfloat16),
+            matmul(grad_t, hidden_t, self._grad_slot, hidden_slot, torch.float32),
         )
-        hidden_t = operations.quantise_transposed(self._source[chunk], self._hidden_slot)
-        grad_weight += operations.matmul(grad_t, hidden_t, self._grad_slot, self._hidden_slot, torch.float32)
-        return entropy, lse

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
+from torch import Tensor
+
 from fp8lab.kernels import reference
 
 
@@ -15,3 +18,10 @@ def operations(emulate: bool) -> ModuleType:
     from fp8lab.kernels import triton_ops
 
     return triton_ops
+
+
+def bf16_grad_weight(grad: Tensor, inputs: Tensor) -> Tensor:
+    """Weight gradient (out, in) FP32 of BF16 matrices (rows, out) and (rows, in)."""
+    if grad.device.type == "cpu":
+        return grad.float().t() @ inputs.float()
+    return torch.mm(grad.t(), inputs, out_dtype=torch.float32)

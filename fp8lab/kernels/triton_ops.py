@@ -27,6 +27,8 @@ TILE_ROWS, TILE_COLUMNS, TILE_WARPS = 128, 64, 8
 FLAT_ROWS, FLAT_COLUMNS = 8, 512
 """Tile of kernels that write no transposed copy: long rows, for coalescing."""
 HEAD_TOKENS = 64
+HEAD_WARPS = 8
+ROW_WARPS = 8
 VOCABULARY_BLOCK = 4096
 
 
@@ -137,7 +139,7 @@ def rms_norm(
     block_rows, block = _row_blocks(d)
     _rms_norm_kernel[(triton.cdiv(rows, block_rows),)](
         x, x if branch is None else branch, gain, total, rstd, out, slot.scale, slot.amax, rows, d, epsilon,
-        slot.limit, HAS_BRANCH=branch is not None, BLOCK_ROWS=block_rows, BLOCK=block, num_warps=8,
+        slot.limit, HAS_BRANCH=branch is not None, BLOCK_ROWS=block_rows, BLOCK=block, num_warps=ROW_WARPS,
     )  # fmt: skip
     return total, rstd, out
 
@@ -212,7 +214,7 @@ def rms_norm_backward(
     partial = torch.empty(programs, d, dtype=torch.float32, device=x.device)
     _rms_norm_backward_kernel[(programs,)](
         grad_normed, x, rstd, gain, grad_residual, grad_x, partial, rows, d,
-        BLOCK_ROWS=block_rows, BLOCK=block, num_warps=8,
+        BLOCK_ROWS=block_rows, BLOCK=block, num_warps=ROW_WARPS,
     )  # fmt: skip
     return grad_x, partial.sum(0)
 
@@ -326,7 +328,7 @@ def norm_rotate(
     out = torch.empty(rows, 2, n_heads, 2 * half, dtype=qkv.dtype, device=qkv.device)
     _norm_rotate_kernel[(triton.cdiv(rows, HEAD_TOKENS), 2 * n_heads)](
         qkv, q_gain, k_gain, cos, sin, out, rows, len(cos), n_heads, epsilon,
-        HALF=half, BLOCK_TOKENS=HEAD_TOKENS, BLOCK=triton.next_power_of_2(half), num_warps=8,
+        HALF=half, BLOCK_TOKENS=HEAD_TOKENS, BLOCK=triton.next_power_of_2(half), num_warps=HEAD_WARPS,
     )  # fmt: skip
     return out
 
@@ -407,7 +409,7 @@ def norm_rotate_backward(
             qkv, grad, gain, cos, sin, out, out_t, partial[index % 2], slot.scale, slot.amax,
             rows, len(cos), n_heads, index * n_heads * 2 * half,
             grad.stride(0), grad.stride(1), grad.stride(2), epsilon, slot.limit,
-            NORMED=index < 2, HALF=half, BLOCK_TOKENS=HEAD_TOKENS, BLOCK=triton.next_power_of_2(half), num_warps=8,
+            NORMED=index < 2, HALF=half, BLOCK_TOKENS=HEAD_TOKENS, BLOCK=triton.next_power_of_2(half), num_warps=HEAD_WARPS,
         )  # fmt: skip
     q_gain_grad, k_gain_grad = partial.sum(1)
     return out, out_t, q_gain_grad, k_gain_grad

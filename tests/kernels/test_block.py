@@ -48,8 +48,14 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("settings", [Fp8Settings(), Fp8Settings(gradient_format="e5m2", recompute_rotated=True),
-                                      Fp8Settings(bf16_output_gradient_below=0, power_of_two_scales=False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Fp8Settings(),
+        Fp8Settings(gradient_format="e5m2", recompute_rotated=True),
+        Fp8Settings(bf16_output_gradient_below=0, power_of_two_scales=False),
+    ],
+)
 def test_gradients_are_those_of_bf16_within_fp8_rounding(settings) -> None:
     exact = gradients(model(fused=False), batch())
     rounded = gradients(model(fused=True, settings=settings), batch())

@@ -1,0 +1,115 @@
+"""A speed plan runs from end to end, where it says so on a CPU, and its record reads back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fp8lab import records, speed
+from fp8lab.errors import UserError
+
+TINY = {"name": "tiny", "d_model": 32, "n_layers": 1, "n_heads": 2, "d_ff": 96, "vocab_size": 128, "seq_len": 32}
+PLAN = {
+    "name": "speed-test",
+    "description": "A dry run",
+    "rounds": 2,
+    "steps_per_round": 2,
+    "warmup_steps": 3,
+    "compile": False,
+    "cases": [
+        {
+            "model": TINY,
+            "micro_batch": 2,
+            "contestants": [
+                {"recipe": "bf16"},
+                {"recipe": "fused"},
+                {"recipe": "fused", "head": "fp8"},
+                {"recipe": "tensorwise_fast"},
+            ],
+        },
+        {"model": TINY, "seq_len": 16, "micro_batch": 2, "contestants": [{"recipe": "bf16"}]},
+    ],
+}
+
+
+def write_plan(folder: Path, **changes: object) -> Path:
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump(PLAN | changes))
+    return path
+
+
+def measure(path: Path, folder: Path, **options: object) -> records.SpeedRecord:
+    plan = speed.load_speed_plan(path)
+    return speed.measure(plan, records_dir=folder, data_dir=folder, occasion="first", on_case=lambda _: None, **options)
+
+
+def test_a_plan_becomes_a_record_with_every_timed_step(tmp_path) -> None:
+    measure(write_plan(tmp_path), tmp_path)
+    folder = tmp_path / "speed-test" / "first"
+    record, steps = records.read(folder), records.read_table(folder, "steps")
+    assert isinstance(record, records.SpeedRecord)
+    assert record.status == "finished"
+    assert record.results["emulated"] is True
+    assert len(steps) == (4 + 1) * 2 * 2
+    assert steps["step_ms"].gt(0).all()
+    # Contestants take turns within a round.
+    first_case = steps[steps["seq_len"] == 32]
+    turns = first_case.drop_duplicates(["round", "recipe", "head"])[["round", "recipe", "head"]].to_numpy().tolist()
+    order = [["bf16", "bf16"], ["fused", "bf16"], ["fused", "fp8"], ["tensorwise_fast", "bf16"]]
+    assert turns == [[turn, *contestant] for turn in range(2) for contestant in order]
+
+
+def test_contestants_start_from_the_same_weights_and_batches(tmp_path) -> None:
+    record = measure(write_plan(tmp_path), tmp_path)
+    contestants = record.results["cases"]["tiny-T32-B2"]["contestants"]
+    exact = contestants["bf16"]["warmup_losses"]
+    assert len(exact) == 3
+    for name in ("fused", "fused-head_fp8", "tensorwise_fast"):
+        assert contestants[name]["warmup_losses"] == pytest.approx(exact, abs=0.05)
+        assert contestants[name]["warmup_losses"] != exact
+
+
+def test_a_budget_ends_a_plan_early_and_says_so(tmp_path) -> None:
+    record = measure(write_plan(tmp_path, rounds=50), tmp_path, budget_seconds=1e-3)
+    assert record.status == "interrupted"
+    assert "budget" in (record.reason or "")
+
+
+def test_a_contestant_that_cannot_run_leaves_the_others(tmp_path) -> None:
+    odd = TINY | {"d_ff": 100}  # no multiple of 16
+    cases = [{"model": odd, "micro_batch": 2, "contestants": [{"recipe": "bf16"}, {"recipe": "fused"}]}]
+    results = measure(write_plan(tmp_path, cases=cases), tmp_path).results["cases"]["tiny-T32-B2"]
+    assert list(results["contestants"]) == ["bf16"]
+    assert "whole blocks" in results["errors"]["fused"]["error"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rounds": 0}, "rounds"),
+        ({"cases": [{"model": "2M", "micro_batch": 1, "contestants": [{"recipe": "bf16"}]}]}, "no model '2M'"),
+        ({"cases": [{"model": "7M", "micro_batch": 1, "contestants": [{"recipe": "fp8"}]}]}, "recipe"),
+        ({"warmups": 3}, "unknown field"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, change, message) -> None:
+    with pytest.raises(UserError, match=message):
+        speed.load_speed_plan(write_plan(tmp_path, **change))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "category"),
+    [
+        ("nvjet_qqtst_128x256_128x4_2x1_v_bz_TNT", "gemm"),
+        ("void cutlass::device_kernel<gemm>", "gemm"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
+        ("triton_poi_fused_add_0", "casts and elementwise"),
+        ("_swiglu_backward_kernel", "casts and elementwise"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+        ("Memset (Device)", "other"),
+    ],
+)
+def test_kernels_have_categories(kernel, category) -> None:
+    assert speed.kernel_category(kernel) == category
