@@ -3,9 +3,9 @@
 Stages, each over all parts (a file, or a share of a streamed data set) side by side:
 
 1. gather: text of installed packages becomes JSON lines; other sources already have files or a stream.
-2. fingerprint: content hash and MinHash of every local document.
-3. duplicates: per domain, validation first (`fp8lab.data.cleaning.find_duplicates`).
-4. tokenise: each part becomes shards; contaminated documents are left out here.
+2. fingerprint: content hash, MinHash and contamination of every local document.
+3. exclusions: per domain, validation first (`fp8lab.data.cleaning.find_exclusions`).
+4. tokenise: each part becomes shards. A streamed document is checked for contamination here, being read only once.
 5. manifest: written last.
 
 The work folder ``.build`` keeps each stage's results and, for every part, how many documents its finished shards
@@ -15,6 +15,7 @@ hold. A build that was stopped goes on from there; one whose inputs have changed
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import itertools
 import json
 import multiprocessing
@@ -22,7 +23,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,14 +50,11 @@ from fp8lab.data.shards import (
     read_manifest,
     write_manifest,
 )
-from fp8lab.data.sources import HubPart, JsonlPart, Part, Split, file_sha256, jsonl_parts
+from fp8lab.data.sources import HubPart, JsonlPart, Part, Split, file_sha256, jsonl_parts, pieces
 from fp8lab.errors import UserError
 
 MAX_UNREADABLE = 0.001
 """Share of a domain's documents that may be unreadable before the build is refused."""
-
-PIECE_CHARACTERS = 1_000_000
-"""Longer documents are tokenised in pieces of at most so many characters, cut at line ends."""
 
 Result = TypeVar("Result")
 
@@ -110,11 +108,11 @@ def build(
     with _Pool(processes or os.cpu_count() or 1, console) as pool:
         items = None if eval_data_dir is None or not mixture.decontaminate else _evaluation_items(eval_data_dir, work)
         parts = _gather(mixture, corpus_dir, work, pool)
-        duplicates = _find_duplicates(parts, work, pool)
-        encoding = _tokenizer(mixture, parts, duplicates)
+        exclusions = _find_exclusions(parts, work, items is not None, pool)
+        encoding = _tokenizer(mixture, parts, exclusions)
         records.write_atomically(folder / TOKENIZER, tokenizer.ranks_text(encoding))
         jobs = [
-            _Job(part, folder, mixture.shard_tokens, duplicates[part.name], items is not None)
+            _Job(part, folder, mixture.shard_tokens, exclusions[part.name], items is not None)
             for part in itertools.chain.from_iterable(parts.values())
         ]
         results = pool.map("tokenise", _tokenise, jobs)
@@ -231,47 +229,40 @@ def _gather_installed(task: tuple[str, InstalledSource, Path]) -> list[JsonlPart
     return parts
 
 
-def _find_duplicates(parts: dict[str, list[Part]], work: Path, pool: _Pool) -> dict[str, cleaning.Duplicates]:
-    """By part. Hub data sets come deduplicated and are too large to compare: they keep all documents."""
+def _find_exclusions(
+    parts: dict[str, list[Part]], work: Path, decontaminate: bool, pool: _Pool
+) -> dict[str, cleaning.Exclusions]:
+    """By part. Hub data sets come deduplicated and are too large to compare: none of theirs are named here."""
     local = {name: [p for p in of_domain if isinstance(p, JsonlPart)] for name, of_domain in parts.items()}
-    pool.map("fingerprint", _fingerprint, [(part, work) for part in itertools.chain.from_iterable(local.values())])
+    prints = [(part, work, decontaminate) for part in itertools.chain.from_iterable(local.values())]
+    pool.map("fingerprint", _fingerprint, prints)
     tasks = [(of_domain, work) for of_domain in local.values() if of_domain]
-    found = {
-        p.name: cleaning.Duplicates(frozenset(), frozenset()) for p in itertools.chain.from_iterable(parts.values())
-    }
-    for (of_domain, _), duplicates in zip(tasks, pool.map("duplicates", _duplicates_of_domain, tasks), strict=True):
-        found |= {part.name: duplicate for part, duplicate in zip(of_domain, duplicates, strict=True)}
+    found = {part.name: cleaning.Exclusions() for part in itertools.chain.from_iterable(parts.values())}
+    for (of_domain, _), exclusions in zip(tasks, pool.map("exclusions", _exclusions_of_domain, tasks), strict=True):
+        found |= {part.name: exclusion for part, exclusion in zip(of_domain, exclusions, strict=True)}
     return found
 
 
-def _fingerprint(task: tuple[JsonlPart, Path]) -> None:
-    part, work = task
+def _fingerprint(task: tuple[JsonlPart, Path, bool]) -> None:
+    part, work, decontaminate = task
     path = work / f"{part.name}.npz"
     if path.exists():
         return
-    prints = cleaning.fingerprints(_counted(part.documents()))
+    prints = cleaning.fingerprints(_counted(part.documents()), _load_items(work) if decontaminate else None)
     temporary = path.with_suffix(".tmp.npz")
-    np.savez(
-        temporary,
-        counts=np.array([prints.documents, prints.unreadable]),
-        numbers=prints.numbers,
-        hashes=prints.hashes,
-        signatures=prints.signatures,
-    )
+    columns: dict[str, Any] = {field.name: getattr(prints, field.name) for field in fields(prints)}
+    np.savez(temporary, **columns)
     temporary.replace(path)
 
 
-def _duplicates_of_domain(task: tuple[list[JsonlPart], Path]) -> list[cleaning.Duplicates]:
+def _exclusions_of_domain(task: tuple[list[JsonlPart], Path]) -> list[cleaning.Exclusions]:
     parts, work = task
     prints = []
     for part in parts:
         with np.load(work / f"{part.name}.npz", allow_pickle=False) as arrays:
-            documents, unreadable = arrays["counts"].tolist()
-            prints.append(
-                cleaning.Fingerprints(documents, unreadable, arrays["numbers"], arrays["hashes"], arrays["signatures"])
-            )
-    _refuse_unreadable(parts[0].domain, sum(p.unreadable for p in prints), sum(p.documents for p in prints))
-    return cleaning.find_duplicates(prints)
+            prints.append(cleaning.Fingerprints(**{name: arrays[name] for name in arrays.files}))
+    _refuse_unreadable(parts[0].domain, sum(int(p.unreadable) for p in prints), sum(int(p.documents) for p in prints))
+    return cleaning.find_exclusions(prints)
 
 
 def _refuse_unreadable(domain: str, unreadable: int, documents: int) -> None:
@@ -283,24 +274,23 @@ def _refuse_unreadable(domain: str, unreadable: int, documents: int) -> None:
 
 
 def _tokenizer(
-    mixture: MixtureConfig, parts: dict[str, list[Part]], duplicates: dict[str, cleaning.Duplicates]
+    mixture: MixtureConfig, parts: dict[str, list[Part]], exclusions: dict[str, cleaning.Exclusions]
 ) -> tiktoken.Encoding:
     if isinstance(mixture.tokenizer, TokenizerFile):
         return tokenizer.load(mixture.tokenizer.file, mixture.tokenizer.sha256)
     if isinstance(mixture.tokenizer, TrainedTokenizer):
-        texts = _training_texts(itertools.chain.from_iterable(parts.values()), duplicates)
+        texts = _training_texts(itertools.chain.from_iterable(parts.values()), exclusions)
         return tokenizer.train(texts, mixture.tokenizer.vocab_size, mixture.name)
     return tokenizer.gpt2()
 
 
-def _training_texts(parts: Iterable[Part], duplicates: dict[str, cleaning.Duplicates]) -> Iterator[str]:
+def _training_texts(parts: Iterable[Part], exclusions: dict[str, cleaning.Exclusions]) -> Iterator[str]:
     for part in parts:
         if part.split == "train":
-            dropped = (
-                duplicates[part.name].exact | duplicates[part.name].near if part.name in duplicates else frozenset()
-            )
+            excluded = exclusions.get(part.name, cleaning.Exclusions())
             for number, text in enumerate(part.documents()):
-                if text and number not in dropped and not cleaning.in_validation(text, part.validation_fraction):
+                held_out = text is None or cleaning.in_validation(text, part.validation_fraction)
+                if text and not held_out and excluded.reason(number) is None:
                     yield text
 
 
@@ -327,7 +317,7 @@ class _Job:
     part: Part
     folder: Path
     shard_tokens: int
-    duplicates: cleaning.Duplicates
+    excluded: cleaning.Exclusions
     decontaminate: bool
 
 
@@ -338,7 +328,7 @@ def _tokenise(job: _Job) -> _PartResult:
     if result.finished:
         return result
     encoding = tokenizer.load(folder / TOKENIZER)
-    items = _load_items(folder / ".build") if job.decontaminate else None
+    items = _load_items(folder / ".build") if job.decontaminate and isinstance(part, HubPart) else None
     train = ShardWriter(folder, f"{part.domain}-train-{part.index:03d}", result.train)
     validation = ShardWriter(folder, f"{part.domain}-validation-{part.index:03d}", result.validation)
     removed = result.removed.model_dump()
@@ -361,7 +351,7 @@ def _tokenise(job: _Job) -> _PartResult:
     numbered = enumerate(_counted(part.documents()))
     for number, text in itertools.islice(numbered, documents_read, None):
         documents_read = number + 1
-        reason = _why_removed(number, text, job.duplicates, items)
+        reason = _why_removed(number, text, job.excluded, items)
         if reason is not None or text is None:
             removed[reason or "unreadable"] += 1
             continue
@@ -376,20 +366,16 @@ def _tokenise(job: _Job) -> _PartResult:
 
 
 def _why_removed(
-    number: int, text: str | None, duplicates: cleaning.Duplicates, items: cleaning.EvaluationItems | None
+    number: int, text: str | None, excluded: cleaning.Exclusions, items: cleaning.EvaluationItems | None
 ) -> str | None:
     """The field of `Removed` to count a document under, or None to keep it."""
     if text is None:
         return "unreadable"
     if not text.strip():
         return "empty"
-    if number in duplicates.exact:
-        return "exact_duplicate"
-    if number in duplicates.near:
-        return "near_duplicate"
     if items is not None and items.contaminate(text):
         return "contaminated"
-    return None
+    return excluded.reason(number)
 
 
 def encode_document(encoding: tiktoken.Encoding, text: str) -> Iterator[np.ndarray]:
@@ -397,20 +383,9 @@ def encode_document(encoding: tiktoken.Encoding, text: str) -> Iterator[np.ndarr
 
     Text that spells a special token stays text: nothing in a document becomes the end-of-text token.
     """
-    for piece in pieces(text, PIECE_CHARACTERS):
+    for piece in pieces(text):
         yield encoding.encode_to_numpy(piece, allowed_special=set(), disallowed_special=())
     yield np.array([encoding.eot_token], dtype=np.uint32)
-
-
-def pieces(text: str, characters: int) -> Iterator[str]:
-    """`text` in pieces of at most `characters`, cut after a line end where there is one."""
-    start = 0
-    while start < len(text):
-        end = start + characters
-        if end < len(text):
-            end = text.rfind("\n", start, end) + 1 or end
-        yield text[start:end]
-        start = end
 
 
 def _manifest(
@@ -481,12 +456,13 @@ def _write_record(
 
 
 _documents_done: Any = None
-_items: cleaning.EvaluationItems | None = None
 
 
 def _start_worker(documents_done: Any) -> None:
     global _documents_done
     _documents_done = documents_done
+    # Else `datasets` imports torch: seconds and 200 MB in every worker, for nothing.
+    os.environ["USE_TORCH"] = "0"
 
 
 def _counted(documents: Iterable[Result]) -> Iterator[Result]:
@@ -499,12 +475,15 @@ def _counted(documents: Iterable[Result]) -> Iterator[Result]:
 
 
 def _load_items(work: Path) -> cleaning.EvaluationItems:
-    """The evaluation items, once a process."""
-    global _items
-    if _items is None:
-        ngrams = np.load(_ngram_file(work), mmap_mode="r", allow_pickle=False)
-        _items = cleaning.EvaluationItems(ngrams, Decontamination(files=0, items=0, ngrams=len(ngrams), sha256=""))
-    return _items
+    """The evaluation items, read once a process."""
+    file = _ngram_file(work)
+    return _read_items(file, file.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _read_items(file: Path, _modified: int) -> cleaning.EvaluationItems:
+    ngrams = np.load(file, mmap_mode="r", allow_pickle=False)
+    return cleaning.EvaluationItems(ngrams, Decontamination(files=0, items=0, ngrams=len(ngrams), sha256=""))
 
 
 class _Pool:

@@ -18,7 +18,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import numpy as np
 import xxhash
 
 from fp8lab.data.shards import Decontamination
+from fp8lab.data.sources import pieces
 from fp8lab.errors import UserError
 
 NGRAM = 13
@@ -53,7 +54,11 @@ _WORD_HASHES = _WordHashes()
 
 def word_hashes(text: str) -> np.ndarray:
     """A hash for every word of `text`, lower case, letters and digits only: uint64, (words,)."""
-    return np.fromiter(map(_WORD_HASHES.__getitem__, _WORD.findall(text.lower())), dtype=np.uint64)
+    hashes = [
+        np.fromiter(map(_WORD_HASHES.__getitem__, _WORD.findall(piece.lower())), dtype=np.uint64)
+        for piece in pieces(text)
+    ]
+    return np.concatenate(hashes) if hashes else np.empty(0, dtype=np.uint64)
 
 
 def ngram_hashes(words: np.ndarray, n: int) -> np.ndarray:
@@ -79,11 +84,10 @@ def in_validation(text: str, fraction: float) -> bool:
     return int.from_bytes(content_hash(text)[:8], "big") < fraction * 2**64
 
 
-def signature(text: str) -> np.ndarray:
-    """MinHash of the text's shingles: uint32, (PERMUTATIONS,)."""
+def signature(words: np.ndarray) -> np.ndarray:
+    """MinHash of a text's shingles, from its `word_hashes`: uint32, (PERMUTATIONS,)."""
     from datasketch import MinHash
 
-    words = word_hashes(text)
     shingles = ngram_hashes(words, min(SHINGLE, max(len(words), 1)))
     minhash = MinHash(num_perm=PERMUTATIONS, seed=1, hashfunc=int, scheme="affine32")
     for start in range(0, len(shingles), _SHINGLES_AT_ONCE):
@@ -105,11 +109,13 @@ class Fingerprints:
     """(documents, 16) uint8: `content_hash`."""
     signatures: np.ndarray
     """(documents, PERMUTATIONS) uint32."""
+    contaminated: np.ndarray
+    """(documents,) bool."""
 
 
-def fingerprints(documents: Iterable[str | None]) -> Fingerprints:
+def fingerprints(documents: Iterable[str | None], items: EvaluationItems | None = None) -> Fingerprints:
     """Read a part once; unreadable and empty documents have no fingerprint."""
-    numbers, hashes, signatures = [], [], []
+    numbers, hashes, signatures, contaminated = [], [], [], []
     count = unreadable = 0
     for number, text in enumerate(documents):
         count += 1
@@ -118,26 +124,34 @@ def fingerprints(documents: Iterable[str | None]) -> Fingerprints:
         elif text.strip():
             numbers.append(number)
             hashes.append(np.frombuffer(content_hash(text), dtype=np.uint8))
-            signatures.append(signature(text))
+            words = word_hashes(text)
+            signatures.append(signature(words))
+            contaminated.append(items is not None and items.share_ngram(words))
     return Fingerprints(
         count,
         unreadable,
         np.array(numbers, dtype=np.int64),
         np.array(hashes, dtype=np.uint8).reshape(-1, 16),
         np.array(signatures, dtype=np.uint32).reshape(-1, PERMUTATIONS),
+        np.array(contaminated, dtype=bool),
     )
 
 
 @dataclass(frozen=True)
-class Duplicates:
-    """Numbers of the documents of one part to leave out."""
+class Exclusions:
+    """Numbers of the documents of one part to leave out, each under one reason."""
 
-    exact: frozenset[int]
-    near: frozenset[int]
+    exact_duplicate: frozenset[int] = frozenset()
+    near_duplicate: frozenset[int] = frozenset()
+    contaminated: frozenset[int] = frozenset()
+
+    def reason(self, number: int) -> str | None:
+        """The field that holds a document's number; None for a document to keep."""
+        return next((field.name for field in fields(self) if number in getattr(self, field.name)), None)
 
 
-def find_duplicates(parts: list[Fingerprints]) -> list[Duplicates]:
-    """Documents that an earlier one repeats, in this part or a part before it."""
+def find_exclusions(parts: list[Fingerprints]) -> list[Exclusions]:
+    """Contaminated documents, and those that an earlier one repeats, in this part or a part before it."""
     from datasketch import MinHash, MinHashLSH
 
     index = MinHashLSH(threshold=NEAR_DUPLICATE_JACCARD, num_perm=PERMUTATIONS)
@@ -145,8 +159,12 @@ def find_duplicates(parts: list[Fingerprints]) -> list[Duplicates]:
     kept: list[np.ndarray] = []
     found = []
     for part in parts:
-        exact, near = set(), set()
-        for number, digest, values in zip(part.numbers.tolist(), part.hashes, part.signatures, strict=True):
+        exact, near, contaminated = set(), set(), set()
+        columns = (part.numbers.tolist(), part.hashes, part.signatures, part.contaminated.tolist())
+        for number, digest, values, leaked in zip(*columns, strict=True):
+            if leaked:
+                contaminated.add(number)
+                continue
             if digest.tobytes() in seen:
                 exact.add(number)
                 continue
@@ -158,7 +176,7 @@ def find_duplicates(parts: list[Fingerprints]) -> list[Duplicates]:
                 continue
             index.insert(len(kept), minhash, check_duplication=False)
             kept.append(values)
-        found.append(Duplicates(frozenset(exact), frozenset(near)))
+        found.append(Exclusions(frozenset(exact), frozenset(near), frozenset(contaminated)))
     return found
 
 
@@ -201,7 +219,11 @@ class EvaluationItems:
 
     def contaminate(self, text: str) -> bool:
         """Whether `text` shares a 13-gram with an item."""
-        hashes = ngram_hashes(word_hashes(text), NGRAM)
+        return self.share_ngram(word_hashes(text))
+
+    def share_ngram(self, words: np.ndarray) -> bool:
+        """Whether a text of these `word_hashes` shares a 13-gram with an item."""
+        hashes = ngram_hashes(words, NGRAM)
         slots = hashes >> np.uint64(37)
         bits = self._bitmap[slots >> np.uint64(3)] >> (slots & np.uint64(7)).astype(np.uint8)
         candidates = hashes[(bits & 1).astype(bool)]

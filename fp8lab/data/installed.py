@@ -11,11 +11,12 @@ it comes again, validation last.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -53,17 +54,23 @@ def documents(source: InstalledSource) -> tuple[list[str], list[str]]:
     return _limited(train, source.max_bytes, seen), _limited(validation, source.max_validation_bytes, seen)
 
 
+@functools.cache
 def revision(source: InstalledSource) -> str:
     """Names the versions that the collection's text depends on."""
     versions = {"python": sys.version.split()[0]}
     if source.collection == "prose":
         versions |= {d.metadata["Name"]: d.version for d in metadata.distributions()}
     elif source.collection != "python":
-        installed = metadata.packages_distributions()
+        installed = _distributions_by_package()
         for package in {package.split("/")[0] for package in (*source.packages, *source.held_out)}:
             versions |= {name: metadata.version(name) for name in installed.get(package, [])}
     digest = hashlib.sha256(repr(sorted(versions.items())).encode()).hexdigest()[:16]
     return f"{len(versions)} installed versions, hash {digest}"
+
+
+@functools.cache
+def _distributions_by_package() -> Mapping[str, list[str]]:
+    return metadata.packages_distributions()
 
 
 def _limited(texts: list[str], max_bytes: int, seen: set[bytes]) -> list[str]:

@@ -23,6 +23,9 @@ from fp8lab.errors import UserError
 Split = Literal["train", "validation"]
 
 MAX_LINE_BYTES = 200_000_000
+PIECE_CHARACTERS = 1_000_000
+"""Longer documents are worked on in pieces of at most so many characters, so that memory stays bounded."""
+
 _BLOCK = 1 << 20
 
 
@@ -179,6 +182,17 @@ def inspect_lines(path: Path) -> tuple[int, frozenset[int]]:
                 undecodable.add(number)
             number += 1
     return number, frozenset(undecodable)
+
+
+def pieces(text: str) -> Iterator[str]:
+    """`text` in pieces of at most `PIECE_CHARACTERS`, cut after a line end where there is one."""
+    start = 0
+    while start < len(text):
+        end = start + PIECE_CHARACTERS
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        yield text[start:end]
+        start = end
 
 
 def file_sha256(path: Path) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -14,12 +15,10 @@ from hypothesis import strategies as st
 
 from fp8lab import records
 from fp8lab.data import MixtureConfig, TokenDataset, build, sources, train_tokenizer
-from fp8lab.data.build import encode_document, pieces
+from fp8lab.data.build import encode_document
 from fp8lab.data.shards import ShardWriter, read_manifest
 from fp8lab.errors import UserError
 from tests.data.conftest import sentence, write_jsonl
-
-build_module = __import__("fp8lab.data.build", fromlist=["build"])
 
 
 @pytest.fixture
@@ -217,7 +216,8 @@ def test_a_line_over_the_limit_is_refused_by_number(
 
 @given(st.text(alphabet="ab\n", max_size=60), st.integers(1, 20))
 def test_pieces_are_the_text_cut_at_line_ends(text: str, characters: int) -> None:
-    parts = list(pieces(text, characters))
+    with mock.patch.object(sources, "PIECE_CHARACTERS", characters):
+        parts = list(sources.pieces(text))
     assert "".join(parts) == text
     assert all(0 < len(part) <= characters for part in parts)
     for part in parts[:-1]:
@@ -225,7 +225,7 @@ def test_pieces_are_the_text_cut_at_line_ends(text: str, characters: int) -> Non
 
 
 def test_a_long_document_is_tokenised_in_pieces(encoding, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_module, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(sources, "PIECE_CHARACTERS", 100)
     text = "".join(sentence(str(n), words=9) for n in range(30))
     arrays = list(encode_document(encoding, text))
     assert len(arrays) > 20
@@ -304,6 +304,18 @@ def test_a_hub_data_set_is_streamed_filtered_and_split(mixture_of: Callable, hub
     assert set(train) | set(validation) == wanted
     assert not set(train) & set(validation)
     assert validation
+
+
+def test_evaluation_text_is_removed_from_a_stream_too(
+    mixture_of: Callable, hub: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    leaked = sentence("hub15")
+    write_jsonl(tmp_path / "evaluation" / "test.jsonl", [leaked])
+    mixture = hub_mixture(mixture_of, hub).model_copy(update={"decontaminate": True})
+    build(mixture, data_dir, eval_data_dir=tmp_path / "evaluation", processes=1)
+    dataset = TokenDataset.open(mixture, data_dir)
+    assert dataset.manifest.domains["code"].removed.contaminated == 1
+    assert leaked not in documents(dataset, "code") + documents(dataset, "code", "validation")
 
 
 def test_a_hub_build_stops_at_its_tokens(mixture_of: Callable, hub: Path, data_dir: Path) -> None:

@@ -13,16 +13,16 @@ from fp8lab.errors import UserError
 from tests.data.conftest import sentence
 
 
-def duplicates(*parts: list[str | None]) -> list[cleaning.Duplicates]:
-    return cleaning.find_duplicates([cleaning.fingerprints(part) for part in parts])
+def exclusions(*parts: list[str | None]) -> list[cleaning.Exclusions]:
+    return cleaning.find_exclusions([cleaning.fingerprints(part) for part in parts])
 
 
 def test_a_repeated_document_goes_and_the_first_stays() -> None:
     a, b = sentence("a"), sentence("b")
-    first, second = duplicates([a, b, a], [b, sentence("c")])
-    assert (first.exact, second.exact) == ({2}, {0})
-    assert not first.near
-    assert not second.near
+    first, second = exclusions([a, b, a], [b, sentence("c")])
+    assert (first.exact_duplicate, second.exact_duplicate) == ({2}, {0})
+    assert not first.near_duplicate
+    assert not second.near_duplicate
 
 
 def test_a_document_with_a_few_words_changed_is_a_near_duplicate() -> None:
@@ -30,20 +30,20 @@ def test_a_document_with_a_few_words_changed_is_a_near_duplicate() -> None:
     words = original.split()
     words[100] = "changed"
     words[300] = "changed"
-    (found,) = duplicates([original, " ".join(words), sentence("b", words=400)])
-    assert found.near == {1}
+    (found,) = exclusions([original, " ".join(words), sentence("b", words=400)])
+    assert found.near_duplicate == {1}
 
 
 def test_a_document_that_shares_half_its_text_is_kept() -> None:
     half = sentence("a", words=300)
-    (found,) = duplicates([half + sentence("b", words=300), half + sentence("c", words=300)])
-    assert not found.near
+    (found,) = exclusions([half + sentence("b", words=300), half + sentence("c", words=300)])
+    assert not found.near_duplicate
 
 
 def test_layout_and_case_do_not_hide_a_near_duplicate() -> None:
     original = sentence("a", words=100)
-    (found,) = duplicates([original, "  " + original.upper().replace(" ", "\n")])
-    assert found.near == {1}
+    (found,) = exclusions([original, "  " + original.upper().replace(" ", "\n")])
+    assert found.near_duplicate == {1}
 
 
 def test_unreadable_documents_keep_their_numbers() -> None:
