@@ -60,8 +60,9 @@ class StepGuard(nn.Module):
         self.first_bad_step.copy_(torch.where(first, step, self.first_bad_step))
         self.first_bad_parameters.copy_(torch.where(first, ~torch.isfinite(parameter_norms), self.first_bad_parameters))
         skip = bad
-        if self._outlier_deviations is not None:
-            skip = skip | self._is_outlier(self.losses, loss) | self._is_outlier(self.norms, norm)
+        limit = self._outlier_deviations
+        if limit is not None:
+            skip = skip | self._exceeds(self.losses, loss, limit) | self._exceeds(self.norms, norm, limit)
         # A skipped step leaves the history alone, or one outlier would excuse the next.
         slot = torch.arange(OUTLIER_WINDOW, device=loss.device) == self.taken % OUTLIER_WINDOW
         self.losses.copy_(torch.where(slot & ~skip, loss, self.losses))
@@ -71,6 +72,6 @@ class StepGuard(nn.Module):
         self.skipped_in_a_row.copy_(torch.where(skip, self.skipped_in_a_row + 1, 0))
         return norm, skip
 
-    def _is_outlier(self, history: Tensor, value: Tensor) -> Tensor:
+    def _exceeds(self, history: Tensor, value: Tensor, limit: float) -> Tensor:
         deviation = (value - history.mean()) / history.std().clamp(min=1e-12)
-        return (self.taken >= OUTLIER_WINDOW) & (deviation > self._outlier_deviations)
+        return (self.taken >= OUTLIER_WINDOW) & (deviation > limit)

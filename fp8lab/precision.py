@@ -18,6 +18,7 @@ accumulation, and scaled back. The recipes differ in who shares a scale and what
 ``fused``                 `fp8lab.kernels`: casts fused into the neighbouring operations
 ========================  ========================================================================
 
+The head is BF16 in every recipe unless asked otherwise; in FP8 it runs through `fp8lab.kernels.head`.
 The scales of torchao's recipes are dynamic: computed from the very tensor that they scale. Formats
 and per-tensor scaling: FP8 Formats for Deep Learning (2209.05433). Weights stay FP32 parameters under
 unchanged names, so checkpoints interchange between recipes.
@@ -37,10 +38,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from fp8lab.config import RECIPES, Head, Recipe
 from fp8lab.errors import UserError
+from fp8lab.kernels import Fp8TiedHead, convert_blocks
 from fp8lab.model import GPT
 
 if TYPE_CHECKING:
@@ -104,7 +106,7 @@ def convert(
         _convert_fused(model, converted, emulate)
     elif recipe != "bf16":
         _convert_torchao(model, recipe, converted, emulate)
-    rows.append(_convert_head(model, recipe, head, emulate))
+    rows.append(_convert_head(model, head, emulate))
     return rows
 
 
@@ -185,44 +187,17 @@ def _convert_torchao(model: GPT, recipe: Recipe, names: set[str], emulate: bool)
 
 
 def _convert_fused(model: GPT, names: set[str], emulate: bool) -> None:
-    try:
-        from fp8lab.kernels import convert_blocks
-    except ImportError:
-        raise UserError("recipe: fused needs fp8lab.kernels, which this installation lacks") from None
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     left_out = sorted(set(linears) - names)
     convert_blocks(model, emulate=emulate, high_precision=left_out)
 
 
-class Float8TiedHead(nn.Module):
-    """The tied output head with its three GEMMs in a torchao recipe."""
-
-    def __init__(self, recipe: Recipe, d_model: int, vocab_size: int, emulate: bool) -> None:
-        super().__init__()
-        config = _torchao_config(recipe, emulate)
-        from torchao.float8.float8_linear import Float8Linear
-
-        with torch.device("meta"):
-            self._linear_mm_config = Float8Linear(d_model, vocab_size, bias=False, config=config).linear_mm_config
-        self._config = config
-
-    def forward(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """Logits (..., vocab_size), in the dtype of `hidden` (..., d_model); `weight` is (vocab_size, d_model)."""
-        from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
-
-        # grad_weight in BF16 (rowwise_with_gw_hp) multiplies operands of one dtype.
-        weight = weight.to(hidden.dtype)
-        return matmul_with_hp_or_float8_args.apply(hidden, weight.t(), self._linear_mm_config, self._config)
-
-
-def _convert_head(model: GPT, recipe: Recipe, head: Head, emulate: bool) -> dict[str, str]:
+def _convert_head(model: GPT, head: Head, emulate: bool) -> dict[str, str]:
     vocab_size, d_model = model.embedding.weight.shape
     row = {"name": "head", "shape": f"{vocab_size} x {d_model}", "precision": "bf16", "reason": "head: bf16"}
     if head == "bf16":
         return row
     if vocab_size % FP8_MULTIPLE or d_model % FP8_MULTIPLE:
         raise UserError(f"head: fp8 needs vocab_size and d_model to be multiples of {FP8_MULTIPLE}, not {row['shape']}")
-    if recipe not in TORCHAO_RECIPES:
-        raise UserError(f"head: fp8 is accepted with recipe {', '.join(TORCHAO_RECIPES)}; given: {recipe}")
-    model.head = Float8TiedHead(recipe, d_model, vocab_size, emulate)
-    return row | {"precision": recipe, "reason": "converted (tied to the embedding)"}
+    model.head = Fp8TiedHead(emulate=emulate)
+    return row | {"precision": "fp8", "reason": "converted (tied to the embedding)"}

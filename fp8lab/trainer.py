@@ -27,11 +27,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fp8lab import checkpoint, flops, records
 from fp8lab.config import RunConfig, read_run_config
@@ -39,7 +39,8 @@ from fp8lab.data import Loader, TokenDataset, load_mixture
 from fp8lab.errors import UserError
 from fp8lab.generation import generate
 from fp8lab.guard import StepGuard
-from fp8lab.loss import next_token_loss
+from fp8lab.kernels import end_step
+from fp8lab.loss import total_nats, training_loss
 from fp8lab.metrics import MetricsLog, Stopwatch, spike_score
 from fp8lab.model import GPT
 from fp8lab.precision import FP8_MULTIPLE, convert, fp8_tensor_cores, uses_fp8
@@ -174,6 +175,29 @@ def make_optimizer(model: GPT, config: RunConfig, device: torch.device) -> torch
     )
 
 
+@torch.no_grad()
+def first_non_finite_output(model: GPT, tokens: Tensor) -> str | None:
+    """Name of the first module, in forward order, whose output on `tokens` (batch, seq) is not finite."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            if not found and not torch.isfinite(output).all():
+                found.append(name)
+
+        return hook
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        # Hooks inside a compiled block are not called.
+        with torch.compiler.set_stance("force_eager"), torch.autocast(tokens.device.type, torch.bfloat16):
+            model(tokens)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return found[0] if found else None
+
+
 class _Session:
     """The state of one run on one device, and the step that advances it."""
 
@@ -224,14 +248,15 @@ class _Session:
             group["lr"] = lr
         loss = self._accumulate_gradients(batch.to(self.device, non_blocking=True))
         parameters = list(self.model.parameters())
-        norms = torch.stack(torch._foreach_norm([parameter.grad for parameter in parameters]))
+        norms = torch.stack(torch._foreach_norm([cast(Tensor, parameter.grad) for parameter in parameters]))
         norm, skip = self.guard.judge(self.step, loss, norms)
         # Fused AdamW divides gradients by grad_scale and leaves everything as it was where found_inf is 1:
         # clipping and skipping cost no pass over memory of their own.
-        optimizer.grad_scale = (norm / config.optimizer.gradient_clip).clamp(min=1.0)
-        optimizer.found_inf = skip.float()
+        optimizer.grad_scale = (norm / config.optimizer.gradient_clip).clamp(min=1.0)  # type: ignore[attr-defined]
+        optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        end_step(self.model)
         stopwatch.stop()
         self.step += 1
         if self.step % config.log_interval == 0 or self.step == self.steps:
@@ -244,7 +269,7 @@ class _Session:
         for tokens in micro_batches:
             with torch.autocast(self.device.type, torch.bfloat16):
                 hidden = self.model.hidden(tokens[:, :-1])
-                objective, loss = next_token_loss(self.model, hidden, tokens[:, 1:], self.config.optimizer.z_loss)
+                objective, loss = training_loss(self.model, hidden, tokens[:, 1:], self.config.optimizer.z_loss)
             (objective / len(micro_batches)).backward()
             total += loss / len(micro_batches)
         return total
@@ -260,8 +285,7 @@ class _Session:
             for rows in torch.from_numpy(windows).split(self.config.micro_batch):
                 rows = rows.to(self.device)
                 with torch.autocast(self.device.type, torch.bfloat16):
-                    _, loss = next_token_loss(self.bf16_model, self.bf16_model.hidden(rows[:, :-1]), rows[:, 1:])
-                nats += loss.double() * rows[:, 1:].numel()
+                    nats += total_nats(self.bf16_model, self.bf16_model.hidden(rows[:, :-1]), rows[:, 1:])
             predicted = windows.shape[0] * self.config.model.seq_len
             self.validation.append(
                 {
@@ -320,9 +344,9 @@ class _Session:
                 key: state.optimizer[f"{name}.{key}"].to(self.device) for key in ("step", "exp_avg", "exp_avg_sq")
             }
         self.guard.load_state_dict(state.trainer)
-        rows = state.metrics.to_dict("records")
+        rows = cast(list[dict[str, Any]], state.metrics.to_dict("records"))
         self.log = MetricsLog(self.device, self.config.global_batch_tokens, rows)
-        self.validation = state.validation.to_dict("records")
+        self.validation = cast(list[dict[str, Any]], state.validation.to_dict("records"))
         self.step = self.resumed_at = state.step
         self.earlier_seconds = state.facts["wall_seconds"]
         self.started_utc = state.facts["started_utc"]
@@ -360,6 +384,7 @@ class _Recorder:
         self._progress = ProgressFile(session.folder)
         self._writer = checkpoint.CheckpointWriter(session.folder)
         self._next_flush = 0.0
+        self._bad_output: str | None = None
         provenance = records.collect_provenance(device_name(session.device))
         provenance.data_sha256 = session.dataset.sha256
         provenance.tokenizer_sha256 = session.dataset.tokenizer_sha256
@@ -450,6 +475,9 @@ class _Recorder:
         rows = session.log.rows[-1:]
         if not rows or not rows[0]["skipped"] or int(session.guard.skipped_in_a_row) < DIVERGED_AFTER:
             return
+        # The weights are still those of the first bad step: what fails now failed then.
+        tokens = torch.from_numpy(self._loader.batch(session.step - 1)[: session.config.micro_batch, :-1])
+        self._bad_output = first_non_finite_output(session.model, tokens.to(session.device))
         step, layer = self._first_bad()
         raise Diverged(
             f"{DIVERGED_AFTER} steps in a row were skipped"
@@ -457,15 +485,18 @@ class _Recorder:
         )
 
     def _first_bad(self) -> tuple[int | None, str | None]:
+        """Number of the first step with a loss or gradient that is not finite, and the layer where it arose."""
         guard = self._session.guard
         step = int(guard.first_bad_step)
         if step < 0:
             return None, None
+        is_bad = guard.first_bad_parameters.tolist()
         names = [name for name, _ in self._session.model.named_parameters()]
-        bad = [name for name, is_bad in zip(names, guard.first_bad_parameters.tolist(), strict=True) if is_bad]
-        # Backward runs from the last layer to the first and hands non-finite values on: the last bad one began.
-        blocks = [name for name in bad if name.startswith("blocks.")]
-        return step + 1, (blocks or bad or ["the loss"])[-1].removesuffix(".weight")
+        bad_blocks = [name for name, bad in zip(names, is_bad, strict=True) if bad and name.startswith("blocks.")]
+        if all(is_bad) or not bad_blocks:
+            return step + 1, self._bad_output or "the forward pass"
+        # Backward runs from the last layer to the first and hands non-finite values on: it began in the last.
+        return step + 1, bad_blocks[-1].removesuffix(".weight")
 
     def _samples(self) -> list[str]:
         """The model's continuation of the start of each domain's validation text."""
@@ -589,8 +620,8 @@ def _stop_signals() -> Iterator[list[int]]:
         for other, handler in previous.items():
             signal.signal(other, handler)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous[number] = signal.signal(number, handle)
+    for stop_signal in (signal.SIGTERM, signal.SIGINT):
+        previous[stop_signal] = signal.signal(stop_signal, handle)
     try:
         yield received
     finally:

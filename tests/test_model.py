@@ -23,7 +23,10 @@ def model() -> GPT:
 
 @settings(max_examples=20, deadline=None)
 @given(
-    heads=st.integers(1, 4), head_dim=st.sampled_from([8, 16]), n_layers=st.integers(1, 3), d_ff=st.sampled_from([24, 64])
+    heads=st.integers(1, 4),
+    head_dim=st.sampled_from([8, 16]),
+    n_layers=st.integers(1, 3),
+    d_ff=st.sampled_from([24, 64]),
 )
 def test_parameters_are_counted_as_the_model_has_them(heads, head_dim, n_layers, d_ff) -> None:
     config = ModelConfig(
@@ -51,8 +54,7 @@ def test_rope_scores_depend_on_distance_alone(shift, distance) -> None:
     generator = torch.Generator().manual_seed(5)
     query, key = torch.randn(2, 16, generator=generator)
     cos, sin = rope_frequencies(64, 16, 10_000.0)
-    rotate = lambda x: apply_rope(x.expand(1, 64, 1, 16), cos, sin)[0, :, 0]
-    queries, keys = rotate(query), rotate(key)
+    queries, keys = (apply_rope(vector.expand(1, 64, 1, 16), cos, sin)[0, :, 0] for vector in (query, key))
     assert torch.allclose(queries[distance] @ keys[0], queries[shift + distance] @ keys[shift], atol=1e-4)
 
 
@@ -74,9 +76,10 @@ def test_initial_loss_is_near_uniform_and_residual_projections_start_smaller(d_m
         logits = model(tokens[:, :-1])
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     assert abs(float(loss) - math.log(272)) < 0.5
-    deviation = lambda weight: float(weight.std()) / math.sqrt(2 / (5 * d_model))
-    assert abs(deviation(model.blocks[0].attention.qkv.weight) - 1) < 0.1
-    assert abs(deviation(model.blocks[0].mlp.down.weight) * math.sqrt(8) - 1) < 0.1
+    block = model.blocks[0]
+    expected = math.sqrt(2 / (5 * d_model))
+    assert block.attention.qkv.weight.std().item() == pytest.approx(expected, rel=0.1)
+    assert block.mlp.down.weight.std().item() == pytest.approx(expected / math.sqrt(8), rel=0.1)
 
 
 def test_bf16_autocast_keeps_the_residual_stream_in_bf16() -> None:

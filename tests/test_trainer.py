@@ -1,0 +1,310 @@
+"""What a run does and leaves behind, on tokens made by a rule."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from fp8lab import records, trainer
+from fp8lab.checkpoint import load_model
+from fp8lab.config import RECIPES
+from fp8lab.errors import UserError
+from fp8lab.generation import generate
+from fp8lab.model import GPT
+from fp8lab.progress import read_progress
+from fp8lab.trainer import Diverged, Interrupted
+from tests import rule_data
+from tests.rule_data import tiny_config, tiny_model
+
+
+@pytest.fixture(autouse=True)
+def rule(monkeypatch) -> None:
+    monkeypatch.setattr(trainer, "open_data", rule_data.open_data)
+
+
+@pytest.fixture
+def train(tmp_path):
+    def run(config=None, **options):
+        config = config or tiny_config()
+        folders = {name: tmp_path / name for name in ("records_dir", "data_dir", "checkpoints_dir")}
+        return trainer.train(config, **folders | options)
+
+    return run
+
+
+def curve(root: Path, run: str = "tiny") -> pd.DataFrame:
+    table = records.read_table(root / "records_dir" / "test" / run, "metrics")
+    return table[["step", "tokens", "loss", "lr", "grad_norm", "skipped"]]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_learns_the_rule(train, tmp_path, recipe) -> None:
+    record = train(tiny_config(recipe=recipe, tokens=120 * 128))
+    assert record.final.validation_loss < math.log(256) - 2.5
+    assert record.emulated == (recipe != "bf16")
+    converted = [row for row in record.conversion if row["precision"] != "bf16"]
+    assert len(converted) == (0 if recipe == "bf16" else 8)
+
+
+def test_record_is_complete_and_reads_back(train, tmp_path) -> None:
+    config = tiny_config(validation_interval=8)
+    returned = train(config)
+    folder = tmp_path / "records_dir" / "test" / "tiny"
+    record = records.read(folder)
+    assert record == returned
+    assert (record.status, record.reason, record.steps, record.tokens) == ("finished", None, 20, 2560)
+    assert record.config == config.model_dump(mode="json")
+    assert record.provenance.data_sha256 == rule_data.RuleDataset.sha256
+    assert record.provenance.epochs == {"odd": 2560 / 2e6, "even": 2560 / 2e6}
+    assert record.flops.total == record.flops.per_token_matmul_attention_causal * 2560
+    assert len(record.samples) == 2
+    metrics = records.read_table(folder, "metrics")
+    assert metrics["step"].tolist() == list(range(1, 21))
+    assert record.final.train_loss == pytest.approx(metrics["loss"].mean())
+    validation = records.read_table(folder, "validation")
+    assert validation["step"].tolist() == [8, 8, 16, 16, 20, 20]
+    last = validation.tail(2).set_index("domain")
+    assert record.final.validation_loss == pytest.approx(0.75 * last.loss["odd"] + 0.25 * last.loss["even"])
+    # A token of the rule is a byte.
+    assert last.bits_per_byte["odd"] == pytest.approx(last.loss["odd"] / math.log(2))
+    progress = read_progress(tmp_path / "checkpoints_dir" / "test" / "tiny" / "progress.json")
+    assert (progress.stage, progress.step, progress.steps) == ("done", 20, 20)
+
+
+def test_trained_weights_load_and_write_text(train, tmp_path) -> None:
+    record = train(tiny_config(recipe="tensorwise", head="fp8"))
+    model, config = load_model(tmp_path / "checkpoints_dir" / "test" / "tiny")
+    assert config.recipe == "tensorwise"
+    encoding = rule_data.RuleDataset().encoding
+    texts = [generate(model, encoding, "abc", max_tokens=8, seed=seed) for seed in (1, 1, 2, 3)]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) > 1
+    greedy = [generate(model, encoding, "abc", max_tokens=8, temperature=0, seed=seed) for seed in (1, 2)]
+    assert greedy[0] == greedy[1]
+    assert record.samples[0]
+
+
+def test_the_same_seed_is_the_same_run_and_another_seed_is_not(train, tmp_path) -> None:
+    for run, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(tiny_config(run=run, seed=seed))
+    first, same, other = (curve(tmp_path, run) for run in "abc")
+    pd.testing.assert_frame_equal(first, same, check_exact=True)
+    assert not first["loss"].equals(other["loss"])
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "tensorwise", "fused"])
+def test_gradient_accumulation_gives_the_large_batch_s_numbers(train, tmp_path, recipe) -> None:
+    for micro_batch in (1, 2, 4):
+        train(tiny_config(run=f"micro{micro_batch}", micro_batch=micro_batch, recipe=recipe, tokens=8 * 128))
+    whole = curve(tmp_path, "micro4")
+    for micro_batch in (1, 2):
+        parts = curve(tmp_path, f"micro{micro_batch}")
+        # BF16 and FP8 round sums of different lengths differently; a wrong factor would be off by 2 or 4.
+        tolerance = 0.005 if recipe == "bf16" else 0.08
+        assert parts["loss"].to_numpy() == pytest.approx(whole["loss"].to_numpy(), abs=tolerance)
+        assert parts["grad_norm"].to_numpy() == pytest.approx(whole["grad_norm"].to_numpy(), rel=0.1)
+
+
+def test_weight_decay_shrinks_matrices_alone() -> None:
+    model = GPT(tiny_model())
+    model.initialise(1)
+    config = tiny_config(optimizer={"peak_learning_rate": 0.1, "weight_decay": 0.5})
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = trainer.make_optimizer(model, config, torch.device("cpu"))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 0.95 if parameter.ndim == 2 else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * factor)
+
+
+def test_clipping_limits_the_gradient_that_the_optimizer_sees(train, tmp_path) -> None:
+    clip = 0.1
+    train(tiny_config(tokens=128, optimizer={"peak_learning_rate": 1e-2, "gradient_clip": clip}))
+    assert curve(tmp_path)["grad_norm"][0] > clip
+    state = trainer.checkpoint.load_latest(tmp_path / "checkpoints_dir" / "test" / "tiny")
+    moments = [tensor for name, tensor in state.optimizer.items() if name.endswith(".exp_avg")]
+    # After one step the first moment is (1 - beta1) times the clipped gradient.
+    norm = math.sqrt(sum(float(tensor.square().sum()) for tensor in moments))
+    assert norm == pytest.approx(0.1 * clip, rel=1e-4)
+
+
+def poison(monkeypatch, steps: set[int]) -> None:
+    """Make the loss of these steps not a number."""
+    real, calls = trainer.training_loss, []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        objective, loss = real(*arguments)
+        return (objective * math.nan, loss * math.nan) if len(calls) in steps else (objective, loss)
+
+    monkeypatch.setattr(trainer, "training_loss", poisoned)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(train, tmp_path, monkeypatch) -> None:
+    poison(monkeypatch, {5, 9})
+    record = train()
+    assert record.status == "finished"
+    assert (record.stability.skipped_steps, record.stability.first_bad_step) == (2, 5)
+    table = curve(tmp_path)
+    assert table[table["skipped"]]["step"].tolist() == [5, 9]
+    assert table[~table["skipped"]]["loss"].notna().all()
+    state = trainer.checkpoint.load_latest(tmp_path / "checkpoints_dir" / "test" / "tiny")
+    assert {float(tensor) for name, tensor in state.optimizer.items() if name.endswith(".step")} == {18.0}
+
+
+def test_a_run_that_stays_non_finite_stops_as_diverged_and_names_the_layer(train, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(trainer, "FLUSH_SECONDS", 0.0)
+    real, seen = trainer.convert, []
+
+    def convert(model, *arguments):
+        def break_down(_module, _inputs, output):
+            seen.append(1)
+            return output if len(seen) < 14 else output * math.nan
+
+        model.blocks[0].mlp.register_forward_hook(break_down)
+        return real(model, *arguments)
+
+    monkeypatch.setattr(trainer, "convert", convert)
+    with pytest.raises(Diverged, match=r"first .* was at step 14, in blocks\.0\.mlp$"):
+        train(tiny_config(tokens=200 * 128))
+    record = records.read(tmp_path / "records_dir" / "test" / "tiny")
+    assert record.status == "diverged"
+    assert record.stability.first_bad_step == 14
+    assert record.stability.first_bad_layer == "blocks.0.mlp"
+    state = trainer.checkpoint.load_latest(tmp_path / "checkpoints_dir" / "test" / "tiny")
+    assert state.step in (20, 30)
+    assert all(torch.isfinite(tensor).all() for tensor in state.model.values())
+
+
+def test_outlier_steps_are_skipped_when_asked(train, monkeypatch) -> None:
+    real, calls = trainer.training_loss, []
+
+    def spike(*arguments):
+        calls.append(1)
+        objective, loss = real(*arguments)
+        return objective, loss + (100 if len(calls) == 150 else 0)
+
+    monkeypatch.setattr(trainer, "training_loss", spike)
+    config = tiny_config(tokens=160 * 128, optimizer={"peak_learning_rate": 1e-3, "skip_outliers": 8})
+    record = train(config)
+    assert record.stability.skipped_steps == 1
+    assert record.stability.first_bad_step is None
+    assert record.stability.spike_score == pytest.approx(1 / 60)
+
+
+def test_an_exception_leaves_a_failed_record_with_the_reason(train, tmp_path, monkeypatch) -> None:
+    real = rule_data.RuleLoader.batch
+    monkeypatch.setattr(
+        rule_data.RuleLoader,
+        "batch",
+        lambda self, step: real(self, step) if step < 6 else (_ for _ in ()).throw(OSError("the disk\nwent away")),
+    )
+    with pytest.raises(OSError, match="went away"):
+        train()
+    record = records.read(tmp_path / "records_dir" / "test" / "tiny")
+    assert (record.status, record.reason) == ("failed", "OSError: the disk went away")
+    assert not (tmp_path / "checkpoints_dir" / "test" / "tiny" / "model.safetensors").exists()
+
+
+def stop_at(monkeypatch, step: int, number: int) -> None:
+    """Send this process a signal while a step's batch is being loaded."""
+    real = trainer._Session.take_step
+
+    def take_step(self, batch):
+        real(self, batch)
+        if self.step == step:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(trainer._Session, "take_step", take_step)
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "tensorwise", "fused"])
+def test_a_run_continued_after_a_signal_is_the_uninterrupted_run(train, tmp_path, monkeypatch, recipe) -> None:
+    train(tiny_config(run="whole", recipe=recipe))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7, signal.SIGTERM)
+        with pytest.raises(Interrupted) as stopped:
+            train(tiny_config(run="parts", recipe=recipe))
+    assert stopped.value.exit_code == 143
+    record = records.read(tmp_path / "records_dir" / "test" / "parts")
+    assert (record.status, record.steps) == ("interrupted", 7)
+    assert "SIGTERM after step 7" in record.reason
+    assert train(tiny_config(run="parts", recipe=recipe)).status == "finished"
+    pd.testing.assert_frame_equal(curve(tmp_path, "whole"), curve(tmp_path, "parts"), check_exact=True)
+    weights = [
+        (tmp_path / "checkpoints_dir" / "test" / run / "model.safetensors").read_bytes() for run in ("whole", "parts")
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_training_a_finished_run_again_changes_no_result(train, tmp_path) -> None:
+    first = train()
+    again = train()
+    assert again.final == first.final
+    assert again.provenance.started_utc == first.provenance.started_utc
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(train, tmp_path) -> None:
+    train()
+    before = (tmp_path / "records_dir" / "test" / "tiny" / "record.json").read_bytes()
+    with pytest.raises(UserError, match=r"another configuration \(tokens, optimizer changed\)"):
+        train(tiny_config(tokens=40 * 128, optimizer={"peak_learning_rate": 1e-3}))
+    assert (tmp_path / "records_dir" / "test" / "tiny" / "record.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"recipe": "tensorwise", "model": tiny_model(seq_len=20), "micro_batch": 1, "global_batch_tokens": 20},
+            "micro_batch: 1 x seq_len 20 = 20 tokens; FP8 weight gradients need a multiple of 16",
+        ),
+        ({"model": tiny_model(vocab_size=128)}, "model.vocab_size: 128 is less than the 257 tokens"),
+        ({"recipe": "rowwise", "high_precision": ("blocks.9.*",)}, "high_precision: 'blocks.9.*' matches no Linear"),
+    ],
+)
+def test_mistakes_are_one_line_and_nothing_is_written(train, tmp_path, changes, message) -> None:
+    with pytest.raises(UserError) as error:
+        train(tiny_config(**changes))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_compiler_the_run_goes_on_and_says_so(train, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(trainer.shutil, "which", lambda _: None)
+    with caplog.at_level(logging.WARNING):
+        assert train(tiny_config(compile=True)).status == "finished"
+    assert [record.message for record in caplog.records] == [
+        "no C++ compiler (g++ or clang++): the run is not compiled"
+    ]
+
+
+def test_compiled_blocks_compute_the_same_losses(train, tmp_path) -> None:
+    for compiled in (False, True):
+        train(tiny_config(run=f"compiled-{compiled}", compile=compiled, recipe="tensorwise", tokens=8 * 128))
+    eager, compiled = (curve(tmp_path, f"compiled-{flag}")["loss"].to_numpy() for flag in (False, True))
+    assert compiled == pytest.approx(eager, abs=0.08)
+
+
+def test_the_live_callback_sees_the_curve_grow(train, monkeypatch) -> None:
+    monkeypatch.setattr(trainer, "FLUSH_SECONDS", 0.0)
+    lengths = []
+    train(on_log=lambda metrics, validation: lengths.append(len(metrics)))
+    assert lengths == list(range(1, 21))
+
+
+def test_worker_exits_2_on_bad_input(tmp_path, capsys) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tiny_config().model_dump(mode="json") | {"recipe": "fp4"}))
+    assert trainer.main([str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
