@@ -1,0 +1,57 @@
+"""What several test modules share: the demo's runs, trained once a session."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fp8lab import records
+from fp8lab.config import Plan, RunConfig, load_plan, parameter_count
+from fp8lab.data import build, load_mixture
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class DemoRuns:
+    """Folders of a trained demo plan."""
+
+    plan: Plan
+    records_dir: Path
+    data_dir: Path
+    checkpoints_dir: Path
+
+    def record(self, config: RunConfig) -> records.TrainRecord:
+        record = records.read(records.record_dir(self.records_dir, config.plan, config.run))
+        assert isinstance(record, records.TrainRecord)
+        return record
+
+
+@pytest.fixture(scope="session")
+def demo_runs(tmp_path_factory: pytest.TempPathFactory) -> DemoRuns:
+    """Every run of ``runs/plans/demo.yaml``, trained by the worker in processes of one thread: about three minutes."""
+    root = tmp_path_factory.mktemp("demo")
+    plan = load_plan(ROOT / "runs" / "plans" / "demo.yaml")
+    demo = DemoRuns(plan, root / "records", root / "data", root / "checkpoints")
+    build(load_mixture("demo"), demo.data_dir)
+
+    def train(config: RunConfig) -> None:
+        path = root / f"{config.run}.json"
+        path.write_text(config.model_dump_json())
+        command = [sys.executable, "-m", "fp8lab.trainer", str(path)]
+        for option in ("records_dir", "data_dir", "checkpoints_dir"):
+            command += [f"--{option.replace('_', '-')}", str(getattr(demo, option))]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    longest_first = sorted(plan.runs, key=lambda config: (-parameter_count(config.model), config.recipe == "bf16"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(train, longest_first))
+    return demo

@@ -1,0 +1,216 @@
+"""Checkpoints: damage is found and reported, the previous good one is used, and nothing good is overwritten."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fp8lab import checkpoint, trainer
+from fp8lab.checkpoint import CheckpointWriter, TrainingState, find_damage, load_latest, load_model, save_final, write
+from fp8lab.errors import UserError
+from fp8lab.model import GPT
+from tests import rule_data
+from tests.rule_data import tiny_config, tiny_model
+
+
+def some_state(step: int) -> TrainingState:
+    generator = torch.Generator().manual_seed(step)
+    return TrainingState(
+        step=step,
+        model={"weight": torch.randn(16, 8, generator=generator)},
+        optimizer={"weight.exp_avg": torch.randn(16, 8, generator=generator), "weight.step": torch.tensor(float(step))},
+        trainer={"taken": torch.tensor(step)},
+        metrics=pd.DataFrame({"step": range(step), "loss": [3.0] * step}),
+        validation=pd.DataFrame({"step": [step]}),
+        facts={"wall_seconds": 1.5},
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def test_state_comes_back_bit_for_bit(tmp_path) -> None:
+    state = some_state(5)
+    write(tmp_path, state)
+    loaded = load_latest(tmp_path)
+    assert (loaded.step, loaded.facts) == (5, {"wall_seconds": 1.5})
+    for part in ("model", "optimizer", "trainer"):
+        expected, actual = getattr(state, part), getattr(loaded, part)
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    pd.testing.assert_frame_equal(loaded.metrics, state.metrics)
+
+
+def test_no_checkpoint_is_a_fresh_start(tmp_path) -> None:
+    assert load_latest(tmp_path) is None
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_flipped_bit_lost_byte_or_lost_file_is_found(tmp_path, data) -> None:
+    folder = tmp_path / "any"
+    shutil.rmtree(folder, ignore_errors=True)
+    path = write(folder, some_state(3))
+    assert find_damage(path) is None
+    victim = data.draw(st.sampled_from(sorted(path.iterdir())))
+    content = bytearray(victim.read_bytes())
+    kind = data.draw(st.sampled_from(["flip", "truncate", "delete", "grow"]))
+    place = data.draw(st.integers(0, len(content) - 1))
+    if kind == "flip":
+        # White space in a JSON file means nothing: flipping it may change nothing.
+        content[place] ^= 1 << data.draw(st.integers(0, 7))
+        before = json.loads(victim.read_bytes()) if victim.suffix == ".json" else None
+        victim.write_bytes(content)
+        if victim.name == checkpoint.CHECKSUMS_FILE:
+            try:
+                if json.loads(bytes(content)) == before:
+                    return
+            except ValueError:
+                pass
+    elif kind == "truncate":
+        victim.write_bytes(content[:place])
+    elif kind == "grow":
+        victim.write_bytes(content + b"}")
+    else:
+        victim.unlink()
+    assert find_damage(path) is not None
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "checksums.json"])
+def test_the_previous_good_checkpoint_is_used_and_the_damage_reported(tmp_path, caplog, damage, file) -> None:
+    write(tmp_path, some_state(10))
+    damage(write(tmp_path, some_state(20)) / file)
+    with caplog.at_level(logging.WARNING):
+        assert load_latest(tmp_path).step == 10
+    assert len(caplog.records) == 1
+    assert f"step-00000020/{file}" in caplog.text
+
+
+def test_with_none_left_the_error_is_clear_and_nothing_is_overwritten(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(trainer, "open_data", rule_data.open_data)
+    folders = {name: tmp_path / name for name in ("records_dir", "data_dir", "checkpoints_dir")}
+    trainer.train(tiny_config(), **folders)
+    for path in (tmp_path / "checkpoints_dir").rglob("optimizer.safetensors"):
+        flip_a_bit(path)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"every checkpoint is damaged .*optimizer.safetensors"):
+        trainer.train(tiny_config(), **folders)
+    after = contents(tmp_path)
+    lock = "checkpoints_dir/test/tiny/.lock"
+    assert {name: content for name, content in after.items() if name != lock} == {
+        name: content for name, content in before.items() if name != lock
+    }
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lambda path: shutil.rmtree(path.parent)])
+def test_a_run_resumed_before_damage_ends_bit_identical(tmp_path, monkeypatch, damage) -> None:
+    monkeypatch.setattr(trainer, "open_data", rule_data.open_data)
+    folders = {name: tmp_path / name for name in ("records_dir", "data_dir", "checkpoints_dir")}
+    first = trainer.train(tiny_config(), **folders)
+    run = tmp_path / "checkpoints_dir" / "test" / "tiny"
+    weights = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").unlink()
+    damage(run / "step-00000020" / "model.safetensors")
+    again = trainer.train(tiny_config(), **folders)
+    assert again.final == first.final
+    assert (run / "model.safetensors").read_bytes() == weights
+    assert find_damage(run / "step-00000020") is None
+
+
+def test_a_half_written_checkpoint_is_never_seen(tmp_path) -> None:
+    write(tmp_path, some_state(10))
+    shutil.copytree(tmp_path / "step-00000010", tmp_path / ".step-00000020.tmp")
+    assert load_latest(tmp_path).step == 10
+    checkpoint.clean_up(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
+
+
+def test_the_last_two_are_kept_and_every_nth(tmp_path) -> None:
+    writer = CheckpointWriter(tmp_path, keep_every=30)
+    for step in (10, 20, 30, 40, 50, 60, 70, 80):
+        writer.save(some_state(step))
+    writer.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-000000{step}" for step in (30, 60, 70, 80)]
+
+
+def test_a_snapshot_is_of_the_moment_it_was_asked_for(tmp_path) -> None:
+    state = some_state(1)
+    expected = state.model["weight"].clone()
+    writer = CheckpointWriter(tmp_path)
+    writer.save(state)
+    state.model["weight"].zero_()
+    writer.wait()
+    assert torch.equal(load_latest(tmp_path).model["weight"], expected)
+
+
+def test_a_failed_write_is_raised_and_leaves_what_was_there(tmp_path, monkeypatch) -> None:
+    writer = CheckpointWriter(tmp_path)
+    writer.save(some_state(10))
+    writer.wait()
+
+    def full(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    writer.save(some_state(20))
+    with pytest.raises(OSError, match="No space left"):
+        writer.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
+    assert load_latest(tmp_path).step == 10
+
+
+def saved_model(folder: Path) -> GPT:
+    folder.mkdir(exist_ok=True)
+    model = GPT(tiny_model())
+    model.initialise(1)
+    save_final(folder, model, tiny_config())
+    return model
+
+
+def test_final_weights_load_as_they_were(tmp_path) -> None:
+    model = saved_model(tmp_path)
+    loaded, config = load_model(tmp_path)
+    assert config == tiny_config()
+    assert not loaded.training
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, loaded.get_parameter(name))
+
+
+def test_weights_of_another_model_are_refused_by_name(tmp_path) -> None:
+    saved_model(tmp_path)
+    other = tiny_config(model=tiny_model(d_model=64))
+    (tmp_path / "config.json").write_text(other.model_dump_json())
+    with pytest.raises(
+        UserError, match=r"model.safetensors: embedding.weight has shape \(272, 32\); expected \(272, 64\)"
+    ):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [truncate, Path.unlink])
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_damaged_final_files_are_refused_by_name(tmp_path, damage, file) -> None:
+    saved_model(tmp_path)
+    damage(tmp_path / file)
+    with pytest.raises(UserError, match=file) as error:
+        load_model(tmp_path)
+    assert "\n" not in str(error.value)
