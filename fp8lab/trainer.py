@@ -214,6 +214,7 @@ class _Session:
         self.bf16_model = _share_weights(self.model)
         self.conversion = convert(self.model, config.recipe, config.head, config.high_precision)
         self.model.train()
+        self.model.checkpoint_activations = config.activation_checkpointing
         self.optimizer = make_optimizer(self.model, config, self.device)
         self.guard = StepGuard(len(list(self.model.parameters())), config.optimizer.skip_outliers).to(self.device)
         self.log = MetricsLog(self.device, config.global_batch_tokens)

@@ -112,6 +112,26 @@ def test_gradient_accumulation_gives_the_large_batch_s_numbers(train, tmp_path, 
         assert parts["grad_norm"].to_numpy() == pytest.approx(whole["grad_norm"].to_numpy(), rel=0.1)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recomputing_activations_changes_no_number(train, tmp_path, recipe) -> None:
+    for recompute in (False, True):
+        train(tiny_config(run=str(recompute), recipe=recipe, activation_checkpointing=recompute, tokens=6 * 128))
+    pd.testing.assert_frame_equal(curve(tmp_path, "False"), curve(tmp_path, "True"), check_exact=True)
+
+
+def test_recomputing_keeps_fewer_activations() -> None:
+    saved = {}
+    for recompute in (False, True):
+        model = GPT(tiny_model(n_layers=4))
+        model.checkpoint_activations = recompute
+        sizes = saved[recompute] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, sizes=sizes: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor
+        ):
+            model.hidden(torch.zeros(4, 32, dtype=torch.int64))
+    assert sum(saved[True]) < sum(saved[False]) / 4
+
+
 def test_weight_decay_shrinks_matrices_alone() -> None:
     model = GPT(tiny_model())
     model.initialise(1)
