@@ -209,6 +209,22 @@ def load_latest(folder: Path) -> TrainingState | None:
     return None
 
 
+def load_step(folder: Path, step: int) -> TrainingState:
+    """The checkpoint after `step` steps of the run in `folder`.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    path = folder / f"step-{step:08d}"
+    if not path.is_dir():
+        kept = ", ".join(str(int(other.name.removeprefix("step-"))) for other in _checkpoints(folder)) or "none"
+        raise UserError(f"{folder}: no checkpoint after step {step}; there: {kept} (see keep_checkpoints_every)")
+    problem = find_damage(path)
+    if problem is not None:
+        raise UserError(f"damaged checkpoint: {problem}")
+    return _load(path)
+
+
 def find_damage(path: Path) -> str | None:
     """What is wrong with the checkpoint `path` by its checksums, in one line; None if it is whole."""
     try:

@@ -148,6 +148,15 @@ class ScheduleConfig(Config):
     """Rate at the last step as a fraction of the peak."""
 
 
+class ParentConfig(Config):
+    """Where a decay branch leaves the run that it shares its warm-up and stable part with."""
+
+    run: Name
+    """A WSD run of the same plan, alike in all but its length. In a plan's entry, left out: the name without suffix."""
+    step: int = Field(gt=0)
+    """Continue from its checkpoint after this step."""
+
+
 class RunConfig(Config):
     """Everything that one training run depends on."""
 
@@ -186,6 +195,10 @@ class RunConfig(Config):
     """Steps between rows of metrics.parquet."""
     checkpoint_interval: int = Field(default=500, gt=0)
     """Steps between checkpoints."""
+    keep_checkpoints_every: int = Field(default=0, ge=0)
+    """Never remove the checkpoints at multiples of this step: decay branches start from them. 0: keep the last two."""
+    parent: ParentConfig | None = None
+    """Set for a decay branch: trains only the steps after the parent's."""
     evaluation: Literal["none", "demo", "full"] = "none"
     """lm-eval suite that scores the finished run."""
 
@@ -196,6 +209,19 @@ class RunConfig(Config):
             raise ValueError(
                 f"global_batch_tokens {self.global_batch_tokens} is not a multiple of "
                 f"micro_batch x seq_len = {self.micro_batch} x {self.model.seq_len} = {sequence_tokens}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _branch_decays(self) -> RunConfig:
+        if self.parent is None:
+            return self
+        if self.schedule.kind != "wsd":
+            raise ValueError("parent: a decay branch needs schedule.kind wsd")
+        decay_start = self.steps - max(1, round(self.schedule.decay_fraction * self.steps))
+        if self.parent.step > decay_start:
+            raise ValueError(
+                f"parent.step {self.parent.step} is after this run's decay begins, at step {decay_start} of {self.steps}"
             )
         return self
 
@@ -356,6 +382,8 @@ def _expand_entry(values: dict[str, Any], plan: str, where: str) -> list[RunConf
         head = run_values.get("head", "bf16")
         name = f"{model.name}-{recipe}{'-head_fp8' if head == 'fp8' else ''}-s{seed}"
         suffix = run_values.pop("suffix", "")
+        if isinstance(run_values.get("parent"), Mapping):
+            run_values["parent"] = {"run": name} | dict(run_values["parent"])
         run_values |= {"plan": plan, "run": name + suffix, "model": model, "recipe": recipe, "seed": seed}
         runs.append(validate(RunConfig, run_values, where))
     return runs

@@ -21,6 +21,7 @@ import math
 import shutil
 import signal
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8lab import checkpoint, flops, records
-from fp8lab.config import RunConfig, read_run_config
+from fp8lab.config import RunConfig, read_run_config, validate
 from fp8lab.data import Loader, TokenDataset, load_mixture
 from fp8lab.errors import UserError
 from fp8lab.generation import generate
@@ -46,7 +47,7 @@ from fp8lab.model import GPT
 from fp8lab.precision import FP8_MULTIPLE, convert, fp8_tensor_cores, uses_fp8
 from fp8lab.progress import Progress, ProgressFile
 from fp8lab.records import DomainLoss, FinalLosses, Speed, Stability, TrainRecord
-from fp8lab.schedule import learning_rate_fraction
+from fp8lab.schedule import decay_start, learning_rate_fraction, warmup_steps
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +63,10 @@ WARMUP_ROWS = 5
 VALIDATION_TYPES = {"step": "int64", "tokens": "int64", "domain": "str", "loss": "float64", "bits_per_byte": "float64"}
 SAMPLE_PROMPT_TOKENS = 16
 SAMPLE_TOKENS = 48
-MAY_CHANGE = {"checkpoint_interval", "evaluation"}
+MAY_CHANGE = {"checkpoint_interval", "keep_checkpoints_every", "evaluation"}
 """Fields of a configuration that a run may be resumed with other values of: they change no result."""
+BRANCH_MAY_CHANGE = MAY_CHANGE | {"run", "parent", "tokens", "schedule", "validation_interval", "log_interval"}
+"""Fields in which a decay branch may differ from its parent."""
 
 OnLog = Callable[[pd.DataFrame, pd.DataFrame], None]
 """Called about once a second with all metrics and validation rows so far."""
@@ -151,8 +154,9 @@ def device_name(device: torch.device) -> str:
 
 def compile_blocks(model: GPT, device: torch.device) -> None:
     """torch.compile each block: the blocks share one compiled graph, so compiling takes seconds, not minutes."""
-    if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
-        log.warning("no C++ compiler (g++ or clang++): the run is not compiled")
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if device.type == "cpu" and not (compiler and Path(sysconfig.get_path("include"), "Python.h").exists()):
+        log.warning("no C++ compiler (g++ or clang++) or no Python headers: the run is not compiled")
         return
     for block in model.blocks:
         block.compile(dynamic=False)
@@ -225,6 +229,8 @@ class _Session:
         self.started_utc: str | None = None
         self.began = time.perf_counter()
         if config.compile:
+            # Graphs of earlier runs in this process would count against the limit of recompilations.
+            torch.compiler.reset()
             compile_blocks(self.model, self.device)
 
     @property
@@ -234,6 +240,12 @@ class _Session:
     @property
     def tokens(self) -> int:
         return self.step * self.config.global_batch_tokens
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens trained on by this run itself, those of a branch's parent left out."""
+        parent = self.config.parent
+        return self.tokens - (parent.step * self.config.global_batch_tokens if parent else 0)
 
     @property
     def wall_seconds(self) -> float:
@@ -247,7 +259,11 @@ class _Session:
         lr = config.optimizer.peak_learning_rate * learning_rate_fraction(config.schedule, self.step, self.steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = self._accumulate_gradients(batch.to(self.device, non_blocking=True))
+        batch = batch.to(self.device, non_blocking=True)
+        try:
+            loss = self._accumulate_gradients(batch, config.micro_batch)
+        except torch.OutOfMemoryError:
+            raise UserError(self._advise_micro_batch(batch)) from None
         parameters = list(self.model.parameters())
         norms = torch.stack(torch._foreach_norm([cast(Tensor, parameter.grad) for parameter in parameters]))
         norm, skip = self.guard.judge(self.step, loss, norms)
@@ -263,9 +279,9 @@ class _Session:
         if self.step % config.log_interval == 0 or self.step == self.steps:
             self.log.add(self.step, lr, torch.stack((loss, norm, skip.float())), stopwatch)
 
-    def _accumulate_gradients(self, batch: Tensor) -> Tensor:
-        """Gradients of the mean loss over `batch`, micro-batch by micro-batch; returns that loss."""
-        micro_batches = batch.split(self.config.micro_batch)
+    def _accumulate_gradients(self, batch: Tensor, micro_batch: int) -> Tensor:
+        """Gradients of the mean loss over `batch`, `micro_batch` sequences at a time; returns that loss."""
+        micro_batches = batch.split(micro_batch)
         total = torch.zeros((), device=self.device)
         for tokens in micro_batches:
             with torch.autocast(self.device.type, torch.bfloat16):
@@ -274,6 +290,25 @@ class _Session:
             (objective / len(micro_batches)).backward()
             total += loss / len(micro_batches)
         return total
+
+    def _advise_micro_batch(self, batch: Tensor) -> str:
+        """Which micro-batch fits the device's memory, found by trying."""
+        problem = (
+            f"micro_batch: {self.config.micro_batch} sequences do not fit the memory of {device_name(self.device)}"
+        )
+        # Before the first step the optimizer has yet to take its share.
+        moments = [] if self.optimizer.state else [torch.zeros_like(p) for p in self.model.parameters() for _ in "mv"]
+        for micro_batch in range(self.config.micro_batch // 2, 0, -1):
+            if self.config.micro_batch % micro_batch:
+                continue
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            with contextlib.suppress(torch.OutOfMemoryError):
+                self._accumulate_gradients(batch[:micro_batch], micro_batch)
+                del moments
+                return f"{problem}; {micro_batch} do"
+        return f"{problem}; not even 1 does: take a smaller model or seq_len, or activation_checkpointing"
 
     @torch.no_grad()
     def validate(self) -> None:
@@ -336,15 +371,28 @@ class _Session:
             UserError: all are damaged, or they were made with another configuration or other data.
         """
         state = checkpoint.load_latest(self.folder)
-        if state is None:
-            return
-        self._check_same_run(state)
+        parent = self.config.parent
+        if state is not None:
+            self._check_compatible(state, self.folder, MAY_CHANGE)
+            self._restore_tensors(state)
+            self._restore_history(state)
+        elif parent is not None:
+            folder = self.folder.parent / parent.run
+            state = checkpoint.load_step(folder, parent.step)
+            self._check_compatible(state, folder, BRANCH_MAY_CHANGE)
+            self._check_stable_part(state, folder)
+            self._restore_tensors(state)
+            self.step = self.resumed_at = state.step
+
+    def _restore_tensors(self, state: checkpoint.TrainingState) -> None:
         self.model.load_state_dict(state.model)
         for name, parameter in self.model.named_parameters():
             self.optimizer.state[parameter] = {
                 key: state.optimizer[f"{name}.{key}"].to(self.device) for key in ("step", "exp_avg", "exp_avg_sq")
             }
         self.guard.load_state_dict(state.trainer)
+
+    def _restore_history(self, state: checkpoint.TrainingState) -> None:
         rows = cast(list[dict[str, Any]], state.metrics.to_dict("records"))
         self.log = MetricsLog(self.device, self.config.global_batch_tokens, rows)
         self.validation = cast(list[dict[str, Any]], state.validation.to_dict("records"))
@@ -352,16 +400,26 @@ class _Session:
         self.earlier_seconds = state.facts["wall_seconds"]
         self.started_utc = state.facts["started_utc"]
 
-    def _check_same_run(self, state: checkpoint.TrainingState) -> None:
+    def _check_compatible(self, state: checkpoint.TrainingState, folder: Path, may_change: set[str]) -> None:
         config = self.config.model_dump(mode="json")
         before = state.facts["config"]
-        changed = [key for key in config if key not in MAY_CHANGE and before.get(key) != config[key]]
+        changed = [key for key in config if key not in may_change and before.get(key) != config[key]]
         if state.facts["data_sha256"] != self.dataset.sha256:
             changed.append("the mixture's data")
         if changed:
             raise UserError(
-                f"{self.folder}: its checkpoint was made with another configuration ({', '.join(changed)} changed); "
+                f"{folder}: its checkpoint was made with another configuration ({', '.join(changed)} changed); "
                 "remove the folder or give the run another name"
+            )
+
+    def _check_stable_part(self, state: checkpoint.TrainingState, folder: Path) -> None:
+        """A branch may only leave a WSD parent, after the warm-up and before the decay."""
+        parent = validate(RunConfig, state.facts["config"], f"{folder}: its checkpoint")
+        stable = range(warmup_steps(parent.schedule, parent.steps), decay_start(parent.schedule, parent.steps) + 1)
+        if parent.schedule.kind != "wsd" or state.step not in stable:
+            raise UserError(
+                f"parent.step: {state.step} is not in the stable part of {parent.run}, "
+                f"steps {stable.start} to {stable.stop - 1} of a WSD schedule"
             )
 
 
@@ -383,7 +441,7 @@ class _Recorder:
         self._records_dir = records_dir
         self._on_log = on_log
         self._progress = ProgressFile(session.folder)
-        self._writer = checkpoint.CheckpointWriter(session.folder)
+        self._writer = checkpoint.CheckpointWriter(session.folder, session.config.keep_checkpoints_every)
         self._next_flush = 0.0
         self._bad_output: str | None = None
         provenance = records.collect_provenance(device_name(session.device))
@@ -393,6 +451,8 @@ class _Recorder:
         provenance.started_utc = session.started_utc
         self.record = records.started(session.config, provenance, emulated=session.emulated)
         self.record.conversion = session.conversion
+        if session.config.parent is not None:
+            self.record.parent = records.Parent(**session.config.parent.model_dump())
 
     def run(self) -> TrainRecord:
         """Train to the end, and write the record as it then is."""
@@ -570,7 +630,7 @@ class _Recorder:
         on_gpu = session.device.type == "cuda"
         return Speed(
             tokens_per_second_median=median,
-            tokens_per_second_end_to_end=session.tokens / session.wall_seconds,
+            tokens_per_second_end_to_end=session.own_tokens / session.wall_seconds,
             bf16_mfu=flops.bf16_mfu(session.config.model, median) if on_gpu else None,
             peak_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
             wall_seconds=session.wall_seconds,

@@ -14,7 +14,7 @@ import torch
 
 from fp8lab import records, trainer
 from fp8lab.checkpoint import load_model
-from fp8lab.config import RECIPES
+from fp8lab.config import RECIPES, load_plan
 from fp8lab.errors import UserError
 from fp8lab.generation import generate
 from fp8lab.model import GPT
@@ -266,6 +266,78 @@ def test_a_run_continued_after_a_signal_is_the_uninterrupted_run(train, tmp_path
     assert weights[0] == weights[1]
 
 
+WSD = {"kind": "wsd", "warmup_fraction": 0.1, "decay_fraction": 0.25, "final_fraction": 0.0}
+
+
+def test_a_decay_branch_equals_the_run_of_that_length_and_costs_only_its_decay(train, tmp_path) -> None:
+    # 40 steps: warm-up to 4, stable to 30, decay. The branch decays over steps 15 to 20.
+    train(tiny_config(run="long", tokens=40 * 128, schedule=WSD, checkpoint_interval=5, keep_checkpoints_every=5))
+    branch = tiny_config(run="branch", schedule=WSD, parent={"run": "long", "step": 15})
+    record = train(branch)
+    assert (record.parent.run, record.parent.step) == ("long", 15)
+    assert (record.steps, record.tokens) == (20, 20 * 128)
+    rows, long_rows = curve(tmp_path, "branch"), curve(tmp_path, "long")
+    assert rows["step"].tolist() == [16, 17, 18, 19, 20]
+    assert rows["lr"].to_numpy() == pytest.approx([0.008, 0.006, 0.004, 0.002, 0.0], abs=1e-12)
+    # The first step after the fork sees the parent's weights and the parent's batch.
+    assert rows["loss"][0] == long_rows["loss"][15]
+    assert rows["loss"][3] != long_rows["loss"][18]
+    assert train(branch).final == record.final
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parent": {"run": "long", "step": 12}}, "no checkpoint after step 12; there: 5, 10, 15, 20"),
+        ({"parent": {"run": "long", "step": 10}, "seed": 2}, r"another configuration \(seed changed\)"),
+        (
+            {"parent": {"run": "long", "step": 20}, "tokens": 60 * 128},
+            "parent.step: 20 is not in the stable part of long, steps 2 to 15",
+        ),
+    ],
+)
+def test_a_branch_that_cannot_be_is_refused(train, changes, message) -> None:
+    train(tiny_config(run="long", schedule=WSD, checkpoint_interval=5, keep_checkpoints_every=5))
+    with pytest.raises(UserError, match=message):
+        train(tiny_config(**{"run": "branch", "schedule": WSD} | changes))
+
+
+def test_a_plan_s_branch_leaves_the_run_of_the_name_without_suffix(tmp_path) -> None:
+    path = tmp_path / "plan.yaml"
+    entry = tiny_config(schedule=WSD).model_dump(mode="json", exclude={"plan", "run", "recipe", "seed", "parent"})
+    entry |= {"models": [entry.pop("model")], "recipes": ["bf16", "rowwise"]}
+    long = entry | {"tokens": 40 * 128}
+    branch = entry | {"suffix": "-short", "parent": {"step": 15}}
+    path.write_text(json.dumps({"name": "test", "description": "budgets", "entries": [long, branch]}))
+    parents = {config.run: config.parent and config.parent.run for config in load_plan(path).runs}
+    assert parents == {
+        "tiny-bf16-s1": None,
+        "tiny-rowwise-s1": None,
+        "tiny-bf16-s1-short": "tiny-bf16-s1",
+        "tiny-rowwise-s1-short": "tiny-rowwise-s1",
+    }
+    path.write_text(json.dumps({"name": "test", "description": "", "entries": [branch | {"parent": {"step": 16}}]}))
+    with pytest.raises(UserError, match="after this run's decay begins, at step 15 of 20"):
+        load_plan(path)
+
+
+def test_out_of_memory_names_the_micro_batch_that_fits(train, tmp_path, monkeypatch) -> None:
+    real = trainer.training_loss
+
+    def limited(model, hidden, targets, z_loss):
+        if len(targets) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, hidden, targets, z_loss)
+
+    monkeypatch.setattr(trainer, "training_loss", limited)
+    message = r"micro_batch: 8 sequences do not fit the memory of CPU.*; 2 do$"
+    with pytest.raises(UserError, match=message):
+        train(tiny_config(micro_batch=8, global_batch_tokens=256))
+    record = records.read(tmp_path / "records_dir" / "test" / "tiny")
+    assert record.status == "failed"
+    assert "2 do" in record.reason
+
+
 def test_training_a_finished_run_again_changes_no_result(train, tmp_path) -> None:
     first = train()
     again = train()
@@ -305,7 +377,7 @@ def test_without_a_compiler_the_run_goes_on_and_says_so(train, monkeypatch, capl
     with caplog.at_level(logging.WARNING):
         assert train(tiny_config(compile=True)).status == "finished"
     assert [record.message for record in caplog.records] == [
-        "no C++ compiler (g++ or clang++): the run is not compiled"
+        "no C++ compiler (g++ or clang++) or no Python headers: the run is not compiled"
     ]
 
 
