@@ -105,13 +105,13 @@ class MetricsLog:
         """
         self._pending.append((_Entry(step, step * self._tokens_per_step, lr, stopwatch), values))
 
-    def flush(self, *, wait: bool) -> list[dict[str, Any]]:
-        """Move what has arrived into `rows`, and return these new rows.
+    def flush(self, *, wait: bool) -> None:
+        """Move what has arrived into `rows`.
 
         Args:
             wait: also wait for everything added so far; otherwise a GPU's last copy stays on its way.
         """
-        new = self._collect()
+        self._collect()
         if self._pending:
             entries = [entry for entry, _ in self._pending]
             values = torch.stack([value for _, value in self._pending])
@@ -124,24 +124,22 @@ class MetricsLog:
             self._arriving = (entries, values, event)
             self._pending = []
         if wait or self._device.type != "cuda":
-            new += self._collect()
-        return new
+            self._collect()
 
     def table(self) -> pd.DataFrame:
         """All rows that have arrived."""
         return pd.DataFrame(self.rows, columns=list(COLUMN_TYPES)).astype(COLUMN_TYPES)
 
-    def _collect(self) -> list[dict[str, Any]]:
+    def _collect(self) -> None:
         if self._arriving is None:
-            return []
+            return
         entries, values, event = self._arriving
         self._arriving = None
         if event is not None:
             event.synchronize()
-        new = []
         for entry, (loss, grad_norm, skipped) in zip(entries, values.tolist(), strict=True):
             milliseconds = entry.stopwatch.milliseconds()
-            new.append(
+            self.rows.append(
                 {
                     "step": entry.step,
                     "tokens": entry.tokens,
@@ -153,5 +151,3 @@ class MetricsLog:
                     "skipped": bool(skipped),
                 }
             )
-        self.rows += new
-        return new

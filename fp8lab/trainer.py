@@ -18,6 +18,7 @@ import collections
 import contextlib
 import logging
 import math
+import os
 import shutil
 import signal
 import sys
@@ -38,6 +39,7 @@ from fp8lab import checkpoint, flops, records
 from fp8lab.config import RunConfig, read_run_config, validate
 from fp8lab.data import Loader, TokenDataset, load_mixture
 from fp8lab.errors import UserError
+from fp8lab.events import EventFile
 from fp8lab.generation import generate
 from fp8lab.guard import StepGuard
 from fp8lab.kernels import end_step
@@ -68,8 +70,8 @@ MAY_CHANGE = {"checkpoint_interval", "keep_checkpoints_every", "evaluation"}
 BRANCH_MAY_CHANGE = MAY_CHANGE | {"run", "parent", "tokens", "schedule", "validation_interval", "log_interval"}
 """Fields in which a decay branch may differ from its parent."""
 
-OnLog = Callable[[pd.DataFrame, pd.DataFrame], None]
-"""Called about once a second with all metrics and validation rows so far."""
+OnLog = Callable[[Callable[[], pd.DataFrame], Callable[[], pd.DataFrame]], None]
+"""Called about once a second; its arguments make the tables of all metrics and validations so far."""
 
 
 class Interrupted(Exception):
@@ -149,7 +151,7 @@ def training_device() -> torch.device:
 
 def device_name(device: torch.device) -> str:
     """What records call `device`."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
 
 
 def compile_blocks(model: GPT, device: torch.device) -> None:
@@ -441,6 +443,8 @@ class _Recorder:
         self._records_dir = records_dir
         self._on_log = on_log
         self._progress = ProgressFile(session.folder)
+        self._events = EventFile(session.folder, session.step)
+        self._rows_in_events = len(session.log.rows)
         self._writer = checkpoint.CheckpointWriter(session.folder, session.config.keep_checkpoints_every)
         self._next_flush = 0.0
         self._bad_output: str | None = None
@@ -470,6 +474,8 @@ class _Recorder:
         except BaseException as error:
             self._write_failure(_one_line(error))
             raise
+        finally:
+            self._events.close()
         return self.record
 
     def _loop(self, received: list[int]) -> None:
@@ -513,6 +519,7 @@ class _Recorder:
     def _validate(self) -> None:
         self._report("validating", now=True)
         self._session.validate()
+        self._events.add_validation(self._session.validation[-len(self._session.dataset.weights) :])
 
     def _save(self, *, wait: bool) -> None:
         """Checkpoint, and bring the record's tables up to date."""
@@ -526,9 +533,11 @@ class _Recorder:
         self._next_flush = time.monotonic() + FLUSH_SECONDS
         session = self._session
         session.log.flush(wait=session.step == session.steps)
+        self._events.add_metrics(session.log.rows[self._rows_in_events :])
+        self._rows_in_events = len(session.log.rows)
         self._report("training")
         if self._on_log is not None:
-            self._on_log(session.log.table(), session.validation_table())
+            self._on_log(session.log.table, session.validation_table)
         self._check_diverged()
 
     def _check_diverged(self) -> None:

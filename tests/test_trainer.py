@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fp8lab import records, trainer
 from fp8lab.checkpoint import load_model
@@ -391,8 +392,17 @@ def test_compiled_blocks_compute_the_same_losses(train, tmp_path) -> None:
 def test_the_live_callback_sees_the_curve_grow(train, monkeypatch) -> None:
     monkeypatch.setattr(trainer, "FLUSH_SECONDS", 0.0)
     lengths = []
-    train(on_log=lambda metrics, validation: lengths.append(len(metrics)))
+    train(on_log=lambda metrics, validation: lengths.append(len(metrics())))
     assert lengths == list(range(1, 21))
+
+
+def test_tensorboard_reads_the_run(train, tmp_path) -> None:
+    train()
+    events = EventAccumulator(str(tmp_path / "checkpoints_dir" / "test" / "tiny" / "tensorboard")).Reload()
+    losses = events.Scalars("train/loss")
+    assert [event.step for event in losses] == list(range(1, 21))
+    assert [event.value for event in losses] == pytest.approx(curve(tmp_path)["loss"].tolist())
+    assert [event.step for event in events.Scalars("validation/bits_per_byte/odd")] == [20]
 
 
 def test_worker_exits_2_on_bad_input(tmp_path, capsys) -> None:

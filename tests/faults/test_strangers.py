@@ -95,13 +95,13 @@ def test_records(tmp_path, mark, payload, monkeypatch) -> None:
     folder = places["records_dir"] / "test" / "tiny"
     for name in ("metrics", "validation"):
         (folder / f"{name}.parquet").write_bytes(payload(mark))
-        with pytest.raises(UserError, match=f"{name}.parquet"):
+        with pytest.raises(UserError, match=rf"{name}\.parquet"):
             records.read_table(folder, name)
     (folder / "record.json").write_bytes(payload(mark))
-    with pytest.raises(UserError, match="record.json"):
+    with pytest.raises(UserError, match=r"record\.json"):
         records.read(folder)
     (folder / "eval.json").write_bytes(payload(mark))
-    with pytest.raises(UserError, match="eval.json"):
+    with pytest.raises(UserError, match=r"eval\.json"):
         records.read_eval(folder)
 
 
@@ -110,7 +110,7 @@ def test_records(tmp_path, mark, payload, monkeypatch) -> None:
 def test_configurations(tmp_path, mark, payload, read) -> None:
     path = tmp_path / "stranger.yaml"
     path.write_bytes(payload(mark))
-    with pytest.raises(UserError, match="stranger.yaml"):
+    with pytest.raises(UserError, match=r"stranger\.yaml"):
         read(path)
 
 
