@@ -57,4 +57,6 @@ def _sample(logits: torch.Tensor, temperature: float, top_k: int, generator: tor
     if 0 < top_k < len(logits):
         smallest_kept = logits.topk(top_k).values[-1]
         logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
-    return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+    # From the largest down, so that a tiny temperature divides towards -inf and not to infinity.
+    scaled = (logits - logits.max()) / temperature
+    return int(torch.multinomial(scaled.softmax(-1), 1, generator=generator))

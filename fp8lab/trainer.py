@@ -169,13 +169,14 @@ def device_name(device: torch.device) -> str:
 
 
 def compile_blocks(model: GPT, device: torch.device) -> None:
-    """torch.compile each block: the blocks share one compiled graph, so compiling takes seconds, not minutes."""
+    """torch.compile each block and the final norm: blocks share a graph, so it takes seconds, not minutes."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if device.type == "cpu" and not (compiler and Path(sysconfig.get_path("include"), "Python.h").exists()):
         log.warning("no C++ compiler (g++ or clang++) or no Python headers: the run is not compiled")
         return
     for block in model.blocks:
         block.compile(dynamic=False)
+    model.norm.compile(dynamic=False)
 
 
 def make_optimizer(model: GPT, config: RunConfig, device: torch.device) -> torch.optim.AdamW:
