@@ -57,6 +57,6 @@ def _sample(logits: torch.Tensor, temperature: float, top_k: int, generator: tor
     if 0 < top_k < len(logits):
         smallest_kept = logits.topk(top_k).values[-1]
         logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
-    # From the largest down, so that a tiny temperature divides towards -inf and not to infinity.
-    scaled = (logits - logits.max()) / temperature
+    # From the largest down and in FP64: a tiny temperature then divides towards -inf, never to inf or 0 / 0.
+    scaled = (logits - logits.max()).double() / temperature
     return int(torch.multinomial(scaled.softmax(-1), 1, generator=generator))
