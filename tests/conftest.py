@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fp8lab import records
-from fp8lab.config import Plan, RunConfig, load_plan, parameter_count
+from fp8lab.config import Plan, RunConfig, load_plan
 from fp8lab.data import build, load_mixture
 
 ROOT = Path(__file__).parents[1]
@@ -36,9 +37,21 @@ class DemoRuns:
 @pytest.fixture(scope="session")
 def demo_runs(tmp_path_factory: pytest.TempPathFactory) -> DemoRuns:
     """Every run of ``runs/plans/demo.yaml``, trained by the worker in processes of one thread: about three minutes."""
-    root = tmp_path_factory.mktemp("demo")
+    base = tmp_path_factory.getbasetemp()
+    # pytest-xdist gives each of its workers a base of its own; they share the one above, and the demo in it.
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo"
     plan = load_plan(ROOT / "runs" / "plans" / "demo.yaml")
     demo = DemoRuns(plan, root / "records", root / "data", root / "checkpoints")
+    root.mkdir(exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "trained").exists():
+            _train_demo(demo, root)
+            (root / "trained").touch()
+    return demo
+
+
+def _train_demo(demo: DemoRuns, root: Path) -> None:
     build(load_mixture("demo"), demo.data_dir)
 
     def train(config: RunConfig) -> None:
@@ -51,7 +64,5 @@ def demo_runs(tmp_path_factory: pytest.TempPathFactory) -> DemoRuns:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
-    longest_first = sorted(plan.runs, key=lambda config: (-parameter_count(config.model), config.recipe == "bf16"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(train, longest_first))
-    return demo
+        list(pool.map(train, demo.plan.runs))
