@@ -18,7 +18,7 @@ report: .venv/installed .venv/quarto-tried
 	@$(BIN)/fp8lab publish
 
 test: .venv/installed-dev browser
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2
 
 check: .venv/installed-dev
 	@$(BIN)/ruff check .
@@ -58,4 +58,4 @@ browser:
 	    chromium chromium-driver >/dev/null; }
 
 clean:
-	rm -rf .venv _site build data checkpoints runs/records/demo
+	rm -rf .venv _site build data checkpoints runs/records/demo runs/records/data/demo

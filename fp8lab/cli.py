@@ -37,7 +37,14 @@ MixtureOption = Annotated[
 ]
 EvaluationData = Annotated[
     Path | None,
-    typer.Option("--eval-data", help="Folder of evaluation data (JSON lines), for scoring without the hub."),
+    typer.Option(
+        "--eval-data",
+        help="Folder of evaluation data (JSON lines): scores without the hub, and keeps its items out of training.",
+    ),
+]
+Corpus = Annotated[
+    Path | None,
+    typer.Option("--corpus", envvar="FP8LAB_CORPUS", help="Folder of JSON lines, for mixtures of local text."),
 ]
 RunArgument = Annotated[str, typer.Argument(metavar="PLAN/RUN", help="A run, for example demo/1M-bf16-s1.")]
 
@@ -53,6 +60,7 @@ def run(
         bool, typer.Option("--dry-run", help="Only print parameters, tokens, FLOPs, memory (GB) and hours.")
     ] = False,
     mixture: MixtureOption = None,
+    corpus: Corpus = None,
     eval_data: EvaluationData = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Run again where a finished run was made with another configuration.")
@@ -80,7 +88,14 @@ def run(
     workspace = plans.Workspace(records=records_dir, data=data_dir, checkpoints=checkpoints_dir)
     for name in dict.fromkeys(config.mixture for config in resolved.runs):
         console.print(f"data: mixture {name}")
-        build(load_mixture(name), data_dir)
+        build(
+            load_mixture(name),
+            data_dir,
+            corpus_dir=corpus,
+            eval_data_dir=eval_data,
+            records_dir=records_dir,
+            console=console,
+        )
     options = plans.Options(mixture=mixture, evaluation_data=eval_data, replace=replace, jobs=jobs)
     unsuccessful = plans.run_plan(resolved, workspace, options, console)
     if unsuccessful:
@@ -193,14 +208,24 @@ def publish(
 @data_app.command("build")
 def data_build(
     mixture: Annotated[str, typer.Argument(help="A name in runs/mixtures, or a YAML file.")],
+    corpus: Corpus = None,
     eval_data: EvaluationData = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Worker processes; all cores if left out.")] = None,
+    records_dir: RecordsDir = RECORDS,
     data_dir: DataDir = DATA,
 ) -> None:
     """Clean, tokenise and shard a mixture; resumes where it was stopped."""
     from fp8lab.data import build, load_mixture
 
-    folder = build(load_mixture(mixture), data_dir, processes=processes, eval_data_dir=eval_data)
+    folder = build(
+        load_mixture(mixture),
+        data_dir,
+        corpus_dir=corpus,
+        eval_data_dir=eval_data,
+        processes=processes,
+        records_dir=records_dir,
+        console=console,
+    )
     console.print(f"built {folder}")
 
 
@@ -209,11 +234,12 @@ def data_tokenizer(
     mixture: Annotated[str, typer.Argument(help="A name in runs/mixtures, or a YAML file.")],
     to: Annotated[Path, typer.Option(help="File to write.")],
     vocab_size: Annotated[int, typer.Option(min=257, help="Entries, end-of-text included; a multiple of 16.")] = 8192,
+    corpus: Corpus = None,
 ) -> None:
     """Train a byte-level BPE on a mixture's training text."""
     from fp8lab.data import load_mixture, train_tokenizer
 
-    train_tokenizer(load_mixture(mixture), vocab_size, to)
+    train_tokenizer(load_mixture(mixture), vocab_size, to, corpus_dir=corpus)
     console.print(f"wrote {to}")
 
 

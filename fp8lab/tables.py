@@ -363,9 +363,9 @@ def planned_runs(plan: Plan, bf16_mfu: float) -> pd.DataFrame:
         rows.append(
             {
                 "run": config.run,
-                "N": number(parameter_count(config.model)),
-                "tokens": number(config.tokens),
-                "tokens / N": f"{config.tokens / parameter_count(config.model):.1f}",
+                "parameters": f"{parameter_count(config.model):,}",
+                "tokens": f"{config.tokens:,}",
+                "tokens / parameter": f"{config.tokens / parameter_count(config.model):.1f}",
                 "FLOPs, 6·N": scientific(per_token.per_token_6n * config.tokens),
                 "FLOPs, matmul + attention": scientific(per_token.per_token_matmul_attention * config.tokens),
                 "FLOPs, causal": scientific(per_token.per_token_matmul_attention_causal * config.tokens),
