@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import statistics
 import subprocess
 import sys
@@ -311,6 +312,7 @@ class _Measurement:
             convert(model, contestant.recipe, contestant.head)
         if self._plan.compile:
             compile_blocks(model, self._device)
+            model.norm.compile(dynamic=False)
         return model
 
     def _step(self, model: GPT, index: int) -> Tensor:
@@ -376,14 +378,14 @@ class _Measurement:
             for index in range(steps):
                 self._step(model, index)
                 times.append(time.perf_counter())
-            return [(end - start) * 1e3 for start, end in zip(times, times[1:], strict=False)]
+            return [(end - start) * 1e3 for start, end in itertools.pairwise(times)]
         events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
         events[0].record()
         for index in range(steps):
             self._step(model, index)
             events[index + 1].record()
         self._synchronise()
-        return [start.elapsed_time(end) for start, end in zip(events, events[1:], strict=False)]
+        return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
 
     def _speed(self, entrant: _Entrant, rows: list[dict[str, Any]]) -> dict[str, Any]:
         contestant, model = entrant.contestant, self._case.sized_model
@@ -501,7 +503,7 @@ def _milliseconds(function: Callable[[], None]) -> float:
         function()
         event.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in zip(events, events[1:], strict=False))
+    return statistics.median(start.elapsed_time(end) for start, end in itertools.pairwise(events))
 
 
 def _initialised(config: ModelConfig, seed: int, device: torch.device) -> GPT:

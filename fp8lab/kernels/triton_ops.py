@@ -409,7 +409,8 @@ def norm_rotate_backward(
             qkv, grad, gain, cos, sin, out, out_t, partial[index % 2], slot.scale, slot.amax,
             rows, len(cos), n_heads, index * n_heads * 2 * half,
             grad.stride(0), grad.stride(1), grad.stride(2), epsilon, slot.limit,
-            NORMED=index < 2, HALF=half, BLOCK_TOKENS=HEAD_TOKENS, BLOCK=triton.next_power_of_2(half), num_warps=HEAD_WARPS,
+            NORMED=index < 2, HALF=half, BLOCK_TOKENS=HEAD_TOKENS, BLOCK=triton.next_power_of_2(half),
+            num_warps=HEAD_WARPS,
         )  # fmt: skip
     q_gain_grad, k_gain_grad = partial.sum(1)
     return out, out_t, q_gain_grad, k_gain_grad

@@ -67,26 +67,26 @@ def quantise_transposed(ops: ModuleType, kind: str, device: torch.device) -> Cas
     return Case((ops.quantise_transposed(values(kind, ROWS, D_MODEL).to(device), s),), s.amax)
 
 
-def gain(device: torch.device, size: int = D_MODEL) -> Tensor:
+def gain(device: torch.device, size: int) -> Tensor:
     return torch.linspace(0.5, 1.5, size, device=device)
 
 
 def rms_norm(ops: ModuleType, kind: str, device: torch.device) -> Case:
     s = slot(device)
     x, branch = values(kind, ROWS, D_MODEL).to(device), values("random", ROWS, D_MODEL, seed=2).to(device)
-    total, rstd, normed = ops.rms_norm(x, branch, gain(device), 1e-6, s)
-    return Case((total, rstd, normed, ops.rms_norm_transposed(total, rstd, gain(device), s)), s.amax)
+    total, rstd, normed = ops.rms_norm(x, branch, gain(device, D_MODEL), 1e-6, s)
+    return Case((total, rstd, normed, ops.rms_norm_transposed(total, rstd, gain(device, D_MODEL), s)), s.amax)
 
 
 def rms_norm_alone(ops: ModuleType, kind: str, device: torch.device) -> Case:
     s = slot(device)
-    return Case(ops.rms_norm(values(kind, ROWS, D_MODEL).to(device), None, gain(device), 1e-6, s), s.amax)
+    return Case(ops.rms_norm(values(kind, ROWS, D_MODEL).to(device), None, gain(device, D_MODEL), 1e-6, s), s.amax)
 
 
 def rms_norm_backward(ops: ModuleType, kind: str, device: torch.device) -> Case:
     grad, x, residual = (values(k, ROWS, D_MODEL, seed=i).to(device) for i, k in enumerate([kind, "random", "random"]))
     rstd = torch.rsqrt(x.float().square().mean(-1) + 1e-6)
-    return Case(ops.rms_norm_backward(grad, x, rstd, gain(device), residual), torch.zeros(4))
+    return Case(ops.rms_norm_backward(grad, x, rstd, gain(device, D_MODEL), residual), torch.zeros(4))
 
 
 def swiglu(ops: ModuleType, kind: str, device: torch.device) -> Case:
@@ -164,7 +164,10 @@ def assert_close(got: Tensor, wanted: Tensor, dtype: torch.dtype, what: str) -> 
     got, wanted = got[finite], wanted[finite]
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     error = (got - wanted).abs()
-    allowed = STEP[dtype] * wanted.abs() + smallest + (1e-4 if dtype in (torch.float32, torch.bfloat16) else 0)
+    allowed = STEP[dtype] * wanted.abs() + smallest
+    if dtype in (torch.float32, torch.bfloat16) and len(wanted):
+        # A sum over rows may cancel: what it cancels to is as inexact as its terms.
+        allowed += 1e-4 + 1e-5 * wanted.abs().max()
     assert (error <= allowed).all(), f"{what}: off by {error.max()}"
     if dtype in (E4M3, E5M2) and len(got):
         assert (got != wanted).float().mean() < 0.01, f"{what}: too many differ"
