@@ -1,0 +1,77 @@
+"""The exported model is the model: transformers' Qwen3 and lm-eval's own adapter agree with ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiktoken
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fp8lab import export, tokenizer
+from fp8lab.errors import UserError
+from fp8lab.model import GPT
+from tests.small_gpt import TEXT, make_encoding, make_model
+
+
+@pytest.fixture(scope="module")
+def encoding() -> tiktoken.Encoding:
+    return make_encoding()
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def folder(model: GPT, encoding: tiktoken.Encoding, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    export.write(model, encoding, folder)
+    return folder
+
+
+def test_transformers_gives_the_same_logits(model: GPT, folder: Path) -> None:
+    exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert type(exported).__name__ == "Qwen3ForCausalLM"
+    tokens = torch.randint(0, 368, (3, 128), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, theirs = model(tokens), exported(tokens).logits
+    assert ours.std() > 0.1
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
+
+
+def test_the_folder_holds_weights_and_text_only(folder: Path) -> None:
+    assert {path.suffix for path in folder.iterdir()} <= {".safetensors", ".json", ".jinja"}
+    assert "auto_map" not in (folder / "config.json").read_text()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(st.text(), st.lists(st.sampled_from([*TEXT, "<|endoftext|>", " ", "\n", "''s"])).map("".join)))
+def test_the_tokenizers_agree(encoding: tiktoken.Encoding, fast, text: str) -> None:
+    tokens = encoding.encode_ordinary(text)
+    assert fast.encode(text) == tokens
+    assert fast.decode(tokens) == encoding.decode(tokens)
+
+
+@pytest.fixture(scope="module")
+def fast(folder: Path):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_gpt2s_own_tokenizer_agrees() -> None:
+    encoding = tokenizer.gpt2()
+    fast = export.fast_tokenizer(encoding, 1024)
+    text = "".join(TEXT) * 3 + " antidisestablishmentarianism<|endoftext|>\n\n\n  x"
+    assert fast.encode(text) == encoding.encode_ordinary(text)
+    assert fast.eos_token_id == encoding.eot_token == 50_256
+
+
+def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not an empty folder"):
+        export.export(tmp_path / "run", tmp_path, data_dir=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
