@@ -332,7 +332,10 @@ class _Stage:
         command = [sys.executable, "-m", "papermill", f"runs/{template}.ipynb", notebook]
         # JSON is YAML: one argument carries every parameter with its type.
         command += ["--parameters_yaml", json.dumps(parameters), "--kernel", "python3", "--no-progress-bar"]
-        environment = dict(os.environ)
+        environment = os.environ | {
+            "FP8LAB_COMMAND": records.command_line(),
+            "FP8LAB_CONCURRENT_RUNS": str(self._jobs),
+        }
         if self._jobs > 1:
             threads = max(1, (os.cpu_count() or 1) // self._jobs)
             environment.setdefault("OMP_NUM_THREADS", str(threads))

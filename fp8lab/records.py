@@ -149,6 +149,8 @@ class Provenance(_Part):
     tokenizer_sha256: str | None = None
     epochs: dict[str, float] | None = None
     """Passes over each domain's training text."""
+    concurrent_runs: int = 1
+    """Runs that shared the machine: above 1, their speeds say little."""
 
 
 class Parent(_Part):
@@ -252,7 +254,8 @@ VERSIONED_PACKAGES = (
 def collect_provenance(device_name: str, device_count: int = 1, host_count: int = 1) -> Provenance:
     """Where and with what a result is being made; `ended_utc` is for the writer to update.
 
-    The commit is the environment's FP8LAB_COMMIT where the machine that runs has no repository.
+    The commit is the environment's FP8LAB_COMMIT where the machine that runs has no repository. What started this
+    process leaves its own command line in FP8LAB_COMMAND and the number of runs at once in FP8LAB_CONCURRENT_RUNS.
     """
     commit, dirty = _git_state()
     now = utc_now()
@@ -267,12 +270,18 @@ def collect_provenance(device_name: str, device_count: int = 1, host_count: int 
         git_dirty=dirty,
         started_utc=now,
         ended_utc=now,
-        command=shlex.join(sys.argv),
+        command=os.environ.get("FP8LAB_COMMAND") or command_line(),
         device_name=device_name,
         device_count=device_count,
         host_count=host_count,
         versions=versions,
+        concurrent_runs=int(os.environ.get("FP8LAB_CONCURRENT_RUNS", "1")),
     )
+
+
+def command_line() -> str:
+    """The command that this process was started with; the program without its folder."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def utc_now() -> str:

@@ -89,6 +89,9 @@ def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
     assert unsuccessful == 0
     folders = [workspace.record(config) for config in plan.runs]
     assert [records.read(folder).status for folder in folders] == ["finished", "finished"]
+    provenance = records.read(folders[0]).provenance
+    assert provenance.concurrent_runs == 2
+    assert provenance.command == records.command_line()
     before = [(folder / "train.ipynb").stat().st_mtime_ns for folder in folders]
     unsuccessful, output = execute(plan, workspace)
     assert unsuccessful == 0
