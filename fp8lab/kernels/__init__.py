@@ -54,7 +54,7 @@ from fp8lab.errors import UserError
 from fp8lab.kernels.block import SLOTS, WEIGHTS, FusedBlock, slot_formats
 from fp8lab.kernels.head import Fp8TiedHead, linear_cross_entropy
 from fp8lab.kernels.scaling import Fp8Settings, Fp8State
-from fp8lab.model import GPT
+from fp8lab.model import GPT, Block
 
 __all__ = [
     "Fp8Settings",
@@ -87,6 +87,7 @@ def convert_blocks(
     model.fp8_state = Fp8State(slot_formats(settings) * len(fused), settings).to(model.embedding.weight.device)
     for position, index in enumerate(fused):
         block = model.blocks[index]
+        assert isinstance(block, Block), "converted already"
         model.blocks[index] = FusedBlock(block, model.fp8_state, position * len(SLOTS), emulate=emulate)
 
 

@@ -72,7 +72,7 @@ class FusedBlock(nn.Module):
         slots = self.state.slots(self._first_slot, len(SLOTS), record=recording)
         # Everything below names its dtypes; autocast would change the emulated products.
         with torch.autocast(x.device.type, enabled=False):
-            return _FusedBlock.apply(
+            out = _FusedBlock.apply(
                 x.bfloat16(),
                 cos,
                 sin,
@@ -86,7 +86,11 @@ class FusedBlock(nn.Module):
                 self.mlp.down.weight,
                 self,
                 dict(zip(SLOTS, slots, strict=True)),
-            ).to(x.dtype)
+            )
+        if not recording and self.state.calibrating:
+            # The weights' copies were cast by scales that are now forgotten.
+            self._quantised.clear()
+        return out.to(x.dtype)
 
     def quantised_weight(self, name: str, weight: Tensor, slot: Slot) -> _QuantisedWeight:
         """FP8 copies of `weight`, cast again only after it has changed."""

@@ -13,6 +13,7 @@ wrong transposed copy if the FP8 tile itself is transposed.
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,15 +22,29 @@ from torch import Tensor
 
 from fp8lab.kernels.scaling import Slot
 
-ROW_ELEMENTS = 4096
-"""Elements of the rows that one program of a row kernel holds."""
-TILE_ROWS, TILE_COLUMNS, TILE_WARPS = 128, 64, 8
-FLAT_ROWS, FLAT_COLUMNS = 8, 512
-"""Tile of kernels that write no transposed copy: long rows, for coalescing."""
-HEAD_TOKENS = 64
-HEAD_WARPS = 8
-ROW_WARPS = 8
-VOCABULARY_BLOCK = 4096
+# Kernels are no Python that a type checker could follow.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+
+class Tile(NamedTuple):
+    """What one program of a kernel holds."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+FLAT = Tile(8, 512, 8)
+"""Kernels that write no transposed copy: long rows, for coalescing."""
+TRANSPOSED = Tile(128, 64, 8)
+"""Kernels that write a transposed copy alone."""
+BOTH = Tile(128, 64, 16)
+"""Kernels that write both layouts."""
+SWIGLU_BACKWARD = Tile(64, 64, 8)
+ROW_ELEMENTS, ROW_WARPS = 4096, 8
+"""Elements of whole rows that one program of a row kernel holds."""
+HEAD_TOKENS, HEAD_WARPS = 64, 8
+VOCABULARY_BLOCK, VOCABULARY_WARPS = 4096, 8
 
 
 @triton.jit
@@ -74,15 +89,19 @@ def _quantise_kernel(
         )
 
 
+def _grid(rows: int, columns: int, tile: Tile) -> tuple[int, int]:
+    return triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns)
+
+
 def _quantise(x: Tensor, slot: Slot, *, observe: bool, row_major: bool, transposed: bool) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     out = torch.empty((rows, columns) if row_major else (0,), dtype=slot.dtype, device=x.device)
     out_t = torch.empty((columns, rows) if transposed else (0,), dtype=slot.dtype, device=x.device)
-    block_rows, block_columns = (TILE_ROWS, TILE_COLUMNS) if transposed else (FLAT_ROWS, FLAT_COLUMNS)
-    _quantise_kernel[(triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns))](
+    tile = FLAT if not transposed else BOTH if row_major else TRANSPOSED
+    _quantise_kernel[_grid(rows, columns, tile)](
         x, out, out_t, slot.scale, slot.amax, rows, columns, slot.limit,
         OBSERVE=observe, ROW_MAJOR=row_major, TRANSPOSED=transposed,
-        BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns, num_warps=TILE_WARPS,
+        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
     return out, out_t
 
@@ -165,9 +184,9 @@ def _rms_norm_transposed_kernel(
 def rms_norm_transposed(x: Tensor, rstd: Tensor, gain: Tensor, slot: Slot) -> Tensor:
     rows, d = x.shape
     out_t = torch.empty(d, rows, dtype=slot.dtype, device=x.device)
-    _rms_norm_transposed_kernel[(triton.cdiv(rows, TILE_ROWS), triton.cdiv(d, TILE_COLUMNS))](
+    _rms_norm_transposed_kernel[_grid(rows, d, TRANSPOSED)](
         x, rstd, gain, out_t, slot.scale, rows, d, slot.limit,
-        BLOCK_ROWS=TILE_ROWS, BLOCK_COLUMNS=TILE_COLUMNS, num_warps=TILE_WARPS,
+        BLOCK_ROWS=TRANSPOSED.rows, BLOCK_COLUMNS=TRANSPOSED.columns, num_warps=TRANSPOSED.warps,
     )  # fmt: skip
     return out_t
 
@@ -239,9 +258,9 @@ def _swiglu_kernel(
 def swiglu(gate_up: Tensor, slot: Slot) -> Tensor:
     rows, d_ff = len(gate_up), gate_up.shape[1] // 2
     out = torch.empty(rows, d_ff, dtype=slot.dtype, device=gate_up.device)
-    _swiglu_kernel[(triton.cdiv(rows, FLAT_ROWS), triton.cdiv(d_ff, FLAT_COLUMNS))](
+    _swiglu_kernel[_grid(rows, d_ff, FLAT)](
         gate_up, out, slot.scale, slot.amax, rows, d_ff, slot.limit,
-        BLOCK_ROWS=FLAT_ROWS, BLOCK_COLUMNS=FLAT_COLUMNS, num_warps=TILE_WARPS,
+        BLOCK_ROWS=FLAT.rows, BLOCK_COLUMNS=FLAT.columns, num_warps=FLAT.warps,
     )  # fmt: skip
     return out
 
@@ -286,9 +305,10 @@ def swiglu_backward(gate_up: Tensor, grad: Tensor, slot: Slot, grad_slot: Slot) 
     out = torch.empty(rows, 2 * d_ff, dtype=grad_slot.dtype, device=grad.device)
     out_t = torch.empty(2 * d_ff, rows, dtype=grad_slot.dtype, device=grad.device)
     activated_t = torch.empty(d_ff, rows, dtype=slot.dtype, device=grad.device)
-    _swiglu_backward_kernel[(triton.cdiv(rows, TILE_ROWS), triton.cdiv(d_ff, TILE_COLUMNS))](
+    _swiglu_backward_kernel[_grid(rows, d_ff, SWIGLU_BACKWARD)](
         gate_up, grad, out, out_t, activated_t, grad_slot.scale, grad_slot.amax, slot.scale, rows, d_ff,
-        grad_slot.limit, slot.limit, BLOCK_ROWS=TILE_ROWS, BLOCK_COLUMNS=TILE_COLUMNS, num_warps=TILE_WARPS,
+        grad_slot.limit, slot.limit, BLOCK_ROWS=SWIGLU_BACKWARD.rows, BLOCK_COLUMNS=SWIGLU_BACKWARD.columns,
+        num_warps=SWIGLU_BACKWARD.warps,
     )  # fmt: skip
     return out, out_t, activated_t
 
@@ -460,7 +480,15 @@ def _run_cross_entropy(logits: Tensor, targets: Tensor, z_loss: float, *, gradie
     entropy = torch.empty(rows, dtype=torch.float32, device=logits.device)
     lse = torch.empty_like(entropy)
     _cross_entropy_kernel[(rows,)](
-        logits, targets, entropy, lse, vocabulary, z_loss, GRADIENT=gradient, BLOCK=VOCABULARY_BLOCK, num_warps=8
+        logits,
+        targets,
+        entropy,
+        lse,
+        vocabulary,
+        z_loss,
+        GRADIENT=gradient,
+        BLOCK=VOCABULARY_BLOCK,
+        num_warps=VOCABULARY_WARPS,
     )
     return entropy, lse
 
@@ -502,8 +530,8 @@ def cross_entropy_quantised(
     entropy, lse = _run_cross_entropy(logits, targets, z_loss, gradient=False)
     out = torch.empty(rows, vocabulary, dtype=slot.dtype, device=logits.device)
     out_t = torch.empty(vocabulary, rows, dtype=slot.dtype, device=logits.device)
-    _logits_gradient_kernel[(triton.cdiv(rows, TILE_ROWS), triton.cdiv(vocabulary, TILE_COLUMNS))](
+    _logits_gradient_kernel[_grid(rows, vocabulary, BOTH)](
         logits, targets, lse, out, out_t, slot.scale, rows, vocabulary, z_loss, slot.limit,
-        BLOCK_ROWS=TILE_ROWS, BLOCK_COLUMNS=TILE_COLUMNS, num_warps=TILE_WARPS,
+        BLOCK_ROWS=BOTH.rows, BLOCK_COLUMNS=BOTH.columns, num_warps=BOTH.warps,
     )  # fmt: skip
     return entropy, lse, out, out_t

@@ -148,6 +148,13 @@ def test_evaluation_leaves_no_trace() -> None:
         train(gpt, 1)
 
 
+def test_evaluation_before_the_first_step_changes_nothing() -> None:
+    plain, evaluated = model(fused=True), model(fused=True)
+    with torch.no_grad():
+        loss(evaluated, batch(seed=9))
+    assert train(evaluated, 2) == train(plain, 2)
+
+
 def test_a_resumed_run_continues_exactly() -> None:
     straight = model(fused=True)
     optimizer = torch.optim.SGD(straight.parameters(), lr=0.1)

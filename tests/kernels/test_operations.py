@@ -189,6 +189,36 @@ def test_both_layouts_hold_the_same_bits(kind, device) -> None:
         assert torch.equal(rows.view(torch.uint8), transposed.view(torch.uint8).t()), position
 
 
+WIDTHS = {  # heads, head_dim, d_ff, vocabulary
+    "7M": (4, 64, 704, 8192),
+    "48M": (9, 64, 1536, 8192),
+    "125M": (12, 64, 2048, 50304),
+    "1.5B": (16, 128, 5632, 50304),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", WIDTHS)
+def test_kernels_agree_with_reference_at_real_widths(width, device, monkeypatch) -> None:
+    heads, head_dim, d_ff, vocabulary = WIDTHS[width]
+    sizes = {"SEQ": 1024, "HEADS": heads, "HEAD_DIM": head_dim, "D_MODEL": heads * head_dim, "ROWS": BATCH * 1024}
+    for name, size in (sizes | {"D_FF": d_ff, "VOCABULARY": vocabulary}).items():
+        monkeypatch.setitem(globals(), name, size)
+    for case in CASES:
+        test_kernel_agrees_with_reference(case, "random", device)
+    test_both_layouts_hold_the_same_bits("random", device)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits(device) -> None:
+    """The largest tensors of a step have more elements than a 32-bit offset reaches."""
+    x = torch.zeros(2**17, 2**14 + 64, dtype=torch.bfloat16, device=device)
+    x[-1, -1] = 3.0
+    both, transposed = operations(emulate=False).quantise_both(x, slot(device))
+    assert both[-1, -1].float() == transposed[-1, -1].float() == 48.0
+    assert both[0, 0].float() == 0
+
+
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 def test_quantising_rounds_to_nearest_saturates_and_keeps_nan(dtype, device) -> None:
     limit = torch.finfo(dtype).max
