@@ -6,8 +6,8 @@ All are limited by memory bandwidth, so each reads its inputs once where it can.
 - *tiles*: a program holds a tile of rows x columns and writes it in one layout or both;
 - *heads*: a tile of tokens of one attention head, whose dimension is reduced (QK-norm).
 
-A tile that is stored in both layouts is transposed in BF16 and cast to FP8 afterwards: Triton 3.6 stores a
-wrong transposed copy if the FP8 tile itself is transposed.
+A tile that is stored transposed is exchanged between threads in BF16 and cast to FP8 afterwards (`_transposed`):
+Triton 3.6 stores a wrong transposed copy if threads exchange FP8 bytes.
 """
 
 from __future__ import annotations
@@ -55,6 +55,13 @@ def _saturate(value, scale, limit):
 
 
 @triton.jit
+def _transposed(value, out_ptr):
+    """The transposed tile of a BF16 one, in the dtype of `out_ptr`."""
+    # Through FP32, so that the compiler exchanges BF16 between threads: it moves the exchange before a widening.
+    return tl.trans(value).to(tl.float32).to(out_ptr.dtype.element_ty)
+
+
+@triton.jit
 def _observe(amax_ptr, value):
     """Raise the amax to that of a tile's finite values."""
     magnitude = tl.abs(value)
@@ -84,7 +91,7 @@ def _quantise_kernel(
         mask_t = (column < columns)[:, None] & (row < rows)[None, :]
         tl.store(
             out_t_ptr + column[:, None] * rows + row[None, :],
-            tl.trans(value).to(out_t_ptr.dtype.element_ty),
+            _transposed(value, out_t_ptr),
             mask=mask_t,
         )
 
@@ -176,9 +183,7 @@ def _rms_norm_transposed_kernel(
     gain = tl.load(gain_ptr + column, mask=column < d, other=0.0)
     value = _saturate(x * rstd[:, None] * gain[None, :], tl.load(scale_ptr + 1), limit)
     mask_t = (column < d)[:, None] & (row < rows)[None, :]
-    tl.store(
-        out_t_ptr + column[:, None] * rows + row[None, :], tl.trans(value).to(out_t_ptr.dtype.element_ty), mask=mask_t
-    )
+    tl.store(out_t_ptr + column[:, None] * rows + row[None, :], _transposed(value, out_t_ptr), mask=mask_t)
 
 
 def rms_norm_transposed(x: Tensor, rstd: Tensor, gain: Tensor, slot: Slot) -> Tensor:
@@ -284,20 +289,20 @@ def _swiglu_backward_kernel(
     column_t = column[:, None] * rows + row[None, :]
 
     activated = _saturate(silu * up, tl.load(scale_ptr + 1), limit)
-    tl.store(activated_t_ptr + column_t, tl.trans(activated).to(activated_t_ptr.dtype.element_ty), mask=mask_t)
+    tl.store(activated_t_ptr + column_t, _transposed(activated, activated_t_ptr), mask=mask_t)
 
     grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
     _observe(amax_ptr, grad_gate)
     value = _saturate(grad_gate, grad_scale, grad_limit)
     tl.store(out_ptr + pair, value.to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(out_t_ptr + column_t, tl.trans(value).to(out_t_ptr.dtype.element_ty), mask=mask_t)
+    tl.store(out_t_ptr + column_t, _transposed(value, out_t_ptr), mask=mask_t)
 
     grad_up = grad * silu
     _observe(amax_ptr, grad_up)
     value = _saturate(grad_up, grad_scale, grad_limit)
     tl.store(out_ptr + pair + d_ff, value.to(out_ptr.dtype.element_ty), mask=mask)
     up_t = column_t + tl.cast(d_ff, tl.int64) * rows
-    tl.store(out_t_ptr + up_t, tl.trans(value).to(out_t_ptr.dtype.element_ty), mask=mask_t)
+    tl.store(out_t_ptr + up_t, _transposed(value, out_t_ptr), mask=mask_t)
 
 
 def swiglu_backward(gate_up: Tensor, grad: Tensor, slot: Slot, grad_slot: Slot) -> tuple[Tensor, Tensor, Tensor]:
@@ -401,9 +406,9 @@ def _norm_rotate_backward_kernel(
     tl.store(out_ptr + target + HALF, second_value.to(out_ptr.dtype.element_ty), mask=mask)
     mask_t = in_half[:, None] & in_rows[None, :]
     target_t = column.to(tl.int64)[:, None] * rows + row[None, :]
-    tl.store(out_t_ptr + target_t, tl.trans(first_value).to(out_t_ptr.dtype.element_ty), mask=mask_t)
+    tl.store(out_t_ptr + target_t, _transposed(first_value, out_t_ptr), mask=mask_t)
     second_t = target_t + tl.cast(HALF, tl.int64) * rows
-    tl.store(out_t_ptr + second_t, tl.trans(second_value).to(out_t_ptr.dtype.element_ty), mask=mask_t)
+    tl.store(out_t_ptr + second_t, _transposed(second_value, out_t_ptr), mask=mask_t)
 
 
 def norm_rotate_backward(
@@ -518,7 +523,7 @@ def _logits_gradient_kernel(
     mask_t = (column < vocabulary)[:, None] & (row < rows)[None, :]
     tl.store(
         out_t_ptr + column[:, None] * rows + row[None, :],
-        tl.trans(quantised).to(out_t_ptr.dtype.element_ty),
+        _transposed(quantised, out_t_ptr),
         mask=mask_t,
     )
 
