@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import tiktoken
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fp8lab import export, tokenizer
 from fp8lab.errors import UserError
+from fp8lab.evaluation import run_suite, score_table
+from fp8lab.evaluation.adapter import GPTAdapter
+from fp8lab.evaluation.suites import Suite, full_suite_from_files
 from fp8lab.model import GPT
+from tests.evaluation_items import write_items
 from tests.small_gpt import TEXT, make_encoding, make_model
 
 
@@ -68,6 +74,45 @@ def test_gpt2s_own_tokenizer_agrees() -> None:
     text = "".join(TEXT) * 3 + " antidisestablishmentarianism<|endoftext|>\n\n\n  x"
     assert fast.encode(text) == encoding.encode_ordinary(text)
     assert fast.eos_token_id == encoding.eot_token == 50_256
+
+
+def test_lm_evals_own_adapter_gives_the_same_scores(model, encoding, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    suite = full_suite_from_files(tmp_path / "tasks", write_items(tmp_path / "items"))
+    assert_same_scores(suite, GPTAdapter(model, encoding, autocast=None), folder)
+
+
+def assert_same_scores(suite: Suite, adapter: GPTAdapter, folder: Path) -> None:
+    """`adapter` and ``lm_eval --model hf`` on the exported `folder` agree on every item of `suite`."""
+    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4)
+    asked = {}
+    results = {}
+    for name, lm in {"ours": adapter, "theirs": theirs}.items():
+        asked[name] = record_answers(lm)
+        results[name] = run_suite(lm, suite)
+    assert len(asked["ours"]) >= 50
+    torch.testing.assert_close(torch.tensor(asked["ours"]), torch.tensor(asked["theirs"]), atol=1e-3, rtol=1e-5)
+    ours, theirs = (score_table(results[name]) for name in ("ours", "theirs"))
+    pd.testing.assert_frame_equal(ours, theirs, rtol=1e-4)
+
+
+def record_answers(lm) -> list[tuple[float, float]]:
+    """The list into which every log-likelihood that `lm` gives from now on goes, and whether it was the likeliest."""
+    answers: list[tuple[float, float]] = []
+
+    def recording(kind: str):
+        answer = getattr(lm, kind)
+
+        def wrapped(requests, **options):
+            given = answer(requests, **options)
+            answers.extend(entry if isinstance(entry, tuple) else (entry, 0.0) for entry in given)
+            return given
+
+        return wrapped
+
+    for kind in ("loglikelihood", "loglikelihood_rolling"):
+        setattr(lm, kind, recording(kind))
+    return answers
 
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ definition, and keys of ours beside it:
 ``data``            where the items came from; by task the split scored and the files' SHA-256
 ``truncated``       by task: items longer than the context, which lost their left end
 ``random_guess``    by task: accuracy of guessing among the choices
-``constant_guess``  by task: accuracy of always giving the same place
+``constant_guess``  by task: accuracy of always giving the same answer; null where items differ in theirs
 ``answers``         by task: bits a byte and a character of the correct answers
 ==================  ==========================================================================
 

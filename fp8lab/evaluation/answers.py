@@ -51,8 +51,10 @@ def random_guess(samples: Sequence[Sample]) -> float:
     return sum(1 / len(sample["arguments"]) for sample in samples) / len(samples)
 
 
-def constant_guess(samples: Sequence[Sample]) -> float:
-    """Accuracy of always giving the place (first, second, ...) that is correct most often."""
+def constant_guess(samples: Sequence[Sample]) -> float | None:
+    """Accuracy of always giving the answer that is correct most often; None where each item has answers of its own."""
+    if len({tuple(answer for _, answer in sample["arguments"]) for sample in samples}) > 1:
+        return None
     (_, count), *_ = Counter(_gold(sample) for sample in samples).most_common(1)
     return count / len(samples)
 
