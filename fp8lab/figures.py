@@ -287,7 +287,10 @@ def _task_scores(axes: Axes, scores: pd.DataFrame, runs: RunSet) -> None:
 
 
 def throughput(speeds: Sequence[SpeedRun]) -> Figure:
-    """Tokens/s of each recipe over BF16's in the same process, by model: median and range over rounds."""
+    """Tokens/s of each recipe over BF16's in the same process, by model: median and range over rounds.
+
+    Heads in FP8 are hollow markers.
+    """
     ratios = tables.speed_ratios(speeds)
     settings = unique(ratios["setting"])
     recipes = [recipe for recipe in RECIPE_COLOURS if recipe in set(ratios["recipe"]) and recipe != "bf16"]
@@ -297,7 +300,11 @@ def throughput(speeds: Sequence[SpeedRun]) -> Figure:
         rows = ratios[ratios["recipe"] == recipe]
         positions = np.array([settings.index(setting) for setting in rows["setting"]]) + offset
         axes.hlines(positions, rows["low"], rows["high"], color=RECIPE_COLOURS[recipe], linewidth=2)
-        axes.plot(rows["ratio"], positions, linestyle="none", **_point_style(recipe))
+        for ratio, position, head in zip(rows["ratio"], positions, rows["head"], strict=True):
+            style = _point_style(recipe) | (
+                {"markerfacecolor": "white", "markeredgewidth": 1.5} if head == "fp8" else {}
+            )
+            axes.plot(ratio, position, **style | {"markeredgecolor": RECIPE_COLOURS[recipe]})
     axes.axvline(1, color=RECIPE_COLOURS["bf16"], linewidth=1.2)
     axes.set_yticks(range(len(settings)), settings)
     axes.set_ylim(len(settings) - 0.5, -0.5)
@@ -328,14 +335,14 @@ def step_breakdown(milliseconds: Mapping[str, Mapping[str, float]]) -> Figure:
 
 
 def peak_memory(speeds: Sequence[SpeedRun]) -> Figure:
-    """Peak allocated GPU memory of each recipe, by model."""
+    """Peak allocated GPU memory of each recipe with its head in BF16, by model."""
     ratios = tables.speed_ratios(speeds)
     settings = unique(ratios["setting"])
     recipes = [recipe for recipe in RECIPE_COLOURS if recipe in set(ratios["recipe"])]
     figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.28 * len(settings) * len(recipes)))
     height = 0.8 / len(recipes)
     for index, recipe in enumerate(recipes):
-        rows = ratios[ratios["recipe"] == recipe]
+        rows = ratios[(ratios["recipe"] == recipe) & (ratios["head"] == "bf16")]
         offset = (index - (len(recipes) - 1) / 2) * height
         positions = np.array([settings.index(setting) for setting in rows["setting"]]) + offset
         axes.barh(positions, rows["peak_memory_bytes"] / 2**30, height * 0.9, color=RECIPE_COLOURS[recipe])

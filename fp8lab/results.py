@@ -30,7 +30,9 @@ MEASURED_PLANS = ("article", "ladder-h200")
 DEMO_PLAN = "demo"
 DEMO_COMMAND = "fp8lab run runs/plans/demo.yaml"
 SPEED_PLAN = "speed-h200"
-SPEED_COMMAND = "fp8lab speed runs/plans/speed-h200.yaml"
+SPEED_COMMAND = "python -m fp8lab.speed runs/plans/speed-h200.yaml"
+DATA_PLAN = "data"
+"""Data builds are recorded under this plan, each as a run with the mixture's name."""
 
 
 @dataclass(frozen=True)
@@ -197,11 +199,14 @@ def plan_runs(records_dir: Path, plan: str) -> RunSet:
     return RunSet(plan, finished, tuple(run for run in runs if run.record.status != "finished"))
 
 
-def data_record(records_dir: Path, plan: str) -> DataRecord | None:
-    """What the data build of a plan's mixture recorded, or None."""
-    for _, record in records.read_plan(records_dir, plan):
-        if isinstance(record, DataRecord):
-            return record
+def data_record(records_dir: Path, runs: RunSet) -> DataRecord | None:
+    """What the build of the mixture that `runs` trained on recorded, or None."""
+    for mixture in unique(Path(run.record.config["mixture"]).stem for run in runs.runs):
+        folder = records.record_dir(records_dir, DATA_PLAN, mixture)
+        if (folder / "record.json").exists():
+            record = records.read(folder)
+            if isinstance(record, DataRecord):
+                return record
     return None
 
 
@@ -217,15 +222,30 @@ class SpeedRun:
         """Every timed step."""
         return records.read_table(self.folder, "steps").assign(occasion=self.record.run)
 
+    def profiles(self) -> dict[str, dict[str, dict[str, float]]]:
+        """case -> contestant -> category -> GPU milliseconds a step, where they were profiled."""
+        return {
+            case: {
+                name: contestant["profile"]["ms_by_category"]
+                for name, contestant in results["contestants"].items()
+                if contestant.get("profile")
+            }
+            for case, results in self.record.results.get("cases", {}).items()
+            if results.get("contestants")
+        }
+
 
 def speed_runs(records_dir: Path, plan: str = SPEED_PLAN) -> list[SpeedRun]:
-    """Finished measurements of speed on a GPU; anything timed on a CPU is left out."""
+    """Measurements of speed with FP8 in hardware; what was emulated or failed is left out.
+
+    A measurement that its time budget ended holds whole rounds of the cases that it reached, and counts.
+    """
     return [
         SpeedRun(folder, record)
         for folder, record in records.read_plan(records_dir, plan)
         if isinstance(record, SpeedRecord)
-        and record.status == "finished"
-        and not record.provenance.device_name.upper().startswith("CPU")
+        and record.status in ("finished", "interrupted")
+        and record.results.get("emulated") is False
     ]
 
 

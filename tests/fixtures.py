@@ -93,7 +93,7 @@ def write_demo_records(
                     token_factor=token_factor,
                     score_shift=score_shift,
                 )
-    write_data_record(records_dir, "demo", token_factor=token_factor)
+    write_data_record(records_dir, token_factor=token_factor)
 
 
 def write_run(
@@ -257,7 +257,7 @@ def evaluation(config: RunConfig, score_shift: float = 0.0) -> dict[str, object]
     }
 
 
-def write_data_record(records_dir: Path, plan: str, *, token_factor: float = 1.0) -> Path:
+def write_data_record(records_dir: Path, *, token_factor: float = 1.0) -> Path:
     """What the data build of a four-domain mixture reports: its manifest and the mixture."""
     domains = {
         domain: {
@@ -273,13 +273,11 @@ def write_data_record(records_dir: Path, plan: str, *, token_factor: float = 1.0
         for index, (domain, weight) in enumerate(DOMAINS.items())
     }
     record = DataRecord(
-        plan=plan,
-        run="data",
+        plan="data",
+        run="demo",
         status="finished",
         provenance=provenance(),
         results={
-            "mixture": "demo",
-            "tokenizer": {"sha256": "b" * 64, "vocab_size": 2048},
             "decontamination": None,
             "domains": domains,
         },
@@ -289,15 +287,21 @@ def write_data_record(records_dir: Path, plan: str, *, token_factor: float = 1.0
 
 
 def write_speed_records(records_dir: Path, occasion: str = "2026-01-02-a", *, tensorwise_ratio: float = 1.2) -> Path:
-    """One occasion of timed steps on a GPU: three sizes, four recipes, alternating with BF16."""
+    """One occasion of timed steps on a GPU: three sizes, five contestants, alternating with BF16."""
     rng = np.random.default_rng(7)
     bf16_ms = {"125M": (1024, 64, 122.0), "350M": (1024, 32, 166.0), "1.5B": (2048, 16, 609.0)}
-    ratios = {"bf16": 1.0, "tensorwise": tensorwise_ratio, "rowwise": 0.95, "fused": 1.45}
+    ratios = {
+        ("bf16", "bf16"): 1.0,
+        ("tensorwise", "bf16"): tensorwise_ratio,
+        ("rowwise", "bf16"): 0.95,
+        ("fused", "bf16"): 1.45,
+        ("fused", "fp8"): 1.5,
+    }
     shrink = {"125M": 0.3, "350M": 0.6, "1.5B": 1.0}
     rows = []
     for model, (seq_len, micro_batch, milliseconds) in bf16_ms.items():
         for round_ in range(3):
-            for recipe, ratio in ratios.items():
+            for (recipe, head), ratio in ratios.items():
                 for step in range(8):
                     rows.append(
                         {
@@ -305,7 +309,7 @@ def write_speed_records(records_dir: Path, occasion: str = "2026-01-02-a", *, te
                             "seq_len": seq_len,
                             "micro_batch": micro_batch,
                             "recipe": recipe,
-                            "head": "bf16",
+                            "head": head,
                             "round": round_,
                             "step": step,
                             "step_ms": milliseconds / (1 + (ratio - 1) * shrink[model]) * (1 + rng.normal(0, 0.004)),
@@ -315,24 +319,18 @@ def write_speed_records(records_dir: Path, occasion: str = "2026-01-02-a", *, te
                             "power_w": 690.0,
                         }
                     )
-    breakdown = {
-        "1.5B": {
-            "bf16": {"GEMM": 437.0, "attention": 65.0, "casts and elementwise": 84.0, "optimizer": 14.0, "other": 10.0},
-            "tensorwise": {
-                "GEMM": 229.0,
-                "attention": 60.0,
-                "casts and elementwise": 195.0,
-                "optimizer": 13.0,
-                "other": 10.0,
-            },
-        }
+    categories = ("gemm", "attention", "casts and elementwise", "optimizer", "other")
+    profiles = {"bf16": (437.0, 65.0, 84.0, 14.0, 10.0), "tensorwise": (229.0, 60.0, 195.0, 13.0, 10.0)}
+    contestants = {
+        name: {"profile": {"ms_by_category": dict(zip(categories, milliseconds, strict=True))}}
+        for name, milliseconds in profiles.items()
     }
     record = SpeedRecord(
         plan="speed-h200",
         run=occasion,
         status="finished",
         provenance=provenance("NVIDIA H200"),
-        results={"breakdown_ms": breakdown},
+        results={"tokens": "random", "emulated": False, "cases": {"1.5B-T2048-B16": {"contestants": contestants}}},
         config={},
     )
     folder = records.write(record, records_dir)
