@@ -180,6 +180,38 @@ def evaluate(
 
 
 @app.command()
+def speed(
+    plan: Annotated[Path, typer.Argument(help="Speed plan (YAML).")],
+    occasion: Annotated[
+        str | None,
+        typer.Option(help="Name of the record; the UTC time if left out. Of one that exists, missing cases are timed."),
+    ] = None,
+    budget_seconds: Annotated[
+        float | None, typer.Option(min=1, help="Start no rounds and cases after this many seconds.")
+    ] = None,
+    records_dir: RecordsDir = RECORDS,
+    data_dir: DataDir = DATA,
+    checkpoints_dir: CheckpointsDir = CHECKPOINTS,
+) -> None:
+    """Time whole optimizer steps (ms) of several recipes in turns, through runs/speed.ipynb."""
+    from fp8lab import plans, records
+    from fp8lab.speed import load_speed_plan, new_occasion, summary
+
+    name, occasion = load_speed_plan(plan).name, occasion or new_occasion()
+    workspace = plans.Workspace(records=records_dir, data=data_dir, checkpoints=checkpoints_dir)
+    done = plans.measure_speed(plan, name, occasion, budget_seconds, workspace, console)
+    folder = records.record_dir(records_dir, name, occasion)
+    if done:
+        record = records.read(folder)
+        assert isinstance(record, records.SpeedRecord)
+        for line in summary(record):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{name} {occasion}: {record.status if done else 'failed'}; see {folder / 'speed.ipynb'}")
+    if not done:
+        raise typer.Exit(1)
+
+
+@app.command()
 def export(
     run: RunArgument,
     to: Annotated[Path, typer.Option(help="Folder to write.")],

@@ -137,6 +137,22 @@ def evaluate_run(
     return done
 
 
+def measure_speed(
+    plan: Path, name: str, occasion: str, budget_seconds: float | None, workspace: Workspace, console: Console
+) -> bool:
+    """Time the steps of the speed plan `name` in the file `plan`. True if the notebook ran to its end.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM arrived; cases that were done are recorded.
+    """
+    parameters = {"plan": str(plan), "occasion": occasion, "budget_seconds": budget_seconds}
+    folder = records.record_dir(workspace.records, name, occasion)
+    with _stage(workspace, console, jobs=1) as stage:
+        return stage.notebook(
+            "speed", folder, workspace.checkpoints / name / occasion, parameters, f"{name} {occasion}"
+        )
+
+
 def finished_record(folder: Path) -> records.TrainRecord | None:
     """The run's record if the run finished."""
     if not (folder / "record.json").exists():
@@ -310,6 +326,13 @@ class _Stage:
     def execute(self, template: str, config: RunConfig, parameters: dict[str, Any], label: str) -> bool:
         """Execute ``runs/<template>.ipynb`` into the run's record. True if the notebook ran to its end."""
         folder, work = self.workspace.record(config), self.workspace.work(config)
+        done = self.notebook(template, folder, work, parameters, label)
+        if template == "train":
+            self._ensure_record(config, folder, work / f"{template}.log")
+        return done
+
+    def notebook(self, template: str, folder: Path, work: Path, parameters: dict[str, Any], label: str) -> bool:
+        """Execute ``runs/<template>.ipynb`` into `folder`; its log and progress are in `work`."""
         folder.mkdir(parents=True, exist_ok=True)
         work.mkdir(parents=True, exist_ok=True)
         log = work / f"{template}.log"
@@ -323,8 +346,6 @@ class _Stage:
             self._watch(worker, f"{label} {template}")
         finally:
             self._workers.discard(worker)
-        if template == "train":
-            self._ensure_record(config, folder, log)
         return process.returncode == 0
 
     def _start(self, template: str, folder: Path, parameters: dict[str, Any], log: Path) -> subprocess.Popen[bytes]:

@@ -24,9 +24,9 @@ class Progress(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    stage: Literal["starting", "training", "validating", "saving", "evaluating", "done"]
+    stage: Literal["starting", "training", "validating", "saving", "evaluating", "timing", "done"]
     step: int = 0
-    """Steps done: optimizer steps, or items when evaluating."""
+    """Steps done: optimizer steps, items when evaluating, cases when timing."""
     steps: int
     """Steps in all."""
     tokens: int = 0

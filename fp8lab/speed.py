@@ -10,23 +10,21 @@ the same batches; these warm-up losses show whether it learns as BF16 does, and 
 case also gets a profile of one step by category, and the time of its GEMMs alone, in BF16 and FP8: the
 speed of a recipe whose casts cost nothing.
 
-On a CPU the same plan runs emulated, to test this code: those times say nothing about FP8.
+A record is called an occasion. A time budget ends one after a whole round; measuring the same occasion
+again goes on with the cases that are missing.
 
-``python -m fp8lab.speed PLAN --records-dir runs/records --budget-seconds 540``
+On a CPU the same plan runs emulated, to test this code: those times say nothing about FP8.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import itertools
 import statistics
-import subprocess
-import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,6 +52,8 @@ SETTLING_STEPS = 2
 """Untimed steps after a change of contestant: the allocator's cache fills again."""
 PROFILED_STEPS = 2
 GEMM_REPEATS = 10
+TELEMETRY_SECONDS = 0.02
+"""Between readings of clock and power."""
 MINIMUM_ROUNDS = 2
 
 
@@ -143,48 +143,75 @@ def measure(
     data_dir: Path,
     occasion: str | None = None,
     budget_seconds: float | None = None,
-    on_case: Callable[[str], None] = print,
+    on_case: Callable[[int, str], None] = lambda _, line: print(line, flush=True),
 ) -> SpeedRecord:
     """Run the cases of `plan` that fit into the budget; the record is written after each.
 
     Args:
-        occasion: name of the record's folder; the UTC time if None.
+        occasion: name of the record; the UTC time if None. Of one that exists, the missing cases are measured.
         budget_seconds: stop starting rounds and cases after this long.
-        on_case: called with a line about each case.
+        on_case: called with the number of cases done and a line about the last.
 
     Returns:
         The record; its status is 'interrupted' where the budget cut cases. A case that fails is in it with its error.
+
+    Raises:
+        UserError: the occasion exists with another plan.
     """
     device = training_device()
-    occasion = occasion or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     deadline = time.monotonic() + (budget_seconds or float("inf"))
     batches, source = _batch_source(plan, data_dir)
+    record, rows = _occasion(plan, records_dir, occasion or new_occasion(), source, device)
+    cases = record.results["cases"]
+    for case in plan.cases:
+        if case.name in cases:
+            continue
+        if time.monotonic() > deadline:
+            break
+        try:
+            cases[case.name], case_rows = _Measurement(plan, case, device, batches, deadline).run()
+        except (RuntimeError, UserError) as error:
+            cases[case.name], case_rows = {"error": _one_line(error), "traceback": traceback.format_exc()}, []
+        _release(device)
+        rows.extend(case_rows)
+        _write(record, rows, records_dir)
+        on_case(len(cases), _summary(case.name, cases[case.name]))
+    complete = len(cases) == len(plan.cases)
+    record.status = "finished" if complete else "interrupted"
+    record.reason = None if complete else "the time budget ended before the last case"
+    _write(record, rows, records_dir)
+    return record
+
+
+def new_occasion() -> str:
+    """A name for a record that begins now: the UTC time."""
+    return datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+
+
+def _occasion(
+    plan: SpeedPlan, records_dir: Path, occasion: str, source: str, device: torch.device
+) -> tuple[SpeedRecord, list[dict[str, Any]]]:
+    """A new record, or an old one without its failed cases; and its timed steps."""
+    config = plan.model_dump(mode="json")
     record = SpeedRecord(
         plan=plan.name,
         run=occasion,
         status="running",
         provenance=records.collect_provenance(device_name(device)),
         results={"tokens": source, "emulated": not fp8_tensor_cores(), "cases": {}},
-        config=plan.model_dump(mode="json"),
+        config=config,
     )
-    rows: list[dict[str, Any]] = []
-    for case in plan.cases:
-        if time.monotonic() > deadline:
-            break
-        try:
-            results, case_rows = _Measurement(plan, case, device, batches, deadline).run()
-        except (RuntimeError, UserError) as error:
-            results, case_rows = {"error": _one_line(error), "traceback": traceback.format_exc()}, []
-        _release(device)
-        record.results["cases"][case.name] = results
-        rows.extend(case_rows)
-        on_case(_summary(case, results, case_rows))
-        _write(record, rows, records_dir)
-    complete = len(record.results["cases"]) == len(plan.cases)
-    record.status = "finished" if complete else "interrupted"
-    record.reason = None if complete else "the time budget ended before the last case"
-    _write(record, rows, records_dir)
-    return record
+    folder = records.record_dir(records_dir, plan.name, occasion)
+    if not (folder / "record.json").exists():
+        return record, []
+    old = records.read(folder)
+    assert isinstance(old, SpeedRecord)
+    if old.config != config or old.provenance.device_name != record.provenance.device_name:
+        raise UserError(f"{folder}: measured with another plan or device; choose another occasion")
+    cases = old.results["cases"]
+    record.results["cases"] = {name: results for name, results in cases.items() if "error" not in results}
+    steps = records.read_table(folder, "steps")
+    return record, [{str(key): value for key, value in row.items()} for row in steps.to_dict("records")]
 
 
 def _write(record: SpeedRecord, rows: list[dict[str, Any]], records_dir: Path) -> None:
@@ -193,16 +220,22 @@ def _write(record: SpeedRecord, rows: list[dict[str, Any]], records_dir: Path) -
     records.write_table(folder, "steps", pd.DataFrame(rows, columns=list(records.COLUMNS["steps"])))
 
 
-def _summary(case: SpeedCase, results: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+def summary(record: SpeedRecord) -> list[str]:
+    """A line a case: step time, tokens/s and ratio to BF16 of each contestant."""
+    return [_summary(name, results) for name, results in record.results["cases"].items()]
+
+
+def _summary(name: str, results: dict[str, Any]) -> str:
     if "error" in results:
-        return f"{case.name}: {results['error']}"
-    medians = pd.DataFrame(rows).groupby(["recipe", "head"], sort=False)["step_ms"].median()
-    baseline = medians.get(("bf16", "bf16"))
-    parts = []
-    for (recipe, head), step_ms in medians.items():  # type: ignore[misc]
+        return f"{name}: {results['error']}"
+    contestants = results["contestants"]
+    baseline = contestants.get("bf16", {}).get("step_ms_median")
+    parts = [f"{left_out}: {failure['error']}" for left_out, failure in results["errors"].items()]
+    for contestant, measured in contestants.items():
+        step_ms = measured["step_ms_median"]
         ratio = f", {baseline / step_ms:.3f}x" if baseline else ""
-        parts.append(f"{recipe}/{head} {step_ms:.1f} ms ({case.tokens / step_ms * 1e3:,.0f} tokens/s{ratio})")
-    return f"{case.name}: " + "; ".join(parts)
+        parts.append(f"{contestant} {step_ms:.1f} ms ({measured['tokens_per_second']:,.0f} tokens/s{ratio})")
+    return f"{name}: " + "; ".join(parts)
 
 
 def _one_line(error: BaseException) -> str:
@@ -312,7 +345,6 @@ class _Measurement:
             convert(model, contestant.recipe, contestant.head)
         if self._plan.compile:
             compile_blocks(model, self._device)
-            model.norm.compile(dynamic=False)
         return model
 
     def _step(self, model: GPT, index: int) -> Tensor:
@@ -323,7 +355,7 @@ class _Measurement:
         objective.backward()
         optimizer = self._optimizer
         norm = torch.linalg.vector_norm(
-            torch.stack(torch._foreach_norm([parameter.grad for parameter in self._weights.parameters()]))
+            torch.stack(torch._foreach_norm([p.grad for p in self._weights.parameters() if p.grad is not None]))
         )
         optimizer.grad_scale = (norm / GRADIENT_CLIP).clamp(min=1.0)  # type: ignore[attr-defined]
         optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
@@ -350,8 +382,8 @@ class _Measurement:
         self._synchronise()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        with _gpu_telemetry(on_gpu) as telemetry:
-            milliseconds = self._timed(entrant.model, self._plan.steps_per_round)
+        telemetry = _Telemetry()
+        milliseconds = self._timed(entrant.model, self._plan.steps_per_round, telemetry)
         model = self._case.sized_model
         return [
             {
@@ -371,8 +403,8 @@ class _Measurement:
             for step, step_ms in enumerate(milliseconds)
         ]
 
-    def _timed(self, model: GPT, steps: int) -> list[float]:
-        """Milliseconds of each of `steps` steps; the host runs ahead, as in training."""
+    def _timed(self, model: GPT, steps: int, telemetry: _Telemetry) -> list[float]:
+        """Milliseconds of each of `steps` steps; the host runs ahead, as in training, then reads the GPU's state."""
         if self._device.type != "cuda":
             times = [time.perf_counter()]
             for index in range(steps):
@@ -384,6 +416,9 @@ class _Measurement:
         for index in range(steps):
             self._step(model, index)
             events[index + 1].record()
+        while not events[-1].query():
+            telemetry.read()
+            time.sleep(TELEMETRY_SECONDS)
         self._synchronise()
         return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
 
@@ -415,7 +450,8 @@ class _Measurement:
         kernels: dict[str, float] = {}
         calls: dict[str, int] = {}
         for event in profiler.events():
-            if event.device_type == torch.autograd.DeviceType.CUDA:
+            # Annotated regions are reported beside the kernels in them.
+            if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
                 kernels[event.name] = kernels.get(event.name, 0.0) + event.device_time / 1e3 / PROFILED_STEPS
                 calls[event.name] = calls.get(event.name, 0) + 1
         categories = dict.fromkeys(("gemm", "attention", "casts and elementwise", "optimizer", "other"), 0.0)
@@ -463,6 +499,7 @@ def gemm_times(model: ModelConfig, tokens: int) -> dict[str, dict[str, float]]:
         "output": (d, d, model.n_layers),
         "gate_up": (2 * f, d, model.n_layers),
         "down": (d, f, model.n_layers),
+        "head": (model.vocab_size, d, 1),
     }
     times: dict[str, dict[str, float]] = {}
     for name, (out_features, in_features, count) in linears.items():
@@ -557,6 +594,12 @@ class _Telemetry:
     clocks_mhz: list[float] = field(default_factory=list)
     powers_w: list[float] = field(default_factory=list)
 
+    def read(self) -> None:
+        """Read SM clock and power once, where NVML's Python package (extra `gpu`) is installed."""
+        with contextlib.suppress(ImportError, RuntimeError):
+            self.clocks_mhz.append(torch.cuda.clock_rate())
+            self.powers_w.append(torch.cuda.power_draw() / 1e3)
+
     @property
     def median_clock_mhz(self) -> float:
         return statistics.median(self.clocks_mhz) if self.clocks_mhz else float("nan")
@@ -564,56 +607,3 @@ class _Telemetry:
     @property
     def median_power_w(self) -> float:
         return statistics.median(self.powers_w) if self.powers_w else float("nan")
-
-
-@contextlib.contextmanager
-def _gpu_telemetry(on_gpu: bool) -> Iterator[_Telemetry]:
-    """SM clock and power every 100 ms, by the driver's own tool; no readings where it is missing."""
-    telemetry = _Telemetry()
-    process = None
-    if on_gpu:
-        query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "-lms", "100", "-i"]
-        with contextlib.suppress(OSError):
-            process = subprocess.Popen(
-                [*query, str(torch.cuda.current_device())], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-            )
-    try:
-        yield telemetry
-    finally:
-        if process is not None:
-            process.terminate()
-            output, _ = process.communicate()
-            for line in output.splitlines():
-                with contextlib.suppress(ValueError):
-                    clock, power = (float(value) for value in line.split(","))
-                    telemetry.clocks_mhz.append(clock)
-                    telemetry.powers_w.append(power)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m fp8lab.speed PLAN``: exit code 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m fp8lab.speed", description="Time whole optimizer steps.")
-    parser.add_argument("plan", type=Path, help="speed plan (YAML)")
-    parser.add_argument("--records-dir", type=Path, default=Path("runs/records"))
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--occasion", help="name of the record; the UTC time if left out")
-    parser.add_argument("--budget-seconds", type=float, help="stop starting rounds and cases after this long")
-    options = parser.parse_args(arguments)
-    try:
-        record = measure(
-            load_speed_plan(options.plan),
-            records_dir=options.records_dir,
-            data_dir=options.data_dir,
-            occasion=options.occasion,
-            budget_seconds=options.budget_seconds,
-            on_case=lambda line: print(line, flush=True),
-        )
-    except UserError as error:
-        print(f"fp8lab: {error}", file=sys.stderr)
-        return 2
-    print(f"{record.plan}/{record.run}: {record.status}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fp8lab import records, speed
+from fp8lab import cli, records, speed
 from fp8lab.errors import UserError
 
 TINY = {"name": "tiny", "d_model": 32, "n_layers": 1, "n_heads": 2, "d_ff": 96, "vocab_size": 128, "seq_len": 32}
@@ -42,7 +42,9 @@ def write_plan(folder: Path, **changes: object) -> Path:
 
 def measure(path: Path, folder: Path, **options: object) -> records.SpeedRecord:
     plan = speed.load_speed_plan(path)
-    return speed.measure(plan, records_dir=folder, data_dir=folder, occasion="first", on_case=lambda _: None, **options)
+    return speed.measure(
+        plan, records_dir=folder, data_dir=folder, occasion="first", on_case=lambda *_: None, **options
+    )
 
 
 def test_a_plan_becomes_a_record_with_every_timed_step(tmp_path) -> None:
@@ -75,6 +77,42 @@ def test_a_budget_ends_a_plan_early_and_says_so(tmp_path) -> None:
     record = measure(write_plan(tmp_path, rounds=50), tmp_path, budget_seconds=1e-3)
     assert record.status == "interrupted"
     assert "budget" in (record.reason or "")
+
+
+def test_an_occasion_goes_on_with_the_cases_that_are_missing(tmp_path) -> None:
+    path = write_plan(tmp_path)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(path, tmp_path, on_case=die)
+    one = records.read(tmp_path / "speed-test" / "first")
+    assert list(one.results["cases"]) == ["tiny-T32-B2"]
+    whole = measure(path, tmp_path)
+    assert whole.status == "finished"
+    assert list(whole.results["cases"]) == ["tiny-T32-B2", "tiny-T16-B2"]
+    assert whole.results["cases"]["tiny-T32-B2"] == one.results["cases"]["tiny-T32-B2"], "measured once"
+    steps = records.read_table(tmp_path / "speed-test" / "first", "steps")
+    assert not steps.duplicated(["seq_len", "recipe", "head", "round", "step"]).any()
+    assert len(steps) == (4 + 1) * 2 * 2
+    with pytest.raises(UserError, match="another plan"):
+        measure(write_plan(tmp_path, seed=2), tmp_path)
+
+
+def test_the_command_goes_through_the_notebook(tmp_path, monkeypatch, capsys) -> None:
+    plan = write_plan(tmp_path, cases=PLAN["cases"][1:])
+    folders = [f"--{name}-dir={tmp_path / name}" for name in ("records", "data", "checkpoints")]
+    monkeypatch.setattr("sys.argv", ["fp8lab", "speed", str(plan), "--occasion", "first", *folders])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    folder = tmp_path / "records" / "speed-test" / "first"
+    record = records.read(folder)
+    assert record.status == "finished"
+    assert record.results["emulated"] is True
+    assert (folder / "speed.ipynb").exists()
+    assert "tiny-T16-B2: bf16" in capsys.readouterr().out
 
 
 def test_a_contestant_that_cannot_run_leaves_the_others(tmp_path) -> None:
