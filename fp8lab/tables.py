@@ -40,6 +40,7 @@ PUBLISHED_COLUMNS = (
     "metric",
     "value",
     "shots",
+    "protocol",
     "source_title",
     "source_url",
     "notes",
@@ -135,7 +136,7 @@ def spikes(runs: RunSet) -> pd.DataFrame:
 
 
 def scores(runs: RunSet) -> pd.DataFrame:
-    """Every score of every scored run, as lm-eval gave it.
+    """Every score of every scored run, as lm-eval gave it; of a group (MMLU) the group's own, not its members'.
 
     Columns: size, recipe, seed, task, metric, value, stderr (NaN where lm-eval gives none), n (items),
     random_guess (accuracy of guessing; NaN where it has no meaning or is unknown).
@@ -148,8 +149,11 @@ def scores(runs: RunSet) -> pd.DataFrame:
 def _run_scores(run: Run) -> list[dict[str, object]]:
     evaluation = run.evaluation or {}
     guesses = RANDOM_GUESS | evaluation.get("random_guess", {})
+    members = {name for names in evaluation.get("group_subtasks", {}).values() for name in names}
     rows: list[dict[str, object]] = []
     for task, values in evaluation["results"].items():
+        if task in members:
+            continue
         for key, value in values.items():
             metric, _, filter_name = key.partition(",")
             if filter_name != "none" or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -160,7 +164,8 @@ def _run_scores(run: Run) -> list[dict[str, object]]:
                     "size": run.size,
                     "recipe": run.recipe,
                     "seed": run.record.seed,
-                    "task": task,
+                    # The alias says where another split than the task's own was scored.
+                    "task": values.get("alias", task),
                     "metric": metric,
                     "value": float(value),
                     "stderr": float(stderr) if isinstance(stderr, int | float) else np.nan,
@@ -209,30 +214,78 @@ def published_scores() -> pd.DataFrame:
     return table
 
 
-def published_comparison(tasks: Sequence[str], models: Sequence[str], shots: int = 0) -> pd.DataFrame:
-    """Published accuracy (%) of `models` on `tasks`, `shots`-shot: a row a model.
+def published_comparison(tasks: Sequence[str], models: Sequence[str], runs: RunSet | None = None) -> pd.DataFrame:
+    """Accuracy (%) on `tasks`: guessing, our own runs where they were scored on all items, and published `models`.
 
-    A cell takes acc_norm for tasks that are usually quoted so (the lengths of their choices differ), else
-    acc; the metric stands in the heading, and a model without that very number has an empty cell.
+    A column is zero-shot lm-eval in the metric of its heading. Where a model has no such figure, the nearest
+    there is stands in its place, with a mark of `PUBLISHED_MARKS`.
     """
-    table = published_scores()
-    table = table[(pd.to_numeric(table["shots"], errors="coerce") == shots) & table["model"].isin(models)]
-    rows = []
+    guess: dict[str, object] = {"model": "random guess", "parameters": "", "training tokens": ""}
+    rows = [guess | {_heading(task): f"{RANDOM_GUESS[task]:.0%}".rstrip("%") for task in tasks}]
+    rows += [own for run in (runs.runs if runs else ()) if (own := _own_scores(run, tasks)) is not None]
+    published = published_scores()
     for model in models:
-        of_model = table[table["model"] == model]
+        of_model = published[published["model"] == model]
         if of_model.empty:
             continue
         row: dict[str, object] = {
             "model": model,
             "parameters": of_model["params"].iloc[0],
-            "training tokens": of_model["train_tokens"].iloc[0],
+            "training tokens": next(iter(of_model["train_tokens"].dropna()), "–"),
         }
-        for task in tasks:
-            metric = usual_metric(task)
-            values = of_model[(of_model["task"] == task) & (of_model["metric"] == metric)]["value"]
-            row[f"{task} ({metric})"] = "–" if values.empty else f"{float(values.iloc[0]):.1f}"
-        rows.append(row)
-    return pd.DataFrame(rows)
+        rows.append(row | {_heading(task): _published_score(of_model, task) for task in tasks})
+    return pd.DataFrame(rows) if len(rows) > 1 else pd.DataFrame()
+
+
+PUBLISHED_MARKS = {
+    "ᵃ": "acc, where the column is acc_norm, or the reverse",
+    "ᵇ": "another harness than lm-eval, or one that the source does not state",
+    "ᶜ": "few-shot",
+    "ᵈ": "another split than the task's own",
+}
+
+
+def _published_score(of_model: pd.DataFrame, task: str) -> str:
+    """The model's figure nearest to zero-shot lm-eval in the task's usual metric, marked for how it differs."""
+    candidates = []
+    for _, row in of_model[(of_model["task"] == task) & of_model["metric"].isin(("acc", "acc_norm"))].iterrows():
+        differs = {
+            "ᵃ": row["protocol"] == "lm-eval" and row["metric"] != usual_metric(task),
+            "ᵇ": row["protocol"] != "lm-eval",
+            "ᶜ": str(row["shots"]) != "0",
+        }
+        candidates.append(("".join(mark for mark, is_so in differs.items() if is_so), float(row["value"])))
+    if not candidates:
+        return "–"
+    marks, value = min(candidates, key=lambda candidate: (len(candidate[0]), candidate[0]))
+    return f"{value:.1f}{marks}"
+
+
+def _own_scores(run: Run, tasks: Sequence[str]) -> dict[str, object] | None:
+    """A run's row of `published_comparison`; None where it was not scored on all items of any of the tasks."""
+    evaluation = run.evaluation or {}
+    results = evaluation.get("results", {})
+    if evaluation.get("config", {}).get("limit") is not None or not any(task in results for task in tasks):
+        return None
+    row: dict[str, object] = {
+        "model": f"this project, {run.size} {run.recipe}",
+        "parameters": number(run.parameters),
+        "training tokens": number(run.record.tokens),
+    }
+    for task in tasks:
+        metric, values = usual_metric(task), results.get(task, {})
+        value, stderr = values.get(f"{metric},none"), values.get(f"{metric}_stderr,none")
+        if value is None:
+            row[_heading(task)] = "–"
+            continue
+        error = f" ± {100 * stderr:.1f}" if isinstance(stderr, int | float) else ""
+        other_split = "note" in evaluation.get("data", {}).get("tasks", {}).get(task, {})
+        row[_heading(task)] = f"{100 * value:.1f}{error}{'ᵈ' if other_split else ''}"
+    return row
+
+
+def _heading(task: str) -> str:
+    return f"{task} ({usual_metric(task)})"
 
 
 def usual_metric(task: str) -> str:
