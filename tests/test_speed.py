@@ -42,9 +42,8 @@ def write_plan(folder: Path, **changes: object) -> Path:
 
 def measure(path: Path, folder: Path, **options: object) -> records.SpeedRecord:
     plan = speed.load_speed_plan(path)
-    return speed.measure(
-        plan, records_dir=folder, data_dir=folder, occasion="first", on_case=lambda *_: None, **options
-    )
+    options = {"on_case": lambda *_: None} | options
+    return speed.measure(plan, records_dir=folder, data_dir=folder, occasion="first", **options)
 
 
 def test_a_plan_becomes_a_record_with_every_timed_step(tmp_path) -> None:
