@@ -18,7 +18,7 @@ report: .venv/installed .venv/quarto-tried
 	@$(BIN)/fp8lab publish
 
 test: .venv/installed-dev browser
-	@$(BIN)/python -m pytest -n 2
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: .venv/installed-dev
 	@$(BIN)/ruff check .

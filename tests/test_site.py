@@ -1,0 +1,169 @@
+"""The published article, rendered from small records and opened in a browser.
+
+Every page at a desktop's and a telephone's width: nothing overflows, nothing raw, no dead link. The
+second site comes from other records, and the numbers that a reader sees must have changed with them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urlparse
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+
+from fp8lab.publish import execute_stale_chapters, publish, read_book
+from tests.fixtures import write_demo_records, write_speed_records
+
+ROOT = Path(__file__).parents[1]
+PAGES = [chapter.page for chapter in read_book(ROOT).chapters]
+WIDTHS = (1280, 390)
+RAW_MARKUP = re.compile(r"@(?:fig|tbl|sec|eq)-|:::|\{[#.=]|\]\(|\*\*|data:image|\bnan\b|<(?:div|table)")
+
+# One worker renders the sites, and opens them.
+pytestmark = pytest.mark.xdist_group("site")
+
+
+def make_project(root: Path, **changes: float) -> Path:
+    """A project with the article's sources and small records; returns the folder of records."""
+    for name in ("index.ipynb", "_quarto.yml", "references.bib"):
+        shutil.copy(ROOT / name, root / name)
+    shutil.copytree(ROOT / "chapters", root / "chapters")
+    for name in ("plans", "mixtures"):
+        shutil.copytree(ROOT / "runs" / name, root / "runs" / name)
+    records_dir = root / "runs" / "records"
+    speed_factor = changes.pop("speed_factor", 1.0)
+    write_demo_records(records_dir, **changes)  # type: ignore[arg-type]
+    write_speed_records(records_dir, factor=speed_factor)
+    return records_dir
+
+
+@pytest.fixture(scope="module")
+def without_quarto() -> Iterator[None]:
+    """The pandoc edition, whether or not this machine has Quarto."""
+    with pytest.MonkeyPatch.context() as patch:
+        found = shutil.which
+        patch.setattr(shutil, "which", lambda name, *rest: None if name == "quarto" else found(name, *rest))
+        yield
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory, without_quarto: None) -> Path:
+    root = tmp_path_factory.mktemp("project")
+    records_dir = make_project(root)
+    return publish(root, records_dir, root / "_site").parent
+
+
+@pytest.fixture(scope="module")
+def other_site(tmp_path_factory: pytest.TempPathFactory, without_quarto: None) -> Path:
+    root = tmp_path_factory.mktemp("other")
+    records_dir = make_project(root, loss_shift=0.37, token_factor=1.5, score_shift=0.11, speed_factor=0.93)
+    return publish(root, records_dir, root / "_site").parent
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[webdriver.Chrome]:
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = shutil.which("chromedriver")
+    assert driver, "the tests open the article in Debian's chromium: 'make browser' installs it"
+    chrome = webdriver.Chrome(options=options, service=Service(driver))
+    yield chrome
+    chrome.quit()
+
+
+def open_page(browser: webdriver.Chrome, path: Path, width: int = 1280) -> None:
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    browser.get(path.as_uri())
+
+
+def visible_text(browser: webdriver.Chrome) -> str:
+    return str(browser.execute_script("return document.body.innerText"))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_fits_and_is_whole(site: Path, browser: webdriver.Chrome, page: str, width: int) -> None:
+    open_page(browser, site / page, width)
+    assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    images = browser.execute_script(
+        "return [...document.images].map(i => [i.naturalWidth, i.getBoundingClientRect().width, i.alt])"
+    )
+    for natural, shown, alternative in images:
+        assert natural > 0
+        assert 250 < shown <= width
+        assert alternative.strip()
+    assert RAW_MARKUP.findall(visible_text(browser)) == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(site: Path, browser: webdriver.Chrome, page: str) -> None:
+    open_page(browser, site / page)
+    for address in browser.execute_script("return [...document.links].map(link => link.href)"):
+        if urlparse(address).scheme != "file":
+            assert address.startswith("https://"), address
+            continue
+        target, fragment = urldefrag(address)
+        path = Path(unquote(urlparse(target).path))
+        assert path.is_relative_to(site)
+        assert path.is_file(), f"{page} links to {path}, which does not exist"
+        if fragment:
+            assert re.search(rf'\bid="{re.escape(unquote(fragment))}"', path.read_text()), f"{page}: no {address}"
+
+
+def test_nothing_is_fetched(site: Path) -> None:
+    for page in PAGES:
+        loaded = re.findall(
+            r'<(?:script|img|link|iframe)\b[^>]*?(?:src|href)="(https?:[^"]*)"', (site / page).read_text()
+        )
+        assert loaded == [], page
+
+
+@pytest.mark.parametrize("page", ["index", "data", "stability", "scaling", "throughput", "benchmarks"])
+def test_numbers_come_from_the_records(site: Path, other_site: Path, browser: webdriver.Chrome, page: str) -> None:
+    address = f"{page}.html" if page == "index" else f"chapters/{page}.html"
+    texts, figures = [], []
+    for folder in (site, other_site):
+        open_page(browser, folder / address)
+        texts.append(set(visible_text(browser).splitlines()))
+        figures.append(browser.execute_script("return [...document.querySelectorAll('figure img')].map(i => i.src)"))
+    numbers = [line for line in texts[0] - texts[1] if re.search(r"\d", line)]
+    assert numbers, f"no line of {page} changed with the records"
+    assert len(figures[0]) == len(figures[1]) > 0
+    for number, (before, after) in enumerate(zip(*figures, strict=True), start=1):
+        assert before != after, f"figure {number} of {page} did not change with the records"
+
+
+def test_only_chapters_whose_inputs_changed_are_executed(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = site.parent
+    records_dir = root / "runs" / "records"
+    assert execute_stale_chapters(root, records_dir) == []
+    chapter = root / "chapters" / "motivation.ipynb"
+    chapter.write_text(chapter.read_text().replace('"# Why', '"# Reasons why', 1))
+    assert execute_stale_chapters(root, records_dir) == ["motivation"]
+
+
+def test_a_chapter_that_fails_stops_the_article_by_name(tmp_path: Path) -> None:
+    records_dir = make_project(tmp_path)
+    path = records_dir / "demo" / os.listdir(records_dir / "demo")[0] / "record.json"
+    path.write_text(path.read_text()[:200])
+    with pytest.raises(Exception, match=r"stability\.ipynb: .*record\.json: truncated"):
+        execute_stale_chapters(tmp_path, records_dir)
+
+
+def test_without_records_the_article_says_which_command_makes_them(tmp_path: Path, without_quarto: None) -> None:
+    records_dir = make_project(tmp_path)
+    shutil.rmtree(records_dir)
+    index = publish(tmp_path, records_dir, tmp_path / "_site")
+    for page in ("index", "chapters/stability", "chapters/scaling", "chapters/benchmarks"):
+        assert "fp8lab run runs/plans/demo.yaml" in (index.parent / f"{page}.html").read_text(), page
+    assert "runs/plans/speed-h200.yaml" in (index.parent / "chapters" / "throughput.html").read_text()
