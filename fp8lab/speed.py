@@ -175,7 +175,7 @@ def measure(
         _release(device)
         rows.extend(case_rows)
         _write(record, rows, records_dir)
-        on_case(len(cases), _summary(case.name, cases[case.name]))
+        on_case(len(cases), _summary(case.name, cases[case.name], emulated=record.results["emulated"]))
     complete = len(cases) == len(plan.cases)
     record.status = "finished" if complete else "interrupted"
     record.reason = None if complete else "the time budget ended before the last case"
@@ -221,20 +221,23 @@ def _write(record: SpeedRecord, rows: list[dict[str, Any]], records_dir: Path) -
 
 
 def summary(record: SpeedRecord) -> list[str]:
-    """A line a case: step time, tokens/s and ratio to BF16 of each contestant."""
-    return [_summary(name, results) for name, results in record.results["cases"].items()]
+    """A line a case: each contestant's step time and, unless emulated, tokens/s and ratio to BF16."""
+    emulated = record.results["emulated"]
+    return [_summary(name, results, emulated=emulated) for name, results in record.results["cases"].items()]
 
 
-def _summary(name: str, results: dict[str, Any]) -> str:
+def _summary(name: str, results: dict[str, Any], *, emulated: bool) -> str:
     if "error" in results:
         return f"{name}: {results['error']}"
     contestants = results["contestants"]
     baseline = contestants.get("bf16", {}).get("step_ms_median")
-    parts = [f"{left_out}: {failure['error']}" for left_out, failure in results["errors"].items()]
+    parts = ["emulated, no measure of FP8"] if emulated else []
+    parts += [f"{left_out}: {failure['error']}" for left_out, failure in results["errors"].items()]
     for contestant, measured in contestants.items():
         step_ms = measured["step_ms_median"]
         ratio = f", {baseline / step_ms:.3f}x" if baseline else ""
-        parts.append(f"{contestant} {step_ms:.1f} ms ({measured['tokens_per_second']:,.0f} tokens/s{ratio})")
+        speed = "" if emulated else f" ({measured['tokens_per_second']:,.0f} tokens/s{ratio})"
+        parts.append(f"{contestant} {step_ms:.1f} ms{speed}")
     return f"{name}: " + "; ".join(parts)
 
 
@@ -596,7 +599,8 @@ class _Telemetry:
 
     def read(self) -> None:
         """Read SM clock and power once, where NVML's Python package (extra `gpu`) is installed."""
-        with contextlib.suppress(ImportError, RuntimeError):
+        # Whatever NVML objects to: a reading less must not end a measurement.
+        with contextlib.suppress(Exception):
             self.clocks_mhz.append(torch.cuda.clock_rate())
             self.powers_w.append(torch.cuda.power_draw() / 1e3)
 

@@ -81,12 +81,13 @@ class Slot(NamedTuple):
 
 def scales_for(amax: Tensor, limit: Tensor | float, settings: Fp8Settings, previous: Tensor) -> Tensor:
     """Quantise scales that map `amax` onto `limit` less the margin; `previous` where amax says nothing (0)."""
-    scale = limit / (amax * 2.0**settings.margin)
-    if settings.power_of_two_scales:
-        _, exponent = torch.frexp(scale)
-        scale = torch.ldexp(torch.ones_like(scale), exponent - 1)
     # A tensor of denormals would want a scale that overflows.
-    return torch.where(amax > 0, scale.clamp(2.0**-100, 2.0**100), previous)
+    scale = (limit * 2.0**-settings.margin / amax).clamp(max=2.0**100)
+    if settings.power_of_two_scales:
+        mantissa, _ = torch.frexp(scale)
+        # Exact, unlike a power function.
+        scale = scale / (2 * mantissa)
+    return torch.where(amax > 0, scale, previous)
 
 
 def set_current_scale(slot: Slot, settings: Fp8Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -243,6 +244,17 @@ def test_current_scale_uses_the_format_without_saturating(device) -> None:
     quantised = ops.quantise(x, s).float()
     assert 224 < quantised.abs().max() <= 448
     assert s.scale[0] * s.scale[1] == 1
+
+
+@pytest.mark.parametrize("amax", [1e-42, 1e-20, 0.9, 448.0, 3e38])
+def test_scales_are_powers_of_two_that_fit_the_format(amax, device) -> None:
+    s = slot(device, scale=1.0)
+    s.amax[0] = amax
+    set_current_scale(s, Fp8Settings(margin=1))
+    scale = float(s.scale[1])
+    assert math.frexp(scale)[0] == 0.5, "a power of two"
+    assert scale * amax <= 448 / 2
+    assert scale == 2.0**100 or scale * amax > 448 / 4
 
 
 def test_cross_entropy_is_torchs(device) -> None:
