@@ -30,7 +30,7 @@ MEASURED_PLANS = ("article", "ladder-h200")
 DEMO_PLAN = "demo"
 DEMO_COMMAND = "fp8lab run runs/plans/demo.yaml"
 SPEED_PLAN = "speed-h200"
-SPEED_COMMAND = "python -m fp8lab.speed runs/plans/speed-h200.yaml"
+SPEED_COMMAND = "fp8lab speed runs/plans/speed-h200.yaml"
 DATA_PLAN = "data"
 """Data builds are recorded under this plan, each as a run with the mixture's name."""
 

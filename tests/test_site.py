@@ -100,7 +100,8 @@ def test_a_page_fits_and_is_whole(site: Path, browser: webdriver.Chrome, page: s
     )
     for natural, shown, alternative in images:
         assert natural > 0
-        assert 250 < shown <= width
+        # Wide enough to read its labels; wider than a telephone, it scrolls within its figure.
+        assert 500 < shown < 800
         assert alternative.strip()
     assert RAW_MARKUP.findall(visible_text(browser)) == []
 
