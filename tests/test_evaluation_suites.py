@@ -178,6 +178,17 @@ def test_prompts_are_lm_evals_own(full_result: dict[str, Any]) -> None:
     assert sciq["bits_per_byte"] == pytest.approx(bits / (len(items) * len(answer)), rel=1e-5)
 
 
+def test_winogrande_scores_the_ending_after_the_right_beginning(full_result: dict[str, Any]) -> None:
+    pairs = [
+        ("The cup broke the tray as the cup", " was heavy."),
+        ("Ann paid Eve because Eve", " had worked."),
+        ("Ann thanked Eve because Eve", " had helped."),
+    ]
+    bits = -sum(loglikelihood(*pair) for pair in pairs) / math.log(2)
+    characters = sum(len(ending) for _, ending in pairs)
+    assert full_result["answers"]["winogrande"]["bits_per_byte"] == pytest.approx(bits / characters, rel=1e-5)
+
+
 def test_mmlu_is_the_mean_over_items_and_its_subjects_are_not_listed(full_result: dict[str, Any]) -> None:
     results, counts = full_result["results"], full_result["n-samples"]
     members = ("mmlu_anatomy", "mmlu_world_religions")

@@ -19,6 +19,7 @@ from fp8lab.evaluation import run_suite, score_table
 from fp8lab.evaluation.adapter import GPTAdapter
 from fp8lab.evaluation.suites import Suite, full_suite_from_files
 from fp8lab.model import GPT
+from fp8lab.tokenizer import END_OF_TEXT
 from tests.evaluation_items import write_items
 from tests.small_gpt import TEXT, make_encoding, make_model
 
@@ -74,6 +75,17 @@ def test_gpt2s_own_tokenizer_agrees() -> None:
     text = "".join(TEXT) * 3 + " antidisestablishmentarianism<|endoftext|>\n\n\n  x"
     assert fast.encode(text) == encoding.encode_ordinary(text)
     assert fast.eos_token_id == encoding.eot_token == 50_256
+
+
+def test_a_piece_that_is_a_token_is_taken_whole_though_no_merges_lead_there() -> None:
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"bc": 256, b"ab": 257, b"cd": 258, b"abcd": 259}
+    stock = tokenizer.gpt2()
+    encoding = tiktoken.Encoding(
+        "odd", pat_str=stock._pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 260}
+    )
+    fast = export.fast_tokenizer(encoding, 16)
+    for text, tokens in {"abcd": [259], "abcde": [97, 256, 100, 101]}.items():
+        assert fast.encode(text) == encoding.encode_ordinary(text) == tokens
 
 
 def test_lm_evals_own_adapter_gives_the_same_scores(model, encoding, folder: Path, tmp_path: Path) -> None:
