@@ -65,7 +65,7 @@ def _text(value: object) -> str:
 
 def _is_numeric(column: pd.Series) -> bool:
     return pd.api.types.is_numeric_dtype(column) or bool(
-        column.astype(str).str.match(r"^[+\-−–]?[\d.,]*(e\d+)?[kMBT]?( ?[×%±].*)?$").all()
+        column.astype(str).str.match(r"^[+\-−–]?[\d.,]*(e\d+)?[kMBT]?\+?( ?[×%±].*)?[ᵃᵇᶜᵈ]*$").all()
     )
 
 

@@ -198,6 +198,23 @@ def _score(value: float, stderr: float, metric: str) -> str:
     return f"{value:.4g}"
 
 
+def answer_bits(runs: RunSet) -> pd.DataFrame:
+    """Bits a byte of the correct answers' text: a row a scored run, a column a task with answers to choose from."""
+    rows = []
+    for run in runs.runs:
+        evaluation = run.evaluation or {}
+        members = {name for names in evaluation.get("group_subtasks", {}).values() for name in names}
+        bits = {
+            evaluation["results"][task].get("alias", task): f"{values['bits_per_byte']:.3f} ± "
+            f"{values['bits_per_byte_stderr']:.3f}"
+            for task, values in evaluation.get("answers", {}).items()
+            if task not in members
+        }
+        if bits:
+            rows.append({"model": run.size, "recipe": run.recipe} | bits)
+    return pd.DataFrame(rows)
+
+
 def published_scores() -> pd.DataFrame:
     """Scores that others published for comparable models, a source for each (fp8lab/published_scores.csv).
 
@@ -235,6 +252,21 @@ def published_comparison(tasks: Sequence[str], models: Sequence[str], runs: RunS
         }
         rows.append(row | {_heading(task): _published_score(of_model, task) for task in tasks})
     return pd.DataFrame(rows) if len(rows) > 1 else pd.DataFrame()
+
+
+def published_accuracy(model: str, task: str, protocol: str, shots: int = 0, metric: str = "acc") -> float:
+    """One published accuracy, in percent.
+
+    Raises:
+        KeyError: there is no such figure.
+    """
+    table = published_scores()
+    wanted = {"model": model, "task": task, "protocol": protocol, "shots": str(shots), "metric": metric}
+    for column, value in wanted.items():
+        table = table[table[column].astype(str) == value]
+    if table.empty:
+        raise KeyError(f"published_scores.csv: no {metric} of {model} on {task}, {shots}-shot by {protocol}")
+    return float(table["value"].iloc[0])
 
 
 PUBLISHED_MARKS = {

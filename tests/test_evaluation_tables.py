@@ -102,3 +102,20 @@ def test_scores_of_a_part_of_the_items_are_not_compared(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("published")
 def test_random_guessing_alone_is_no_comparison() -> None:
     assert tables.published_comparison(TASKS, ("nobody",)).empty
+
+
+def test_a_published_figure_is_found_by_its_protocol(published: None) -> None:
+    assert tables.published_accuracy("A", "hellaswag", "Own", 10) == 70
+    assert tables.published_accuracy("A", "hellaswag", "lm-eval", metric="acc_norm") == 50
+    with pytest.raises(KeyError, match="no acc of A on sciq, 5-shot by lm-eval"):
+        tables.published_accuracy("A", "sciq", "lm-eval", 5)
+
+
+def test_bits_of_answers_are_of_tasks_and_groups_not_of_members(tmp_path: Path) -> None:
+    bits = {"bits_per_byte": 1.25, "bits_per_byte_stderr": 0.05}
+    answers = {"answers": dict.fromkeys(("hellaswag", "sciq", "mmlu", "mmlu_anatomy"), bits)}
+    [row] = tables.answer_bits(scored(tmp_path, FULL | answers)).to_dict("records")
+    assert row == {"model": SIZES[0].name, "recipe": "bf16"} | dict.fromkeys(
+        ("hellaswag", "sciq (validation split)", "mmlu"), "1.250 ± 0.050"
+    )
+    assert tables.answer_bits(scored(tmp_path, FULL)).empty
