@@ -160,7 +160,7 @@ class _FusedBlock(torch.autograd.Function):
         out = linear(activated, "activated", "down", down_weight)
         out += middle
 
-        keep_rotated = not block.state.settings.recompute_rotated
+        keep_rotated = x.shape[1] < block.state.settings.recompute_rotated_from
         ctx.save_for_backward(
             x, attention_rstd, qkv, attended, attention_saved.logsumexp, middle, mlp_rstd, gate_up,
             cos, sin, attention_gain, q_gain, k_gain, mlp_gain,

@@ -49,8 +49,11 @@ class Fp8Settings:
     """Powers of two left free above that amax, for a step that exceeds it. Costs range, not precision."""
     power_of_two_scales: bool = True
     """Round scales down to powers of two: scaling then rounds nothing."""
-    recompute_rotated: bool = False
-    """Rotate q and k again in backward instead of keeping them: less memory, one more pass."""
+    recompute_rotated_from: int = 2048
+    """Width from which q and k are rotated again in backward instead of kept.
+
+    One more pass over them: under 1% of a step at width 2048, and more at smaller ones, which need the memory less.
+    """
     bf16_output_gradient_below: int = 1024
     """Width below which the output projection's weight gradient stays in BF16.
 

@@ -34,17 +34,20 @@ class Tile(NamedTuple):
     warps: int
 
 
-FLAT = Tile(8, 512, 8)
+FLAT = Tile(4, 512, 4)
 """Kernels that write no transposed copy: long rows, for coalescing."""
-TRANSPOSED = Tile(128, 64, 8)
+TRANSPOSED = Tile(64, 128, 8)
 """Kernels that write a transposed copy alone."""
-BOTH = Tile(128, 64, 16)
+BOTH = Tile(64, 64, 4)
 """Kernels that write both layouts."""
 SWIGLU_BACKWARD = Tile(64, 64, 8)
-ROW_ELEMENTS, ROW_WARPS = 4096, 8
+LOGITS_GRADIENT = Tile(64, 128, 8)
+ROW_ELEMENTS, ROW_WARPS = 4096, 4
 """Elements of whole rows that one program of a row kernel holds."""
-HEAD_TOKENS, HEAD_WARPS = 64, 8
-VOCABULARY_BLOCK, VOCABULARY_WARPS = 4096, 8
+WIDE_ROW = 2048
+"""From this width on, RMSNorm's backward takes a row at a time, with twice the warps."""
+HEAD_TOKENS, HEAD_WARPS = 64, 4
+VOCABULARY_BLOCK, VOCABULARY_WARPS = 2048, 4
 
 
 @triton.jit
@@ -232,13 +235,16 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     rows, d = x.shape
     block_rows, block = _row_blocks(d)
+    warps = ROW_WARPS
+    if block >= WIDE_ROW:
+        block_rows, warps = 1, 2 * ROW_WARPS
     # Few programs, each over many rows: the gain's gradient is a sum over rows, kept in registers meanwhile.
     programs = min(triton.cdiv(rows, block_rows), 4 * _processors(x.device))
     grad_x = torch.empty_like(x)
     partial = torch.empty(programs, d, dtype=torch.float32, device=x.device)
     _rms_norm_backward_kernel[(programs,)](
         grad_normed, x, rstd, gain, grad_residual, grad_x, partial, rows, d,
-        BLOCK_ROWS=block_rows, BLOCK=block, num_warps=ROW_WARPS,
+        BLOCK_ROWS=block_rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return grad_x, partial.sum(0)
 
@@ -535,8 +541,8 @@ def cross_entropy_quantised(
     entropy, lse = _run_cross_entropy(logits, targets, z_loss, gradient=False)
     out = torch.empty(rows, vocabulary, dtype=slot.dtype, device=logits.device)
     out_t = torch.empty(vocabulary, rows, dtype=slot.dtype, device=logits.device)
-    _logits_gradient_kernel[_grid(rows, vocabulary, BOTH)](
+    _logits_gradient_kernel[_grid(rows, vocabulary, LOGITS_GRADIENT)](
         logits, targets, lse, out, out_t, slot.scale, rows, vocabulary, z_loss, slot.limit,
-        BLOCK_ROWS=BOTH.rows, BLOCK_COLUMNS=BOTH.columns, num_warps=BOTH.warps,
+        BLOCK_ROWS=LOGITS_GRADIENT.rows, BLOCK_COLUMNS=LOGITS_GRADIENT.columns, num_warps=LOGITS_GRADIENT.warps,
     )  # fmt: skip
     return entropy, lse, out, out_t
