@@ -77,17 +77,28 @@ def use_style() -> None:
 
 def loss_curves(runs: RunSet, size: str) -> Figure:
     """Training loss of every recipe at one size, and below it the difference to BF16 on the same tokens."""
+    return _with_difference(runs, size, _smoothed, "training loss")
+
+
+def validation_curves(runs: RunSet, size: str, weights: Mapping[str, float]) -> Figure:
+    """Validation loss (mean of the domains by `weights`) during training, and its difference to BF16 below it."""
+    return _with_difference(runs, size, lambda run: run.validation_curve(weights), "validation loss", marked=True)
+
+
+def _with_difference(
+    runs: RunSet, size: str, curve_of: Callable[[Run], pd.Series], quantity: str, *, marked: bool = False
+) -> Figure:
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(WIDTH, 4.6), sharex=True, height_ratios=(2, 1))
-    baselines = {run.record.seed: _smoothed(run) for run in runs.where(size=size, recipe="bf16")}
+    baselines = {run.record.seed: curve_of(run) for run in runs.where(size=size, recipe="bf16")}
     for run in runs.where(size=size):
-        curve = _smoothed(run)
-        style = _line_style(run.recipe)
+        curve = curve_of(run)
+        style = _line_style(run.recipe) | (_point_style(run.recipe) if marked else {})
         top.plot(curve.index / 1e6, curve, **style)
         if run.recipe != "bf16" and run.record.seed in baselines:
             difference = (curve - baselines[run.record.seed]).dropna()
             bottom.plot(difference.index / 1e6, difference, **style)
     bottom.axhline(0, color=NEUTRAL, linewidth=0.8)
-    top.set_ylabel("training loss (nats/token)")
+    top.set_ylabel(f"{quantity} (nats/token)")
     bottom.set_ylabel("FP8 − BF16\n(nats/token)")
     bottom.set_xlabel("training tokens (millions)")
     _symmetric_limits(bottom)

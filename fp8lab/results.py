@@ -10,7 +10,7 @@ seed a difference is one draw, and callers are told so by `Gap.interval` being N
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -77,11 +77,27 @@ class Run:
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        """A row a logged step; a plan of many runs keeps one table for all, with a column `run`."""
-        if (self.folder / "metrics.parquet").exists() or not (self.folder.parent / "metrics.parquet").exists():
-            return records.read_table(self.folder, "metrics")
-        shared = records.read_table(self.folder.parent, "metrics")
-        return shared[shared["run"] == self.record.run].reset_index(drop=True)
+        """A row a logged step."""
+        return self._table("metrics")
+
+    @cached_property
+    def validation(self) -> pd.DataFrame:
+        """A row a domain of each validation."""
+        return self._table("validation")
+
+    def _table(self, name: str) -> pd.DataFrame:
+        """The run's own table; a plan of many runs keeps one for all, with a column `run`."""
+        shared = self.folder.parent / f"{name}.parquet"
+        if (self.folder / f"{name}.parquet").exists() or not shared.exists():
+            return records.read_table(self.folder, name)
+        table = records.read_table(self.folder.parent, name)
+        return table[table["run"] == self.record.run].reset_index(drop=True)
+
+    def validation_curve(self, weights: Mapping[str, float]) -> pd.Series:
+        """Validation loss (nats/token) by tokens: mean over domains by the mixture's `weights`."""
+        by_domain = self.validation.pivot_table(index="tokens", columns="domain", values="loss")
+        share = pd.Series(weights)[by_domain.columns]
+        return (by_domain * share).sum(axis=1) / share.sum()
 
     @cached_property
     def evaluation(self) -> dict[str, Any] | None:
@@ -222,6 +238,12 @@ class SpeedRun:
         """Every timed step."""
         return records.read_table(self.folder, "steps").assign(occasion=self.record.run)
 
+    @property
+    def cases(self) -> dict[str, dict[str, Any]]:
+        """Results of the cases that could be measured, by name ('1.5B-T2048-B16')."""
+        cases = self.record.results.get("cases", {})
+        return {name: results for name, results in cases.items() if results.get("contestants")}
+
     def profiles(self) -> dict[str, dict[str, dict[str, float]]]:
         """case -> contestant -> category -> GPU milliseconds a step, where they were profiled."""
         return {
@@ -230,9 +252,18 @@ class SpeedRun:
                 for name, contestant in results["contestants"].items()
                 if contestant.get("profile")
             }
-            for case, results in self.record.results.get("cases", {}).items()
-            if results.get("contestants")
+            for case, results in self.cases.items()
         }
+
+    def failures(self) -> dict[str, str]:
+        """What could not be timed ('1.5B-T2048-B16' or '1.5B-T2048-B16, rowwise') and its error."""
+        failures = {}
+        for case, results in self.record.results.get("cases", {}).items():
+            if "error" in results:
+                failures[case] = results["error"]
+            for contestant, failure in results.get("errors", {}).items():
+                failures[f"{case}, {contestant}"] = failure["error"]
+        return failures
 
 
 def speed_runs(records_dir: Path, plan: str = SPEED_PLAN) -> list[SpeedRun]:

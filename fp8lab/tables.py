@@ -6,7 +6,7 @@ carry; frames that figures draw have plain column names and raw numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 
 import numpy as np
@@ -375,7 +375,7 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     """Speed of each recipe against BF16 timed in the same process.
 
     Returns:
-        A row a setting (model, context, micro-batch) and recipe. Columns: model, setting, recipe, head,
+        A row a setting (model, context, micro-batch) and recipe. Columns: model, case, setting, recipe, head,
         step_ms (median), tokens_per_second, ratio (median over rounds of BF16's median step over the
         recipe's), low, high (smallest and largest of the rounds), rounds, occasions, peak_memory_bytes.
     """
@@ -396,6 +396,7 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
         rows.append(
             {
                 "model": model,
+                "case": f"{model}-T{seq_len}-B{micro_batch}",
                 "setting": f"{model}, T {seq_len}, {micro_batch} sequences",
                 "recipe": recipe,
                 "head": head,
@@ -433,6 +434,46 @@ def speed_table(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
             "over rounds": [f"{low:.3f} to {high:.3f}" for low, high in zip(table["low"], table["high"], strict=True)],
             "peak memory (GiB)": (table["peak_memory_bytes"] / 2**30).map("{:.1f}".format),
         }
+    )
+
+
+def gemm_ceiling(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
+    """What FP8's GEMMs alone would give, their casts free, beside the fastest recipe that was measured.
+
+    The blocks' GEMMs only: heads in FP8 are left out on both sides. Where a case was measured on several
+    occasions, the last counts.
+    """
+    ratios = speed_ratios(speeds)
+    ratios = ratios[ratios["head"] == "bf16"]
+    gemms = {case: results["gemms"] for speed in speeds for case, results in speed.cases.items() if "gemms" in results}
+    rows = []
+    for setting, group in ratios.groupby("setting", sort=False):
+        times = gemms.get(group["case"].iloc[0])
+        fp8 = group[group["recipe"] != "bf16"]
+        if times is None or fp8.empty:
+            continue
+        bf16_ms, fp8_ms = _block_gemm_ms(times, "bf16"), _block_gemm_ms(times, "fp8")
+        step_ms = group[group["recipe"] == "bf16"]["step_ms"].iloc[0]
+        fastest = fp8.loc[fp8["ratio"].idxmax()]
+        rows.append(
+            {
+                "model, context, micro-batch": setting,
+                "BF16 step (ms)": f"{step_ms:.1f}",
+                "its blocks' GEMMs (ms)": f"{bf16_ms:.1f}",
+                "in FP8 (ms)": f"{fp8_ms:.1f}",
+                "× BF16, casts free": f"{step_ms / (step_ms - bf16_ms + fp8_ms):.2f}",
+                "× BF16, fastest measured": f"{fastest['ratio']:.2f}",
+                "recipe": fastest["recipe"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _block_gemm_ms(times: Mapping[str, Mapping[str, float]], precision: str) -> float:
+    return sum(
+        layer["count"] * sum(layer[f"{gemm}_{precision}"] for gemm in ("forward", "grad_input", "grad_weight"))
+        for name, layer in times.items()
+        if name != "head"
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +28,19 @@ from fp8lab.records import (
     TrainRecord,
 )
 
-DOMAINS = {"prose": 0.65, "python": 0.15, "c": 0.10, "science": 0.10}
+DOMAINS = ("prose", "python", "c", "science")
 SIZES = (
     ModelConfig(name="0.4M", d_model=64, n_layers=4, n_heads=2, d_ff=192, vocab_size=2048, seq_len=256),
     ModelConfig(name="0.9M", d_model=112, n_layers=4, n_heads=2, d_ff=320, vocab_size=2048, seq_len=256),
     ModelConfig(name="2.2M", d_model=176, n_layers=5, n_heads=2, d_ff=480, vocab_size=2048, seq_len=256),
 )
+OTHER_SIZES = (
+    ModelConfig(name="0.5M", d_model=80, n_layers=4, n_heads=2, d_ff=224, vocab_size=1920, seq_len=128),
+    ModelConfig(name="1.1M", d_model=128, n_layers=5, n_heads=2, d_ff=352, vocab_size=1920, seq_len=128),
+    ModelConfig(name="2.4M", d_model=192, n_layers=6, n_heads=2, d_ff=496, vocab_size=1920, seq_len=128),
+)
 STEPS = 60
+GEMMS = ("forward", "grad_input", "grad_weight")
 RECIPE_GAP: dict[str, float] = {
     "bf16": 0.0,
     "tensorwise": 0.006,
@@ -43,57 +50,100 @@ RECIPE_GAP: dict[str, float] = {
 }
 
 
-def provenance(device_name: str = "CPU (2 cores)") -> Provenance:
+@dataclass(frozen=True)
+class Measured:
+    """What the fixtures found; `OTHER` has every number different."""
+
+    loss_shift: float = 0.0
+    """Added to every loss (nats), twice in FP8."""
+    token_factor: float = 1.0
+    """Multiplies the tokens of every run and domain."""
+    document_factor: int = 1
+    """Multiplies the documents of every domain."""
+    weights: tuple[float, ...] = (0.65, 0.15, 0.10, 0.10)
+    """Of the domains."""
+    gradient_factor: float = 1.0
+    """Multiplies every gradient norm."""
+    spike_score: float = 0.0
+    skipped_steps: int = 1
+    score_shift: float = 0.0
+    """Added to every accuracy, twice in FP8."""
+    items: int = 40
+    """Items of a task."""
+    bf16_factor: float = 1.0
+    """Multiplies BF16's timed steps, kernels and memory."""
+    fp8_factor: float = 1.0
+    """Multiplies FP8's."""
+    tokens_per_second: float = 8000.0
+    """Of the training runs."""
+    epochs: float = 0.5
+    """How often every domain was seen."""
+    torchao: str = "0.18.0"
+    day: str = "2026-01-02"
+    hash_digit: str = "a"
+
+
+DEFAULT = Measured()
+OTHER = Measured(
+    loss_shift=0.37,
+    token_factor=1.5,
+    document_factor=3,
+    weights=(0.57, 0.21, 0.13, 0.09),
+    gradient_factor=1.7,
+    spike_score=0.013,
+    skipped_steps=2,
+    score_shift=0.11,
+    items=70,
+    bf16_factor=1.1,
+    fp8_factor=0.93,
+    tokens_per_second=6100.0,
+    epochs=0.7,
+    torchao="0.17.5",
+    day="2026-03-14",
+    hash_digit="c",
+)
+
+
+def provenance(device_name: str = "CPU (2 cores)", measured: Measured = DEFAULT) -> Provenance:
     """Where a fixture claims to have run."""
     return Provenance(
-        git_commit="0" * 40,
+        git_commit=measured.hash_digit * 40,
         git_dirty=False,
-        started_utc="2026-01-02T03:04:05+00:00",
-        ended_utc="2026-01-02T03:05:05+00:00",
+        started_utc=f"{measured.day}T03:04:05+00:00",
+        ended_utc=f"{measured.day}T03:05:05+00:00",
         command="fp8lab run runs/plans/demo.yaml",
         device_name=device_name,
         device_count=1,
         host_count=1,
-        versions={"python": "3.11.2", "torch": "2.13.0", "torchao": "0.18.0"},
-        data_sha256="a" * 64,
-        tokenizer_sha256="b" * 64,
-        epochs={domain: 0.5 for domain in DOMAINS},
+        versions={"python": "3.11.2", "torch": "2.13.0", "torchao": measured.torchao},
+        data_sha256=measured.hash_digit * 64,
+        tokenizer_sha256=measured.hash_digit * 64,
+        epochs=dict.fromkeys(DOMAINS, measured.epochs),
     )
 
 
 def write_demo_records(
     records_dir: Path,
     *,
-    loss_shift: float = 0.0,
-    token_factor: float = 1.0,
-    score_shift: float = 0.0,
     seeds: tuple[int, ...] = (1,),
+    sizes: tuple[ModelConfig, ...] = SIZES,
+    measured: Measured = DEFAULT,
 ) -> None:
     """The demo plan's eight runs (at one seed) and its data record.
 
     Args:
-        loss_shift: added to every loss, twice in FP8.
-        token_factor: multiplies the tokens of every run.
-        score_shift: added to every accuracy.
         seeds: one set of runs for each.
+        sizes: the smallest first, which is trained in every recipe.
+        measured: what the runs found.
     """
     for seed in seeds:
-        for model in SIZES:
+        for model in sizes:
             recipes: list[Recipe] = ["bf16", "tensorwise"]
-            if model is SIZES[0]:
+            if model is sizes[0]:
                 recipes += ["rowwise", "rowwise_with_gw_hp"]
             for recipe in recipes:
-                write_run(
-                    records_dir,
-                    "demo",
-                    model,
-                    recipe,
-                    seed=seed,
-                    loss_shift=loss_shift * (1 if recipe == "bf16" else 2),
-                    token_factor=token_factor,
-                    score_shift=score_shift,
-                )
-    write_data_record(records_dir, token_factor=token_factor)
+                write_run(records_dir, "demo", model, recipe, seed=seed, measured=measured)
+    write_data_record(records_dir, measured=measured)
 
 
 def write_run(
@@ -103,15 +153,13 @@ def write_run(
     recipe: Recipe,
     *,
     seed: int = 1,
-    loss_shift: float = 0.0,
-    token_factor: float = 1.0,
-    score_shift: float = 0.0,
+    measured: Measured = DEFAULT,
     device_name: str = "CPU (2 cores)",
 ) -> Path:
     """One finished training run with its tables and scores."""
     on_cpu = device_name.startswith("CPU")
     global_batch_tokens = 8 * model.seq_len
-    tokens = int(2 * parameter_count(model) * token_factor)
+    tokens = int(2 * parameter_count(model) * measured.token_factor)
     config = RunConfig(
         plan=plan,
         run=f"{model.name}-{recipe}-s{seed}",
@@ -124,14 +172,15 @@ def write_run(
         micro_batch=8,
         optimizer=OptimizerConfig(peak_learning_rate=3e-3),
     )
-    metrics = _metrics(config, loss_shift)
-    validation = _validation(config, loss_shift)
+    weights = dict(zip(DOMAINS, measured.weights, strict=True))
+    metrics = _metrics(config, measured)
+    validation = _validation(config, measured)
     last = validation[validation["step"] == STEPS].set_index("domain")
     by_domain = {
         domain: DomainLoss(loss=float(last.loss[domain]), bits_per_byte=float(last.bits_per_byte[domain]))
         for domain in DOMAINS
     }
-    started = records.started(config, provenance(device_name), emulated=recipe != "bf16" and on_cpu)
+    started = records.started(config, provenance(device_name, measured), emulated=recipe != "bf16" and on_cpu)
     record: TrainRecord = started.model_copy(
         update={
             "status": "finished",
@@ -140,17 +189,22 @@ def write_run(
             "flops": Flops(**flops.flops_record(model, tokens)),
             "final": FinalLosses(
                 train_loss=float(metrics["loss"].tail(20).mean()),
-                validation_loss=sum(weight * by_domain[domain].loss for domain, weight in DOMAINS.items()),
-                bits_per_byte=sum(weight * by_domain[domain].bits_per_byte for domain, weight in DOMAINS.items()),
+                validation_loss=sum(weight * by_domain[domain].loss for domain, weight in weights.items()),
+                bits_per_byte=sum(weight * by_domain[domain].bits_per_byte for domain, weight in weights.items()),
                 by_domain=by_domain,
             ),
-            "stability": Stability(spike_score=0.0, skipped_steps=0, first_bad_step=None, first_bad_layer=None),
+            "stability": Stability(
+                spike_score=measured.spike_score,
+                skipped_steps=measured.skipped_steps,
+                first_bad_step=None,
+                first_bad_layer=None,
+            ),
             "speed": Speed(
-                tokens_per_second_median=9000.0,
-                tokens_per_second_end_to_end=8000.0,
+                tokens_per_second_median=1.1 * measured.tokens_per_second,
+                tokens_per_second_end_to_end=measured.tokens_per_second,
                 bf16_mfu=None if on_cpu else 0.4,
                 peak_memory_bytes=None if on_cpu else 20 * 2**30,
-                wall_seconds=tokens / 8000,
+                wall_seconds=tokens / measured.tokens_per_second,
             ),
             "conversion": _conversion(model, recipe),
             "samples": ["The tensor is scaled by the largest value of each row."],
@@ -159,30 +213,31 @@ def write_run(
     folder = records.write(record, records_dir)
     records.write_table(folder, "metrics", metrics)
     records.write_table(folder, "validation", validation)
-    (folder / "eval.json").write_text(json.dumps(evaluation(config, score_shift)))
+    (folder / "eval.json").write_text(json.dumps(evaluation(config, measured)))
     return folder
 
 
-def _final_loss(config: RunConfig) -> float:
+def _final_loss(config: RunConfig, measured: Measured) -> float:
     """A made-up law of size and tokens, the recipe's gap, and noise of the seed and recipe."""
+    shift = measured.loss_shift * (1 if config.recipe == "bf16" else 2)
     n, d = parameter_count(config.model), config.tokens
     noise = np.random.default_rng([config.seed, len(config.recipe), config.model.d_model]).normal(0, 0.003)
-    return 1.8 + 70 / n**0.3 + 90 / d**0.3 + RECIPE_GAP[config.recipe] + float(noise)
+    return 1.8 + 70 / n**0.3 + 90 / d**0.3 + RECIPE_GAP[config.recipe] + float(noise) + shift
 
 
-def _metrics(config: RunConfig, loss_shift: float) -> pd.DataFrame:
+def _metrics(config: RunConfig, measured: Measured) -> pd.DataFrame:
     steps = np.arange(1, STEPS + 1)
-    final, first = _final_loss(config), math.log(config.model.vocab_size)
+    final, first = _final_loss(config, measured), math.log(config.model.vocab_size)
     rng = np.random.default_rng(config.seed)
     loss = final + (first - final) * np.exp(-steps / 12) + rng.normal(0, 0.02, STEPS)
-    loss += 0.002 * np.random.default_rng(len(config.recipe)).normal(size=STEPS) + loss_shift
+    loss += 0.002 * np.random.default_rng(len(config.recipe)).normal(size=STEPS)
     return pd.DataFrame(
         {
             "step": steps,
             "tokens": (steps * config.tokens / STEPS).astype(int),
             "loss": loss,
             "lr": 3e-3 * (1 - steps / (STEPS + 1)),
-            "grad_norm": 0.5 + 2 * np.exp(-steps / 6) + 0.1 * rng.random(STEPS),
+            "grad_norm": (0.5 + 2 * np.exp(-steps / 6) + 0.1 * rng.random(STEPS)) * measured.gradient_factor,
             "step_ms": 200.0,
             "tokens_per_s": 9000.0,
             "skipped": False,
@@ -190,12 +245,12 @@ def _metrics(config: RunConfig, loss_shift: float) -> pd.DataFrame:
     )
 
 
-def _validation(config: RunConfig, loss_shift: float) -> pd.DataFrame:
+def _validation(config: RunConfig, measured: Measured) -> pd.DataFrame:
     offsets = {"prose": 0.10, "python": -0.15, "c": -0.25, "science": 0.05}
     first = math.log(config.model.vocab_size)
     rows = []
-    for step in (STEPS // 2, STEPS):
-        mean = _final_loss(config) + loss_shift
+    for step in (STEPS // 4, STEPS // 2, STEPS):
+        mean = _final_loss(config, measured)
         mean += (first - mean) * math.exp(-step / 12)
         for domain, offset in offsets.items():
             loss = mean + offset
@@ -226,20 +281,20 @@ def _conversion(model: ModelConfig, recipe: Recipe) -> list[dict[str, str]]:
     return [*rows, head]
 
 
-def evaluation(config: RunConfig, score_shift: float = 0.0) -> dict[str, object]:
+def evaluation(config: RunConfig, measured: Measured = DEFAULT) -> dict[str, object]:
     """Scores in the shape of lm-eval's own result dictionary."""
-    gain = 0.02 * math.log2(config.model.d_model / 32) + score_shift
+    gain = 0.02 * math.log2(config.model.d_model / 32) + measured.score_shift * (1 if config.recipe == "bf16" else 2)
     results: dict[str, dict[str, object]] = {
         "demo_perplexity": {
             "alias": "demo_perplexity",
-            "word_perplexity,none": math.exp(_final_loss(config) * 1.6),
+            "word_perplexity,none": math.exp(_final_loss(config, measured) * 1.6),
             "word_perplexity_stderr,none": "N/A",
-            "bits_per_byte,none": _final_loss(config) / math.log(2) / 3.1,
+            "bits_per_byte,none": _final_loss(config, measured) / math.log(2) / 3.1,
             "bits_per_byte_stderr,none": "N/A",
         }
     }
     guesses = {"demo_choice": 0.25, "demo_boolean": 0.5, "demo_physical": 0.5}
-    counts = {"demo_perplexity": 24} | dict.fromkeys(guesses, 40)
+    counts = {"demo_perplexity": measured.items - 16} | dict.fromkeys(guesses, measured.items)
     for task, guess in guesses.items():
         accuracy = guess + gain
         results[task] = {
@@ -257,41 +312,40 @@ def evaluation(config: RunConfig, score_shift: float = 0.0) -> dict[str, object]
     }
 
 
-def write_data_record(records_dir: Path, *, token_factor: float = 1.0) -> Path:
+def write_data_record(records_dir: Path, *, measured: Measured = DEFAULT) -> Path:
     """What the data build of a four-domain mixture reports: its manifest and the mixture."""
     domains = {
         domain: {
             "source": {"kind": "installed", "collection": domain},
-            "removed": {"unreadable": 0, "empty": 3, "exact_duplicate": 12, "near_duplicate": 30, "contaminated": 0},
+            "removed": {"exact_duplicate": 12 * measured.document_factor, "near_duplicate": 30, "contaminated": 0},
             "train": {
-                "documents": 1000 * (index + 1),
-                "tokens": int(8e6 * weight * token_factor),
+                "documents": 1000 * (index + 1) * measured.document_factor,
+                "tokens": int(8e6 * weight * measured.token_factor),
                 "text_bytes": int(26e6 * weight),
             },
-            "validation": {"documents": 90, "tokens": 120_000, "text_bytes": 390_000},
+            "validation": {"documents": 90, "tokens": int(120_000 * measured.token_factor), "text_bytes": 390_000},
         }
-        for index, (domain, weight) in enumerate(DOMAINS.items())
+        for index, (domain, weight) in enumerate(zip(DOMAINS, measured.weights, strict=True))
     }
     record = DataRecord(
         plan="data",
         run="demo",
         status="finished",
-        provenance=provenance(),
+        provenance=provenance(measured=measured),
         results={
             "decontamination": None,
             "domains": domains,
         },
-        config={"name": "demo", "domains": {domain: {"weight": weight} for domain, weight in DOMAINS.items()}},
+        config={
+            "name": "demo",
+            "domains": {domain: {"weight": weight} for domain, weight in zip(DOMAINS, measured.weights, strict=True)},
+        },
     )
     return records.write(record, records_dir)
 
 
-def write_speed_records(records_dir: Path, occasion: str = "2026-01-02-a", *, factor: float = 1.0) -> Path:
-    """One occasion of timed steps on a GPU: three sizes, five contestants, alternating with BF16.
-
-    Args:
-        factor: multiplies FP8's times and memory.
-    """
+def write_speed_records(records_dir: Path, occasion: str = "2026-01-02-a", *, measured: Measured = DEFAULT) -> Path:
+    """One occasion of timed steps on a GPU: three sizes, five contestants, alternating with BF16."""
     rng = np.random.default_rng(7)
     bf16_ms = {"125M": (1024, 64, 122.0), "350M": (1024, 32, 166.0), "1.5B": (2048, 16, 609.0)}
     ratios = {
@@ -306,8 +360,8 @@ def write_speed_records(records_dir: Path, occasion: str = "2026-01-02-a", *, fa
     for model, (seq_len, micro_batch, milliseconds) in bf16_ms.items():
         for round_ in range(3):
             for (recipe, head), ratio in ratios.items():
-                fp8_factor = 1.0 if recipe == "bf16" else factor
-                step_ms = milliseconds / (1 + (ratio - 1) * shrink[model]) * fp8_factor
+                factor = measured.bf16_factor if recipe == "bf16" else measured.fp8_factor
+                step_ms = milliseconds / (1 + (ratio - 1) * shrink[model]) * factor
                 for step in range(8):
                     rows.append(
                         {
@@ -320,25 +374,37 @@ def write_speed_records(records_dir: Path, occasion: str = "2026-01-02-a", *, fa
                             "step": step,
                             "step_ms": step_ms * (1 + rng.normal(0, 0.004)),
                             "tokens": seq_len * micro_batch,
-                            "peak_memory_bytes": int(
-                                (88 if recipe == "bf16" else 69) * 2**30 * shrink[model] * fp8_factor
-                            ),
+                            "peak_memory_bytes": int((88 if recipe == "bf16" else 69) * 2**30 * shrink[model] * factor),
                             "sm_clock_mhz": 1800.0,
                             "power_w": 690.0,
                         }
                     )
     categories = ("gemm", "attention", "casts and elementwise", "optimizer", "other")
-    profiles = {"bf16": (437.0, 65.0, 84.0, 14.0, 10.0), "tensorwise": (229.0, 60.0, 195.0 * factor, 13.0, 10.0)}
+    profiles = {
+        "bf16": (437.0, 65.0, 84.0 * measured.bf16_factor, 14.0, 10.0),
+        "tensorwise": (229.0, 60.0, 195.0 * measured.fp8_factor, 13.0, 10.0),
+    }
     contestants = {
         name: {"profile": {"ms_by_category": dict(zip(categories, milliseconds, strict=True))}}
         for name, milliseconds in profiles.items()
+    }
+    gemms = {
+        name: {"count": count}
+        | {f"{gemm}_bf16": 2.0 * measured.bf16_factor for gemm in GEMMS}
+        | {f"{gemm}_fp8": 1.0 * measured.fp8_factor for gemm in GEMMS}
+        for name, count in {"qkv": 28.0, "output": 28.0, "head": 1.0}.items()
+    }
+    case = {
+        "contestants": contestants,
+        "gemms": gemms,
+        "errors": {"rowwise-head_fp8": {"error": "OutOfMemoryError: tried to allocate 12 GiB", "traceback": ""}},
     }
     record = SpeedRecord(
         plan="speed-h200",
         run=occasion,
         status="finished",
-        provenance=provenance("NVIDIA H200"),
-        results={"tokens": "random", "emulated": False, "cases": {"1.5B-T2048-B16": {"contestants": contestants}}},
+        provenance=provenance("NVIDIA H200", measured),
+        results={"tokens": "random ids", "emulated": False, "cases": {"1.5B-T2048-B16": case}},
         config={},
     )
     folder = records.write(record, records_dir)
