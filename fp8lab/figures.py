@@ -19,6 +19,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from fp8lab import tables
@@ -44,7 +45,8 @@ RECIPE_MARKERS: dict[str, str] = dict(zip(RECIPE_COLOURS, "osD^vXP*ph", strict=T
 """Marker of each precision: colour is never the only sign."""
 NEUTRAL = "#4d4d4d"
 SLATE = "#6b7f8c"
-WIDTH = 5.8
+WIDTH = 4.7
+"""Inches. Narrow, so that labels can still be read where a telephone shrinks the figure."""
 
 
 def use_style() -> None:
@@ -53,9 +55,9 @@ def use_style() -> None:
         context="notebook",
         style="whitegrid",
         rc={
-            "font.size": 10,
-            "axes.labelsize": 10,
-            "axes.titlesize": 10,
+            "font.size": 9.5,
+            "axes.labelsize": 9.5,
+            "axes.titlesize": 9.5,
             "axes.titleweight": "bold",
             "axes.titlelocation": "left",
             "xtick.labelsize": 9,
@@ -126,10 +128,15 @@ def loss_against_compute(runs: RunSet) -> Figure:
     for size in runs.sizes:
         last = runs.where(size=size)[0]
         axes.annotate(
-            size, (last.record.flops.total, last.validation_loss), xytext=(7, 5), textcoords="offset points", fontsize=9
+            size,
+            (last.record.flops.total, last.validation_loss),
+            xytext=(7, 5),
+            textcoords="offset points",
+            fontsize=9,
+            path_effects=[withStroke(linewidth=3, foreground="white")],
         )
     axes.set_xscale("log")
-    axes.set_xlabel("training compute (FLOPs: 6·N_matmul + 6·L·d·T a token)")
+    axes.set_xlabel("training compute (FLOPs)")
     axes.set_ylabel("loss (nats/token)")
     _finish(figure, axes, runs.recipes, runs.toy)
     return figure
@@ -251,7 +258,7 @@ def data_composition(record: DataRecord, toy: bool) -> Figure:
     left.barh(composition["domain"], composition["train_tokens"] / 1e6, color=SLATE)
     right.barh(composition["domain"], composition["weight"], color=SLATE)
     left.invert_yaxis()
-    left.set_xlabel("unique training tokens (millions)")
+    left.set_xlabel("unique training tokens\n(millions)")
     right.set_xlabel("share of each batch")
     right.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     for axes in (left, right):
@@ -261,9 +268,9 @@ def data_composition(record: DataRecord, toy: bool) -> Figure:
 
 
 def benchmark_scores(runs: RunSet) -> Figure:
-    """Accuracy of every scored run by task, with lm-eval's standard error and the random guess."""
+    """Accuracy of every scored run by task, in its usual metric, with lm-eval's standard error and the random guess."""
     scores = tables.scores(runs)
-    scores = scores[scores["metric"].isin(("acc", "acc_norm"))]
+    scores = scores[scores["metric"] == scores["task"].map(tables.usual_metric)]
     tasks = unique(scores["task"])
     figure, grid = plt.subplots(
         len(tasks), 1, figsize=(WIDTH, 0.7 + len(tasks) * (0.35 + 0.22 * len(runs.sizes))), sharex=True, squeeze=False
@@ -293,7 +300,7 @@ def _task_scores(axes: Axes, scores: pd.DataFrame, runs: RunSet) -> None:
         axes.axvline(guess, color=NEUTRAL, linestyle="--", linewidth=1)
     axes.set_yticks(range(len(runs.sizes)), runs.sizes)
     axes.set_ylim(len(runs.sizes) - 0.5, -0.5)
-    axes.set_title(scores["task"].iloc[0])
+    axes.set_title(f"{scores['task'].iloc[0]} ({scores['metric'].iloc[0]})")
     axes.grid(axis="y", visible=False)
 
 
@@ -305,7 +312,7 @@ def throughput(speeds: Sequence[SpeedRun]) -> Figure:
     ratios = tables.speed_ratios(speeds)
     settings = unique(ratios["setting"])
     recipes = [recipe for recipe in RECIPE_COLOURS if recipe in set(ratios["recipe"]) and recipe != "bf16"]
-    figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.3 * len(settings) * max(2, len(recipes)) ** 0.9))
+    figure, axes = plt.subplots(figsize=(WIDTH, 1.2 + 0.16 * len(settings) * max(2, len(recipes))))
     for index, recipe in enumerate(recipes):
         offset = (index - (len(recipes) - 1) / 2) * 0.8 / len(recipes)
         rows = ratios[ratios["recipe"] == recipe]
@@ -316,8 +323,10 @@ def throughput(speeds: Sequence[SpeedRun]) -> Figure:
                 {"markerfacecolor": "white", "markeredgewidth": 1.5} if head == "fp8" else {}
             )
             axes.plot(ratio, position, **style | {"markeredgecolor": RECIPE_COLOURS[recipe]})
+    for boundary in range(1, len(settings)):
+        axes.axhline(boundary - 0.5, color="#e6e6e6", linewidth=0.8)
     axes.axvline(1, color=RECIPE_COLOURS["bf16"], linewidth=1.2)
-    axes.set_yticks(range(len(settings)), settings)
+    axes.set_yticks(range(len(settings)), [setting.replace(", ", "\n") for setting in settings])
     axes.set_ylim(len(settings) - 0.5, -0.5)
     axes.set_xlabel("tokens/s relative to BF16 (higher is faster)")
     axes.grid(axis="y", visible=False)
@@ -341,7 +350,7 @@ def step_breakdown(milliseconds: Mapping[str, Mapping[str, float]]) -> Figure:
     axes.invert_yaxis()
     axes.set_xlabel("GPU time of one optimizer step (ms)")
     axes.grid(axis="y", visible=False)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+    figure.legend(loc="outside upper left", ncols=3, columnspacing=1.2, handlelength=1.2)
     return figure
 
 
@@ -350,14 +359,14 @@ def peak_memory(speeds: Sequence[SpeedRun]) -> Figure:
     ratios = tables.speed_ratios(speeds)
     settings = unique(ratios["setting"])
     recipes = [recipe for recipe in RECIPE_COLOURS if recipe in set(ratios["recipe"])]
-    figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.28 * len(settings) * len(recipes)))
+    figure, axes = plt.subplots(figsize=(WIDTH, 1.2 + 0.13 * len(settings) * len(recipes)))
     height = 0.8 / len(recipes)
     for index, recipe in enumerate(recipes):
         rows = ratios[(ratios["recipe"] == recipe) & (ratios["head"] == "bf16")]
         offset = (index - (len(recipes) - 1) / 2) * height
         positions = np.array([settings.index(setting) for setting in rows["setting"]]) + offset
         axes.barh(positions, rows["peak_memory_bytes"] / 2**30, height * 0.9, color=RECIPE_COLOURS[recipe])
-    axes.set_yticks(range(len(settings)), settings)
+    axes.set_yticks(range(len(settings)), [setting.replace(", ", "\n") for setting in settings])
     axes.invert_yaxis()
     axes.set_xlabel("peak GPU memory (GiB)")
     axes.grid(axis="y", visible=False)
@@ -377,7 +386,7 @@ def _finish(figure: Figure, axes: Axes, recipes: Sequence[str], toy: bool) -> No
             for recipe in sorted(recipes, key=list(RECIPE_COLOURS).index)
         ]
         figure.legend(
-            handles=handles, loc="outside upper left", ncols=4, columnspacing=1.2, handletextpad=0.4, handlelength=1.6
+            handles=handles, loc="outside upper left", ncols=3, columnspacing=1.2, handletextpad=0.4, handlelength=1.6
         )
     if toy:
         axes.set_title(

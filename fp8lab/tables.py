@@ -17,7 +17,7 @@ from fp8lab.config import Plan, parameter_count
 from fp8lab.errors import UserError
 from fp8lab.records import DataRecord
 from fp8lab.results import Run, RunSet, SpeedRun, unique
-from fp8lab.units import number, scientific
+from fp8lab.units import number, scientific, signed, signed_percent
 
 RANDOM_GUESS = {
     "hellaswag": 0.25,
@@ -109,9 +109,9 @@ def loss_gaps(runs: RunSet) -> pd.DataFrame:
                 "model": size,
                 "recipe": recipe,
                 "BF16 loss (nats/token)": f"{baseline:.4f}",
-                "FP8 − BF16 (nats/token)": f"{gap.mean:+.4f}",
-                "95% interval": f"{gap.interval[0]:+.4f} to {gap.interval[1]:+.4f}" if gap.interval else "–",
-                "relative": f"{gap.mean / baseline:+.2%}",
+                "FP8 − BF16 (nats/token)": signed(gap.mean),
+                "95% interval": f"{signed(gap.interval[0])} to {signed(gap.interval[1])}" if gap.interval else "–",
+                "relative": signed_percent(gap.mean / baseline, 2),
                 "seeds": gap.seeds,
             }
         )
@@ -322,7 +322,7 @@ def _heading(task: str) -> str:
 
 def usual_metric(task: str) -> str:
     """The accuracy that a task is usually quoted in."""
-    return "acc_norm" if task in ("hellaswag", "arc_challenge", "openbookqa", "piqa") else "acc"
+    return "acc_norm" if task.partition(" (")[0] in ("hellaswag", "arc_challenge", "openbookqa", "piqa") else "acc"
 
 
 def data_composition(record: DataRecord) -> pd.DataFrame:
@@ -375,8 +375,8 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     """Speed of each recipe against BF16 timed in the same process.
 
     Returns:
-        A row a setting (model, context, micro-batch) and recipe. Columns: model, case, setting, recipe, head,
-        step_ms (median), tokens_per_second, ratio (median over rounds of BF16's median step over the
+        A row a setting (model, context, micro-batch) and recipe. Columns: model, case, seq_len, micro_batch, setting,
+        recipe, head, step_ms (median), tokens_per_second, ratio (median over rounds of BF16's median step over the
         recipe's), low, high (smallest and largest of the rounds), rounds, occasions, peak_memory_bytes.
     """
     keys = ["model", "seq_len", "micro_batch"]
@@ -397,6 +397,8 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
             {
                 "model": model,
                 "case": f"{model}-T{seq_len}-B{micro_batch}",
+                "seq_len": seq_len,
+                "micro_batch": micro_batch,
                 "setting": f"{model}, T {seq_len}, {micro_batch} sequences",
                 "recipe": recipe,
                 "head": head,
@@ -425,13 +427,14 @@ def speed_table(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     table = speed_ratios(speeds)
     return pd.DataFrame(
         {
-            "model, context, micro-batch": table["setting"],
+            "model": table["model"],
+            "batch × context": [f"{b} × {t}" for b, t in zip(table["micro_batch"], table["seq_len"], strict=True)],
             "recipe": table["recipe"],
             "head": table["head"],
             "step (ms)": table["step_ms"].map("{:.1f}".format),
             "tokens/s": table["tokens_per_second"].map("{:,.0f}".format),
             "× BF16": table["ratio"].map("{:.3f}".format),
-            "over rounds": [f"{low:.3f} to {high:.3f}" for low, high in zip(table["low"], table["high"], strict=True)],
+            "rounds": [f"{low:.3f}–{high:.3f}" for low, high in zip(table["low"], table["high"], strict=True)],
             "peak memory (GiB)": (table["peak_memory_bytes"] / 2**30).map("{:.1f}".format),
         }
     )
@@ -454,7 +457,7 @@ def gemm_ceiling(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
             continue
         bf16_ms, fp8_ms = _block_gemm_ms(times, "bf16"), _block_gemm_ms(times, "fp8")
         step_ms = group[group["recipe"] == "bf16"]["step_ms"].iloc[0]
-        fastest = fp8.loc[fp8["ratio"].idxmax()]
+        fastest = fp8.sort_values("ratio").iloc[-1]
         rows.append(
             {
                 "model, context, micro-batch": setting,

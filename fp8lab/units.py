@@ -23,6 +23,11 @@ def signed(value: float, digits: int = 4) -> str:
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
+def signed_percent(share: float, digits: int = 1) -> str:
+    """A relative difference with its sign: +0.57%, −6.5%."""
+    return f"{share:+.{digits}%}".replace("-", "−")
+
+
 def listing(items: Sequence[str]) -> str:
     """'a', 'a and b', 'a, b and c'."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
