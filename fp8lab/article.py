@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 
 import pandas as pd
 from IPython.display import Markdown, display
@@ -67,6 +68,13 @@ def _is_numeric(column: pd.Series) -> bool:
     return pd.api.types.is_numeric_dtype(column) or bool(
         column.astype(str).str.match(r"^[+\-−–]?[\d.,]*(e\d+)?[kMBT]?\+?( ?[×%±].*)?[ᵃᵇᶜᵈ]*$").all()
     )
+
+
+def verbatim(text: str) -> str:
+    """Markdown that shows `text` as it is, whatever marks it holds: what a model wrote, for one."""
+    longest = max((len(run) for run in re.findall("~+", text)), default=0)
+    fence = "~" * max(4, longest + 1)
+    return f"{fence} {{.sample}}\n{text.strip()}\n{fence}"
 
 
 def missing_records(what: str, command: str = DEMO_COMMAND) -> None:

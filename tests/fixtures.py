@@ -40,6 +40,8 @@ OTHER_SIZES = (
     ModelConfig(name="2.4M", d_model=192, n_layers=6, n_heads=2, d_ff=496, vocab_size=1920, seq_len=128),
 )
 STEPS = 60
+SAMPLE = "The ``tensor`` is __not__ <b>scaled\n~~~~~\n> by [the] $largest$ value &amp; $x_1"
+"""A model may write anything."""
 GEMMS = ("forward", "grad_input", "grad_weight")
 RECIPE_GAP: dict[str, float] = {
     "bf16": 0.0,
@@ -207,7 +209,7 @@ def write_run(
                 wall_seconds=tokens / measured.tokens_per_second,
             ),
             "conversion": _conversion(model, recipe),
-            "samples": ["The tensor is scaled by the largest value of each row."],
+            "samples": [SAMPLE],
         }
     )
     folder = records.write(record, records_dir)

@@ -15,12 +15,13 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlparse
 
 import pytest
+import yaml
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
 from fp8lab.config import ModelConfig
 from fp8lab.publish import execute_stale_chapters, publish, read_book
-from tests.fixtures import DEFAULT, OTHER, OTHER_SIZES, SIZES, Measured, write_demo_records, write_speed_records
+from tests.fixtures import DEFAULT, OTHER, OTHER_SIZES, SAMPLE, SIZES, Measured, write_demo_records, write_speed_records
 
 ROOT = Path(__file__).parents[1]
 PAGES = [chapter.page for chapter in read_book(ROOT).chapters]
@@ -122,6 +123,11 @@ def test_links_lead_somewhere(site: Path, browser: webdriver.Chrome, page: str) 
             assert re.search(rf'\bid="{re.escape(unquote(fragment))}"', path.read_text()), f"{page}: no {address}"
 
 
+def test_a_sample_is_shown_as_the_model_wrote_it(site: Path, browser: webdriver.Chrome) -> None:
+    open_page(browser, site / "chapters/reproduce.html")
+    assert SAMPLE in visible_text(browser)
+
+
 def test_nothing_is_fetched(site: Path) -> None:
     for page in PAGES:
         loaded = re.findall(
@@ -187,8 +193,16 @@ def test_only_chapters_whose_inputs_changed_are_executed(site: Path, capsys: pyt
     assert execute_stale_chapters(root, records_dir) == ["motivation"]
 
 
+def keep_chapters(root: Path, *names: str) -> None:
+    """Leave only these chapters in the book."""
+    config = yaml.safe_load((root / "_quarto.yml").read_text())
+    config["book"]["chapters"] = [path for path in config["book"]["chapters"] if Path(path).stem in names]
+    (root / "_quarto.yml").write_text(yaml.safe_dump(config))
+
+
 def test_a_chapter_that_fails_stops_the_article_by_name(tmp_path: Path) -> None:
     records_dir = make_project(tmp_path)
+    keep_chapters(tmp_path, "stability")
     path = records_dir / "demo" / os.listdir(records_dir / "demo")[0] / "record.json"
     path.write_text(path.read_text()[:200])
     with pytest.raises(Exception, match=r"stability\.ipynb: .*record\.json: truncated"):
@@ -198,7 +212,11 @@ def test_a_chapter_that_fails_stops_the_article_by_name(tmp_path: Path) -> None:
 def test_without_records_the_article_says_which_command_makes_them(tmp_path: Path, without_quarto: None) -> None:
     records_dir = make_project(tmp_path)
     shutil.rmtree(records_dir)
+    keep_chapters(tmp_path, "index", "data", "stability", "scaling", "throughput", "benchmarks", "reproduce")
     index = publish(tmp_path, records_dir, tmp_path / "_site")
-    for page in ("index", "chapters/stability", "chapters/scaling", "chapters/benchmarks"):
+    for page in (
+        "index",
+        *(f"chapters/{name}" for name in ("data", "stability", "scaling", "benchmarks", "reproduce")),
+    ):
         assert "fp8lab run runs/plans/demo.yaml" in (index.parent / f"{page}.html").read_text(), page
     assert "runs/plans/speed-h200.yaml" in (index.parent / "chapters" / "throughput.html").read_text()
