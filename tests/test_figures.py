@@ -1,0 +1,153 @@
+"""Figures: what is drawn is what the records say, labelled, in one colour a precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib import pyplot
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from fp8lab import figures, scaling
+from fp8lab.config import RECIPES
+from fp8lab.results import RunSet, data_record, speed_runs, training_runs
+from tests.fixtures import DOMAINS, SIZES, write_demo_records, write_run, write_speed_records
+
+mpl.use("agg")
+
+WEIGHTS = dict(zip(DOMAINS, (0.65, 0.15, 0.10, 0.10), strict=True))
+TRAINING_FIGURES: dict[str, Callable[[RunSet], Figure]] = {
+    "loss_curves": lambda runs: figures.loss_curves(runs, runs.sizes[-1]),
+    "validation_curves": lambda runs: figures.validation_curves(runs, runs.sizes[-1], WEIGHTS),
+    "loss_against_compute": figures.loss_against_compute,
+    "loss_against_parameters": figures.loss_against_parameters,
+    "loss_against_tokens": figures.loss_against_tokens,
+    "loss_gaps": figures.loss_gaps,
+    "gaps_by_domain": lambda runs: figures.gaps_by_domain(runs, runs.sizes[0]),
+    "gradient_norms": lambda runs: figures.gradient_norms(runs, runs.sizes[-1]),
+    "benchmark_scores": figures.benchmark_scores,
+}
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> RunSet:
+    write_demo_records(tmp_path)
+    return training_runs(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    yield
+    pyplot.close("all")
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(mpl.text.Text)]
+
+
+def in_colour(figure: Figure, recipe: str) -> list[np.ndarray]:
+    """The y values of every line in the recipe's colour."""
+    lines = [line for axes in figure.axes for line in axes.lines]
+    colour = figures.RECIPE_COLOURS[recipe].lower()
+    return [np.asarray(line.get_ydata(), float) for line in lines if to_hex(line.get_color()) == colour]
+
+
+@pytest.mark.parametrize("draw", TRAINING_FIGURES.values(), ids=TRAINING_FIGURES)
+def test_axes_are_labelled_and_toy_scale_is_said_in_the_picture(runs: RunSet, draw: Callable) -> None:
+    figure = draw(runs)
+    assert any(axes.get_xlabel() for axes in figure.axes)
+    assert texts(figure).count("toy scale, CPU") == 1
+
+
+@pytest.mark.parametrize("draw", TRAINING_FIGURES.values(), ids=TRAINING_FIGURES)
+def test_a_measurement_is_not_called_toy(tmp_path: Path, draw: Callable) -> None:
+    for model in SIZES[:2]:
+        for recipe in ("bf16", "fused"):
+            write_run(tmp_path, "ladder-h200", model, recipe, device_name="NVIDIA H200")
+    assert "toy scale, CPU" not in texts(draw(training_runs(tmp_path)))
+
+
+def test_every_recipe_has_a_colour_and_a_marker_of_its_own() -> None:
+    assert set(RECIPES) <= set(figures.RECIPE_COLOURS)
+    assert len(set(figures.RECIPE_COLOURS.values())) == len(figures.RECIPE_COLOURS)
+    assert len(set(figures.RECIPE_MARKERS.values())) == len(figures.RECIPE_MARKERS)
+
+
+def test_final_losses_are_drawn_where_the_records_say(runs: RunSet) -> None:
+    figure = figures.loss_against_parameters(runs)
+    (drawn,) = in_colour(figure, "bf16")
+    assert drawn.tolist() == [run.validation_loss for run in runs.where(recipe="bf16")]
+
+
+def test_a_fitted_law_is_drawn_in_its_recipes_colour(runs: RunSet) -> None:
+    bf16 = runs.where(recipe="bf16")
+    law = scaling.fit_power_law([run.parameters for run in bf16], [run.validation_loss for run in bf16])
+    curves = in_colour(figures.loss_against_parameters(runs, {"bf16": law}), "bf16")
+    assert max(map(len, curves)) > len(bf16)
+
+
+def test_the_lower_panel_is_fp8_minus_bf16(runs: RunSet) -> None:
+    size = runs.sizes[-1]
+    figure = figures.validation_curves(runs, size, WEIGHTS)
+    (bf16,) = in_colour(figure, "bf16")
+    fp8, difference = in_colour(figure, "tensorwise")
+    assert difference == pytest.approx(fp8 - bf16)
+    low, high = figure.axes[1].get_ylim()
+    assert low == -high
+
+
+def test_gaps_are_drawn_at_their_size_with_their_interval(tmp_path: Path) -> None:
+    write_demo_records(tmp_path, seeds=(1, 2, 3))
+    runs = training_runs(tmp_path)
+    figure = figures.loss_gaps(runs)
+    drawn = sorted(float(values[0]) for values in in_colour(figure, "tensorwise"))
+    assert drawn == pytest.approx(sorted(runs.gap(size, "tensorwise").mean for size in runs.sizes))
+    assert len(figure.axes[0].collections) == len(runs.gaps())
+
+
+def test_scores_show_one_metric_a_task(runs: RunSet) -> None:
+    figure = figures.benchmark_scores(runs)
+    assert [axes.get_title() for axes in figure.axes] == [
+        "demo_choice (acc)",
+        "demo_boolean (acc)",
+        "demo_physical (acc)",
+    ]
+    assert all(len(axes.containers) == len(runs.runs) for axes in figure.axes)
+
+
+def test_throughput_shows_every_recipe_but_bf16_and_marks_heads_in_fp8(tmp_path: Path) -> None:
+    write_speed_records(tmp_path)
+    figure = figures.throughput(speed_runs(tmp_path))
+    markers = [line for line in figure.axes[0].lines if line.get_marker() not in ("None", None, "")]
+    assert len(markers) == 3 * 4
+    hollow = [line for line in markers if line.get_markerfacecolor() == "white"]
+    assert {to_hex(line.get_color()) for line in hollow} == {figures.RECIPE_COLOURS["fused"].lower()}
+    assert len(hollow) == 3
+    assert "toy scale, CPU" not in texts(figure)
+
+
+def test_a_breakdown_adds_up_to_the_step(tmp_path: Path) -> None:
+    write_speed_records(tmp_path)
+    (speed,) = speed_runs(tmp_path)
+    (profile,) = speed.profiles().values()
+    figure = figures.step_breakdown(profile)
+    ends = [max(bar.get_x() + bar.get_width() for bar in bars) for bars in zip(*figure.axes[0].containers, strict=True)]
+    assert ends == pytest.approx([sum(categories.values()) for categories in profile.values()])
+
+
+def test_memory_is_in_gibibytes(tmp_path: Path) -> None:
+    write_speed_records(tmp_path)
+    figure = figures.peak_memory(speed_runs(tmp_path))
+    assert max(bar.get_width() for bar in figure.axes[0].patches) == pytest.approx(88, rel=1e-6)
+
+
+def test_the_mixtures_shares_are_drawn(tmp_path: Path) -> None:
+    write_demo_records(tmp_path)
+    data = data_record(tmp_path, training_runs(tmp_path))
+    assert data is not None
+    _, shares = figures.data_composition(data, toy=True).axes
+    assert [bar.get_width() for bar in shares.patches] == list(WEIGHTS.values())

@@ -1,0 +1,89 @@
+"""Which records the article draws, and the differences that it reports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fp8lab.results import Gap, data_record, plan_runs, speed_runs, training_runs
+from tests.fixtures import SIZES, write_demo_records, write_run, write_speed_records
+
+
+def test_runs_of_a_gpu_replace_the_demos_and_are_never_mixed_with_them(tmp_path: Path) -> None:
+    write_demo_records(tmp_path)
+    assert training_runs(tmp_path).toy
+    assert training_runs(tmp_path).source == "Toy scale, CPU."
+    for recipe in ("bf16", "fused"):
+        write_run(tmp_path, "ladder-h200", SIZES[0], recipe, device_name="NVIDIA H200")
+    runs = training_runs(tmp_path)
+    assert (runs.plan, runs.toy, runs.source) == ("ladder-h200", False, "Measured on NVIDIA H200.")
+    assert {run.record.provenance.device_name for run in runs.runs} == {"NVIDIA H200"}
+
+
+def test_a_plan_with_one_precision_is_no_comparison(tmp_path: Path) -> None:
+    write_run(tmp_path, "article", SIZES[0], "bf16", device_name="NVIDIA H200")
+    write_demo_records(tmp_path)
+    assert training_runs(tmp_path).plan == "demo"
+
+
+def test_an_unfinished_run_is_left_out_and_named(tmp_path: Path) -> None:
+    write_demo_records(tmp_path)
+    path = tmp_path / "demo" / "0.4M-tensorwise-s1" / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "diverged"}))
+    runs = plan_runs(tmp_path, "demo")
+    assert [run.record.run for run in runs.unfinished] == ["0.4M-tensorwise-s1"]
+    assert "0.4M-tensorwise-s1" not in [run.record.run for run in runs.runs]
+
+
+def test_runs_are_in_order_of_size_and_recipe(tmp_path: Path) -> None:
+    write_demo_records(tmp_path)
+    runs = training_runs(tmp_path)
+    assert runs.sizes == [model.name for model in SIZES]
+    assert runs.recipes == ["bf16", "tensorwise", "rowwise", "rowwise_with_gw_hp"]
+    assert runs.ladder_recipes == ["bf16", "tensorwise"]
+
+
+def test_a_gap_is_fp8_minus_bf16_with_welchs_interval() -> None:
+    gap = Gap.between([3.02, 3.06, 3.04, 3.08], [3.00, 3.01])
+    # Variances of the means 1.667e-4 and 0.25e-4; 3.717 degrees of freedom by Welch and Satterthwaite, t = 2.862.
+    assert gap.mean == pytest.approx(0.045)
+    half_width = 2.862 * (1.6667e-4 + 0.25e-4) ** 0.5
+    assert gap.interval == pytest.approx((0.045 - half_width, 0.045 + half_width), abs=2e-5)
+    assert gap.seeds == 2
+
+
+def test_one_seed_has_no_interval() -> None:
+    gap = Gap.between([3.02, 3.05], [3.00])
+    assert gap.interval is None
+    assert "one seed" in str(gap)
+
+
+def test_a_validation_curve_ends_at_the_records_validation_loss(tmp_path: Path) -> None:
+    write_demo_records(tmp_path)
+    runs = training_runs(tmp_path)
+    data = data_record(tmp_path, runs)
+    assert data is not None
+    weights = {domain: values["weight"] for domain, values in data.config["domains"].items()}
+    for run in runs.runs:
+        curve = run.validation_curve(weights)
+        assert curve.iloc[-1] == pytest.approx(run.validation_loss)
+        assert curve.index[-1] == run.record.tokens
+
+
+@pytest.mark.parametrize("change", [{"emulated": True}, {"status": "failed"}])
+def test_emulated_or_failed_measurements_of_speed_are_never_shown(tmp_path: Path, change: dict) -> None:
+    folder = write_speed_records(tmp_path)
+    assert len(speed_runs(tmp_path)) == 1
+    record = json.loads((folder / "record.json").read_text())
+    record["results"] |= {key: value for key, value in change.items() if key == "emulated"}
+    record |= {key: value for key, value in change.items() if key == "status"}
+    (folder / "record.json").write_text(json.dumps(record))
+    assert speed_runs(tmp_path) == []
+
+
+def test_what_could_not_be_timed_is_named_with_its_error(tmp_path: Path) -> None:
+    write_speed_records(tmp_path)
+    (speed,) = speed_runs(tmp_path)
+    assert speed.failures() == {"1.5B-T2048-B16, rowwise-head_fp8": "OutOfMemoryError: tried to allocate 12 GiB"}

@@ -1,0 +1,131 @@
+"""Tables of the article: numbers from records, rounded and signed as a reader sees them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from fp8lab import records, tables
+from fp8lab.config import load_plan
+from fp8lab.results import RunSet, SpeedRun, speed_runs, training_runs
+from tests.fixtures import OTHER, write_demo_records, write_speed_records
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> RunSet:
+    write_demo_records(tmp_path)
+    return training_runs(tmp_path)
+
+
+@pytest.fixture
+def speeds(tmp_path: Path) -> list[SpeedRun]:
+    write_speed_records(tmp_path, "first")
+    write_speed_records(tmp_path, "second", measured=OTHER)
+    return speed_runs(tmp_path)
+
+
+def test_the_run_table_has_every_runs_own_losses(runs: RunSet) -> None:
+    table = tables.run_table(runs)
+    assert table["validation loss (nats/token)"].tolist() == [f"{run.validation_loss:.4f}" for run in runs.runs]
+    assert table["recipe"].tolist() == [run.recipe for run in runs.runs]
+
+
+def test_gaps_are_signed_with_a_true_minus(runs: RunSet) -> None:
+    table = tables.loss_gaps(runs)
+    for (_, row), gap in zip(table.iterrows(), runs.gaps().values(), strict=True):
+        shown = row["FP8 − BF16 (nats/token)"]
+        assert shown[0] == ("+" if gap.mean >= 0 else "−")
+        assert float(shown.replace("−", "-")) == pytest.approx(gap.mean, abs=5e-5)
+        assert row["95% interval"] == "–"
+
+
+def test_gaps_over_seeds_carry_an_interval(tmp_path: Path) -> None:
+    write_demo_records(tmp_path, seeds=(1, 2, 3))
+    table = tables.loss_gaps(training_runs(tmp_path))
+    assert set(table["seeds"]) == {3}
+    assert all(" to " in interval for interval in table["95% interval"])
+
+
+def test_the_blocks_share_is_of_the_matmul_parameters(runs: RunSet) -> None:
+    shares = tables.parameter_conventions(runs)["linear-layer FLOPs in the blocks"]
+    for size, shown in zip(runs.sizes, shares, strict=True):
+        record = runs.where(size=size)[0].record
+        head = record.model.vocab_size * record.model.d_model
+        assert shown == f"{(record.parameters.matmul - head) / record.parameters.matmul:.0%}"
+
+
+def test_the_conversion_table_counts_every_layer_once(runs: RunSet) -> None:
+    run = next(run for run in runs.runs if run.recipe == "tensorwise")
+    table = tables.conversion(run)
+    assert table["layers of this kind"].sum() == len(run.record.conversion)
+    assert table.set_index("layer")["precision"]["head"] == "bf16"
+
+
+def test_a_speed_ratio_is_formed_within_its_round(tmp_path: Path) -> None:
+    """A GPU that slows down for everyone from round to round changes no ratio."""
+    folder = write_speed_records(tmp_path)
+    before = tables.speed_ratios(speed_runs(tmp_path)).set_index(["setting", "recipe", "head"])
+    steps = records.read_table(folder, "steps")
+    steps["step_ms"] *= 1 + 0.3 * steps["round"]
+    records.write_table(folder, "steps", steps)
+    after = tables.speed_ratios(speed_runs(tmp_path)).set_index(["setting", "recipe", "head"])
+    pd.testing.assert_frame_equal(after[["ratio", "low", "high"]], before[["ratio", "low", "high"]])
+    assert (after["tokens_per_second"] < before["tokens_per_second"]).all()
+
+
+def test_speed_ratios_are_of_bf16s_time_over_the_recipes(speeds: list[SpeedRun]) -> None:
+    ratios = tables.speed_ratios(speeds[:1]).set_index(["model", "recipe", "head"])
+    assert ratios["ratio"]["1.5B", "bf16", "bf16"] == 1
+    assert ratios["ratio"]["1.5B", "fused", "bf16"] == pytest.approx(1.45, abs=0.02)
+    assert ratios["ratio"]["1.5B", "rowwise", "bf16"] == pytest.approx(0.95, abs=0.02)
+    assert ((ratios["low"] <= ratios["ratio"]) & (ratios["ratio"] <= ratios["high"])).all()
+    assert (ratios["rounds"] == 3).all()
+
+
+def test_occasions_are_pooled_round_by_round(speeds: list[SpeedRun]) -> None:
+    ratios = tables.speed_ratios(speeds).set_index(["model", "recipe", "head"])
+    assert (ratios["rounds"] == 6).all()
+    assert (ratios["occasions"] == 2).all()
+    first, second = (tables.speed_ratios([speed]).set_index(["model", "recipe", "head"]) for speed in speeds)
+    assert ratios["low"]["1.5B", "fused", "bf16"] == first["low"]["1.5B", "fused", "bf16"]
+    assert ratios["high"]["1.5B", "fused", "bf16"] == second["high"]["1.5B", "fused", "bf16"]
+
+
+def test_settings_go_from_the_fastest_model_to_the_slowest(speeds: list[SpeedRun]) -> None:
+    assert list(dict.fromkeys(tables.speed_ratios(speeds)["model"])) == ["125M", "350M", "1.5B"]
+
+
+def test_the_ceiling_leaves_out_the_head(speeds: list[SpeedRun]) -> None:
+    (row,) = tables.gemm_ceiling(speeds[:1]).to_dict("records")
+    # 56 layers with three GEMMs each, of 2 ms in BF16 and 1 ms in FP8; a step of 609 ms.
+    assert row["its blocks' GEMMs (ms)"] == "336.0"
+    assert row["in FP8 (ms)"] == "168.0"
+    assert float(row["× BF16, casts free"]) == pytest.approx(609 / (609 - 168), abs=0.01)
+    assert row["recipe"] == "fused"
+
+
+def test_a_plan_shows_what_it_costs_before_it_runs() -> None:
+    table = tables.planned_runs(load_plan(Path("runs/plans/article.yaml")), bf16_mfu=0.4).set_index("run")
+    row = table.loc["125M-bf16-s1"]
+    assert row["parameters"] == "123,588,864"
+    # 12 layers of 4·768² + 3·768·2048 weights and a head of 50,304 × 768, at 2,471,777,280 tokens.
+    matmul = 12 * (4 * 768**2 + 3 * 768 * 2048) + 50_304 * 768
+    tokens = 2_471_777_280
+    assert float(row["FLOPs, 6·N"]) == pytest.approx(6 * 123_588_864 * tokens, rel=5e-3)
+    attention = 12 * 12 * 768 * 1024
+    assert float(row["FLOPs, matmul + attention"]) == pytest.approx((6 * matmul + attention) * tokens, rel=5e-3)
+    assert float(row["FLOPs, causal"]) == pytest.approx((6 * matmul + attention / 2) * tokens, rel=5e-3)
+    hours = (6 * matmul + attention / 2) * tokens / (0.4 * 989.4e12) / 3600
+    assert float(row["hours, 1 H100"]) == pytest.approx(hours, rel=0.05)
+    assert table.loc["1.5B-bf16-s1", "tokens"] == "30,000,000,000"
+    assert all(0 < float(memory) <= 80 for memory in table["memory (GB)"])
+
+
+def test_twice_the_utilisation_is_half_the_hours() -> None:
+    plan = load_plan(Path("runs/plans/article.yaml"))
+    slow, fast = (tables.planned_runs(plan, bf16_mfu=share).set_index("run") for share in (0.25, 0.5))
+    assert float(slow.loc["1.5B-bf16-s1", "hours, 1 H100"]) == pytest.approx(
+        2 * float(fast.loc["1.5B-bf16-s1", "hours, 1 H100"]), rel=0.01
+    )
