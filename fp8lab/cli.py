@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from fp8lab.errors import UserError
@@ -291,9 +292,17 @@ def _print_frame(frame: object) -> None:
 
     assert isinstance(frame, pd.DataFrame)
     table = Table(*frame.columns)
-    for row in frame.itertuples(index=False):
-        table.add_row(*(str(value) for value in row))
-    console.print(table)
+    rows = [[str(value) for value in row] for row in frame.itertuples(index=False)]
+    for row in rows:
+        table.add_row(*row)
+    # Numbers cut short would be other numbers: a narrow terminal gets a line a run, a file the whole width.
+    needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    if needed <= console.width or not console.is_terminal:
+        Console(width=max(needed, console.width)).print(table)
+        return
+    for name, *values in rows:
+        pairs = "; ".join(f"{column}: {value}" for column, value in zip(frame.columns[1:], values, strict=True))
+        console.print(f"[bold]{name}[/bold]  {pairs}", highlight=False)
 
 
 def main() -> None:

@@ -221,7 +221,8 @@ class RunConfig(Config):
         decay_start = self.steps - max(1, round(self.schedule.decay_fraction * self.steps))
         if self.parent.step > decay_start:
             raise ValueError(
-                f"parent.step {self.parent.step} is after this run's decay begins, at step {decay_start} of {self.steps}"
+                f"parent.step {self.parent.step} is after this run's decay begins, "
+                f"at step {decay_start} of {self.steps}"
             )
         return self
 

@@ -60,7 +60,14 @@ def test_a_dry_run_prints_what_the_plan_costs_and_runs_nothing(
     options = [f"--records-dir={tmp_path / 'records'}", f"--data-dir={tmp_path / 'data'}"]
     assert fp8lab(monkeypatch, "run", "--dry-run", "runs/plans/article.yaml", *options) == 0
     output = capsys.readouterr().out
-    for expected in ("1.5B-fused-s1", "123,588,864", "30,000,000,000", "Planned, not measured", "FLOPs, 6·N", "8 H100s"):
+    for expected in (
+        "1.5B-fused-s1",
+        "123,588,864",
+        "30,000,000,000",
+        "Planned, not measured",
+        "FLOPs, 6·N",
+        "8 H100s",
+    ):
         assert expected in output
     assert not list(tmp_path.iterdir())
 
