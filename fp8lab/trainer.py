@@ -19,7 +19,6 @@ import contextlib
 import ctypes
 import logging
 import math
-import os
 import shutil
 import signal
 import sys
@@ -165,7 +164,7 @@ def keep_freed_memory() -> None:
 
 def device_name(device: torch.device) -> str:
     """What records call `device`."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else records.cpu_name()
 
 
 def compile_blocks(model: GPT, device: torch.device) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -83,8 +84,15 @@ def _offline(name: str) -> tiktoken.Encoding:
     raise ConnectionError("no network")
 
 
-def test_gpt2_comes_from_the_package_where_the_network_does_not_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiktoken, "get_encoding", _offline)
+def _wrong_page(name: str) -> tiktoken.Encoding:
+    raise ValueError("Hash mismatch for data downloaded")
+
+
+@pytest.mark.parametrize("get_encoding", [_offline, _wrong_page])
+def test_gpt2_comes_from_the_package_where_the_network_does_not_reach(
+    monkeypatch: pytest.MonkeyPatch, get_encoding: Callable[[str], tiktoken.Encoding]
+) -> None:
+    monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
     encoding = tokenizer.gpt2()
     assert encoding.n_vocab == 50_257
     assert encoding.encode_ordinary("Hello world, 2024!\n\n  x") == [15496, 995, 11, 48609, 0, 628, 220, 2124]

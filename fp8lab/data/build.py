@@ -20,7 +20,9 @@ import itertools
 import json
 import multiprocessing
 import os
+import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -59,7 +61,7 @@ MAX_UNREADABLE = 0.001
 Result = TypeVar("Result")
 
 
-class _PartResult(Config):
+class PartResult(Config):
     """What a part's finished shards hold; kept beside them so that a stopped build can go on."""
 
     documents_read: int = 0
@@ -97,7 +99,7 @@ def build(
             check_sizes(folder, manifest)
             return folder
     started = time.monotonic()
-    provenance = records.collect_provenance("CPU")
+    provenance = records.collect_provenance(records.cpu_name())
     if mixture.decontaminate and eval_data_dir is None:
         raise UserError(
             f"mixture {mixture.name!r} removes evaluation text from training: give the evaluation data "
@@ -105,17 +107,17 @@ def build(
         )
     _check_corpus(mixture, corpus_dir)
     work = _open_work_folder(folder, mixture, corpus_dir, eval_data_dir)
-    with _Pool(processes or os.cpu_count() or 1, console) as pool:
+    with WorkerPool(processes or os.cpu_count() or 1, console) as pool:
         items = None if eval_data_dir is None or not mixture.decontaminate else _evaluation_items(eval_data_dir, work)
         parts = _gather(mixture, corpus_dir, work, pool)
         exclusions = _find_exclusions(parts, work, items is not None, pool)
         encoding = _tokenizer(mixture, parts, exclusions)
         records.write_atomically(folder / TOKENIZER, tokenizer.ranks_text(encoding))
         jobs = [
-            _Job(part, folder, mixture.shard_tokens, exclusions[part.name], items is not None)
+            TokeniseJob(part, folder, mixture.shard_tokens, exclusions[part.name], items is not None)
             for part in itertools.chain.from_iterable(parts.values())
         ]
-        results = pool.map("tokenise", _tokenise, jobs)
+        results = pool.map("tokenise", tokenise, jobs)
         by_part = {job.part.name: result for job, result in zip(jobs, results, strict=True)}
         manifest = _manifest(mixture, encoding, items, parts, by_part)
     write_manifest(folder, manifest)
@@ -147,9 +149,9 @@ def train_tokenizer(
     work = out.parent / f".{out.name}.build"
     work.mkdir(parents=True, exist_ok=True)
     try:
-        with _Pool(1, None) as pool:
+        with WorkerPool(1, None) as pool:
             parts = _gather(mixture, corpus_dir, work, pool)
-        encoding = tokenizer.train(_sample(mixture, parts, sample_bytes), vocab_size, out.stem)
+        encoding = tokenizer.train(sample_texts(mixture, parts, sample_bytes), vocab_size, out.stem)
         records.write_atomically(out, tokenizer.ranks_text(encoding))
     finally:
         shutil.rmtree(work)
@@ -168,15 +170,15 @@ def _check_corpus(mixture: MixtureConfig, corpus_dir: Path | None) -> None:
 
 def _open_work_folder(folder: Path, mixture: MixtureConfig, corpus_dir: Path | None, eval_dir: Path | None) -> Path:
     """The folder of half-done work: kept if it is of the same inputs, else emptied with all old shards."""
-    inputs: list[tuple[str, int]] = []
+    inputs: list[tuple[str, int, int]] = []
     for name, domain in mixture.domains.items():
         if isinstance(domain.source, JsonlSource):
             assert corpus_dir is not None
-            inputs += [(str(p.path), p.path.stat().st_size) for p in jsonl_parts(name, domain.source, corpus_dir)]
+            inputs += [_state_of(part.path) for part in jsonl_parts(name, domain.source, corpus_dir)]
         elif isinstance(domain.source, InstalledSource):
-            inputs.append((installed.revision(domain.source), 0))
+            inputs.append((installed.revision(domain.source), 0, 0))
     if eval_dir is not None:
-        inputs += [(str(path), path.stat().st_size) for path in sorted(eval_dir.rglob("*.jsonl"))]
+        inputs += [_state_of(path) for path in sorted(eval_dir.rglob("*.jsonl"))]
     state = json.dumps([mixture.content_sha256, inputs])
     state_file = folder / ".build" / "state.json"
     if not state_file.exists() or state_file.read_text() != state:
@@ -184,6 +186,12 @@ def _open_work_folder(folder: Path, mixture: MixtureConfig, corpus_dir: Path | N
         records.write_atomically(state_file, state.encode())
     (folder / MANIFEST).unlink(missing_ok=True)
     return state_file.parent
+
+
+def _state_of(path: Path) -> tuple[str, int, int]:
+    """Tells a file from a changed one without reading it."""
+    status = path.stat()
+    return str(path), status.st_size, status.st_mtime_ns
 
 
 def _evaluation_items(folder: Path, work: Path) -> Decontamination:
@@ -197,7 +205,7 @@ def _ngram_file(work: Path) -> Path:
     return work / "evaluation-ngrams.npy"
 
 
-def _gather(mixture: MixtureConfig, corpus_dir: Path | None, work: Path, pool: _Pool) -> dict[str, list[Part]]:
+def _gather(mixture: MixtureConfig, corpus_dir: Path | None, work: Path, pool: WorkerPool) -> dict[str, list[Part]]:
     """The parts of every domain, validation parts first."""
     from_packages = [(n, d.source, work) for n, d in mixture.domains.items() if isinstance(d.source, InstalledSource)]
     gathered = dict(
@@ -210,7 +218,8 @@ def _gather(mixture: MixtureConfig, corpus_dir: Path | None, work: Path, pool: _
             parts[name] = list(gathered[name])
         elif isinstance(source, JsonlSource):
             assert corpus_dir is not None
-            parts[name] = sorted(jsonl_parts(name, source, corpus_dir), key=lambda part: part.split != "validation")
+            found = jsonl_parts(name, source, corpus_dir, scratch=work)
+            parts[name] = sorted(found, key=lambda part: part.split != "validation")
         else:
             parts[name] = [HubPart(name, "train", index, source) for index in range(source.parts)]
     return parts
@@ -230,7 +239,7 @@ def _gather_installed(task: tuple[str, InstalledSource, Path]) -> list[JsonlPart
 
 
 def _find_exclusions(
-    parts: dict[str, list[Part]], work: Path, decontaminate: bool, pool: _Pool
+    parts: dict[str, list[Part]], work: Path, decontaminate: bool, pool: WorkerPool
 ) -> dict[str, cleaning.Exclusions]:
     """By part. Hub data sets come deduplicated and are too large to compare: none of theirs are named here."""
     local = {name: [p for p in of_domain if isinstance(p, JsonlPart)] for name, of_domain in parts.items()}
@@ -294,7 +303,7 @@ def _training_texts(parts: Iterable[Part], exclusions: dict[str, cleaning.Exclus
                     yield text
 
 
-def _sample(mixture: MixtureConfig, parts: dict[str, list[Part]], sample_bytes: int) -> Iterator[str]:
+def sample_texts(mixture: MixtureConfig, parts: dict[str, list[Part]], sample_bytes: int) -> Iterator[str]:
     """Training texts up to each domain's share of `sample_bytes`, its parts in turn."""
     for name, weight in mixture.weights.items():
         of_domain = [part for part in parts[name] if part.split == "train"]
@@ -311,7 +320,7 @@ def _sample(mixture: MixtureConfig, parts: dict[str, list[Part]], sample_bytes: 
 
 
 @dataclass(frozen=True)
-class _Job:
+class TokeniseJob:
     """Tokenise one part into `folder`."""
 
     part: Part
@@ -321,10 +330,11 @@ class _Job:
     decontaminate: bool
 
 
-def _tokenise(job: _Job) -> _PartResult:
+def tokenise(job: TokeniseJob) -> PartResult:
+    """Read a part, and write its documents as shards, from where an earlier, stopped build got to."""
     part, folder = job.part, job.folder
     sidecar = folder / ".build" / f"{part.name}.json"
-    result = _PartResult.model_validate_json(sidecar.read_bytes()) if sidecar.exists() else _PartResult()
+    result = PartResult.model_validate_json(sidecar.read_bytes()) if sidecar.exists() else PartResult()
     if result.finished:
         return result
     encoding = tokenizer.load(folder / TOKENIZER)
@@ -334,10 +344,10 @@ def _tokenise(job: _Job) -> _PartResult:
     removed = result.removed.model_dump()
     max_tokens = part.max_tokens if isinstance(part, HubPart) else None
 
-    def save(documents_read: int, finished: bool) -> _PartResult:
+    def save(documents_read: int, finished: bool) -> PartResult:
         train.close_shard()
         validation.close_shard()
-        saved = _PartResult(
+        saved = PartResult(
             documents_read=documents_read,
             finished=finished,
             removed=Removed(**removed),
@@ -357,11 +367,11 @@ def _tokenise(job: _Job) -> _PartResult:
             continue
         held_out = part.split == "validation" or cleaning.in_validation(text, part.validation_fraction)
         writer = validation if held_out else train
-        writer.add(list(encode_document(encoding, text)), len(text.encode()))
-        if writer.tokens >= job.shard_tokens:
-            save(documents_read, finished=False)
+        writer.add(encode_document(encoding, text), sum(len(piece.encode()) for piece in pieces(text)))
         if max_tokens is not None and train.written.tokens + train.tokens >= max_tokens:
             break
+        if writer.tokens >= job.shard_tokens:
+            save(documents_read, finished=False)
     return save(documents_read, finished=True)
 
 
@@ -371,7 +381,7 @@ def _why_removed(
     """The field of `Removed` to count a document under, or None to keep it."""
     if text is None:
         return "unreadable"
-    if not text.strip():
+    if not text or text.isspace():
         return "empty"
     if items is not None and items.contaminate(text):
         return "contaminated"
@@ -393,7 +403,7 @@ def _manifest(
     encoding: tiktoken.Encoding,
     items: Decontamination | None,
     parts: dict[str, list[Part]],
-    results: dict[str, _PartResult],
+    results: dict[str, PartResult],
 ) -> Manifest:
     domains = {}
     for name, domain in mixture.domains.items():
@@ -449,10 +459,17 @@ def _write_record(
             "domains": domains,
             "decontamination": None if decontamination is None else decontamination.model_dump(),
             "seconds": round(seconds, 1),
+            "peak_memory_bytes": _peak_memory_bytes(),
         },
         config=mixture.model_dump(mode="json"),
     )
     records.write(record, records_dir)
+
+
+def _peak_memory_bytes() -> int:
+    """The most resident memory that this process, or any that it started and that has ended, ever had."""
+    largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return largest if sys.platform == "darwin" else largest * 1024
 
 
 _documents_done: Any = None
@@ -486,7 +503,7 @@ def _read_items(file: Path, _modified: int) -> cleaning.EvaluationItems:
     return cleaning.EvaluationItems(ngrams, Decontamination(files=0, items=0, ngrams=len(ngrams), sha256=""))
 
 
-class _Pool:
+class WorkerPool:
     """Worker processes with a progress bar for each stage; one process means this one."""
 
     def __init__(self, processes: int, console: Console | None) -> None:
@@ -501,7 +518,7 @@ class _Pool:
                 processes, mp_context=context, initializer=_start_worker, initargs=(self._count,)
             )
 
-    def __enter__(self) -> _Pool:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -17,10 +17,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -28,6 +28,9 @@ import xxhash
 from fp8lab.data.shards import Decontamination
 from fp8lab.data.sources import pieces
 from fp8lab.errors import UserError
+
+if TYPE_CHECKING:
+    from datasketch import MinHash
 
 NGRAM = 13
 SHINGLE = 5
@@ -52,13 +55,20 @@ class _WordHashes(dict[str, int]):
 _WORD_HASHES = _WordHashes()
 
 
-def word_hashes(text: str) -> np.ndarray:
-    """A hash for every word of `text`, lower case, letters and digits only: uint64, (words,)."""
-    hashes = [
-        np.fromiter(map(_WORD_HASHES.__getitem__, _WORD.findall(piece.lower())), dtype=np.uint64)
-        for piece in pieces(text)
-    ]
-    return np.concatenate(hashes) if hashes else np.empty(0, dtype=np.uint64)
+def word_hashes(text: str) -> Iterator[np.ndarray]:
+    """A hash for every word of `text`, lower case, letters and digits only, a piece of the text at a time.
+
+    Yields:
+        uint64, (words,), never empty. Each array begins with the last NGRAM - 1 words of the one before, so that
+        no n-gram is lost between them; memory does not grow with the text.
+    """
+    last = np.empty(0, dtype=np.uint64)
+    for piece in pieces(text):
+        new = np.fromiter(map(_WORD_HASHES.__getitem__, _WORD.findall(piece.lower())), dtype=np.uint64)
+        if len(new):
+            words = np.concatenate([last, new])
+            yield words
+            last = words[-(NGRAM - 1) :]
 
 
 def ngram_hashes(words: np.ndarray, n: int) -> np.ndarray:
@@ -76,7 +86,10 @@ def ngram_hashes(words: np.ndarray, n: int) -> np.ndarray:
 
 def content_hash(text: str) -> bytes:
     """First 16 bytes of the SHA-256 of the UTF-8 text."""
-    return hashlib.sha256(text.encode("utf-8")).digest()[:16]
+    digest = hashlib.sha256()
+    for piece in pieces(text):
+        digest.update(piece.encode("utf-8"))
+    return digest.digest()[:16]
 
 
 def in_validation(text: str, fraction: float) -> bool:
@@ -84,16 +97,18 @@ def in_validation(text: str, fraction: float) -> bool:
     return int.from_bytes(content_hash(text)[:8], "big") < fraction * 2**64
 
 
-def signature(words: np.ndarray) -> np.ndarray:
-    """MinHash of a text's shingles, from its `word_hashes`: uint32, (PERMUTATIONS,)."""
+def _new_minhash(values: np.ndarray | None = None) -> MinHash:
     from datasketch import MinHash
 
-    shingles = ngram_hashes(words, min(SHINGLE, max(len(words), 1)))
-    minhash = MinHash(num_perm=PERMUTATIONS, seed=1, hashfunc=int, scheme="affine32")
+    return MinHash(num_perm=PERMUTATIONS, seed=1, hashfunc=int, hashvalues=values, scheme="affine32")
+
+
+def _add_shingles(minhash: MinHash, words: np.ndarray) -> None:
+    """Add the shingles of `word_hashes`; what a piece repeats of the one before changes nothing."""
+    shingles = ngram_hashes(words, min(SHINGLE, len(words)))
     for start in range(0, len(shingles), _SHINGLES_AT_ONCE):
         low_bits = shingles[start : start + _SHINGLES_AT_ONCE] & np.uint64(0xFFFFFFFF)
         minhash.update_batch(low_bits.tolist())
-    return np.asarray(minhash.hashvalues, dtype=np.uint32)
 
 
 @dataclass(frozen=True)
@@ -115,25 +130,29 @@ class Fingerprints:
 
 def fingerprints(documents: Iterable[str | None], items: EvaluationItems | None = None) -> Fingerprints:
     """Read a part once; unreadable and empty documents have no fingerprint."""
-    numbers, hashes, signatures, contaminated = [], [], [], []
+    # Packed as they come: as objects they would take three times the memory.
+    numbers, hashes, signatures, contaminated = bytearray(), bytearray(), bytearray(), bytearray()
     count = unreadable = 0
     for number, text in enumerate(documents):
         count += 1
         if text is None:
             unreadable += 1
-        elif text.strip():
-            numbers.append(number)
-            hashes.append(np.frombuffer(content_hash(text), dtype=np.uint8))
-            words = word_hashes(text)
-            signatures.append(signature(words))
-            contaminated.append(items is not None and items.share_ngram(words))
+        elif text and not text.isspace():
+            minhash, leaked = _new_minhash(), False
+            for words in word_hashes(text):
+                _add_shingles(minhash, words)
+                leaked = leaked or (items is not None and items.share_ngram(words))
+            numbers += number.to_bytes(8, "little")
+            hashes += content_hash(text)
+            signatures += np.asarray(minhash.hashvalues, dtype=np.uint32).tobytes()
+            contaminated.append(leaked)
     return Fingerprints(
         count,
         unreadable,
-        np.array(numbers, dtype=np.int64),
-        np.array(hashes, dtype=np.uint8).reshape(-1, 16),
-        np.array(signatures, dtype=np.uint32).reshape(-1, PERMUTATIONS),
-        np.array(contaminated, dtype=bool),
+        np.frombuffer(numbers, dtype="<i8"),
+        np.frombuffer(hashes, dtype=np.uint8).reshape(-1, 16),
+        np.frombuffer(signatures, dtype=np.uint32).reshape(-1, PERMUTATIONS),
+        np.frombuffer(contaminated, dtype=bool),
     )
 
 
@@ -152,32 +171,56 @@ class Exclusions:
 
 def find_exclusions(parts: list[Fingerprints]) -> list[Exclusions]:
     """Contaminated documents, and those that an earlier one repeats, in this part or a part before it."""
-    from datasketch import MinHash, MinHashLSH
+    contaminated = np.concatenate([part.contaminated for part in parts])
+    exact = _repeats(np.concatenate([part.hashes for part in parts]), ~contaminated)
+    near = _near_repeats(np.concatenate([part.signatures for part in parts]), ~contaminated & ~exact)
+    ends = np.cumsum([len(part.numbers) for part in parts])[:-1]
+    split = (np.split(found, ends) for found in (exact, near, contaminated))
+    return [
+        Exclusions(*(frozenset(part.numbers[found].tolist()) for found in of_part))
+        for part, of_part in zip(parts, zip(*split, strict=True), strict=True)
+    ]
+
+
+def _repeats(hashes: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """Documents whose hash an earlier one has, both `among` those to look at: bool, (documents,)."""
+    candidates = np.flatnonzero(among)
+    _, first = np.unique(np.ascontiguousarray(hashes[candidates]).view("V16"), return_index=True)
+    repeats = among.copy()
+    repeats[candidates[first]] = False
+    return repeats
+
+
+def _near_repeats(signatures: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """Documents that are a near duplicate of an earlier one that is kept: bool, (documents,)."""
+    from datasketch import MinHashLSH
 
     index = MinHashLSH(threshold=NEAR_DUPLICATE_JACCARD, num_perm=PERMUTATIONS)
-    seen: set[bytes] = set()
-    kept: list[np.ndarray] = []
-    found = []
-    for part in parts:
-        exact, near, contaminated = set(), set(), set()
-        columns = (part.numbers.tolist(), part.hashes, part.signatures, part.contaminated.tolist())
-        for number, digest, values, leaked in zip(*columns, strict=True):
-            if leaked:
-                contaminated.add(number)
-                continue
-            if digest.tobytes() in seen:
-                exact.add(number)
-                continue
-            seen.add(digest.tobytes())
-            minhash = MinHash(num_perm=PERMUTATIONS, seed=1, hashfunc=int, hashvalues=values, scheme="affine32")
-            candidates = index.query(minhash)
-            if any(np.mean(kept[candidate] == values) >= NEAR_DUPLICATE_JACCARD for candidate in candidates):
-                near.add(number)
-                continue
-            index.insert(len(kept), minhash, check_duplication=False)
-            kept.append(values)
-        found.append(Exclusions(frozenset(exact), frozenset(near), frozenset(contaminated)))
-    return found
+    near = np.zeros(len(signatures), dtype=bool)
+    for number in _share_a_band(signatures, among, index.hashranges):
+        minhash = _new_minhash(signatures[number])
+        candidates = index.query(minhash)
+        if any(np.mean(signatures[kept] == signatures[number]) >= NEAR_DUPLICATE_JACCARD for kept in candidates):
+            near[number] = True
+        else:
+            index.insert(number, minhash, check_duplication=False)
+    return near
+
+
+def _share_a_band(signatures: np.ndarray, among: np.ndarray, bands: Sequence[tuple[int, int]]) -> list[int]:
+    """The documents that the index could find, or find others by.
+
+    Nearly all documents share no band with any other. The index, at kilobytes a document, need not hold them.
+    """
+    candidates = np.flatnonzero(among)
+    shared = np.zeros(len(candidates), dtype=bool)
+    for start, end in bands:
+        keys = signatures[candidates, start].astype(np.uint64)
+        for column in range(start + 1, end):
+            keys = (keys * _MULTIPLIER) ^ signatures[candidates, column].astype(np.uint64)
+        _, which, counts = np.unique(keys, return_inverse=True, return_counts=True)
+        shared |= counts[which] > 1
+    return candidates[shared].tolist()
 
 
 class EvaluationItems:
@@ -202,7 +245,7 @@ class EvaluationItems:
         files = sorted(folder.rglob("*.jsonl"))
         if not files:
             raise UserError(f"{folder}: no evaluation data there (*.jsonl)")
-        items, grams, digest = 0, [], hashlib.sha256()
+        items, grams, digest = 0, [np.empty(0, dtype=np.uint64)], hashlib.sha256()
         for file in files:
             content = file.read_bytes()
             digest.update(content)
@@ -212,17 +255,17 @@ class EvaluationItems:
                 except ValueError:
                     raise UserError(f"{file}: line {number} is not JSON") from None
                 items += 1
-                grams.append(ngram_hashes(word_hashes(" ".join(_strings(row))), NGRAM))
+                grams += [ngram_hashes(words, NGRAM) for words in word_hashes(" ".join(_strings(row)))]
         distinct = np.unique(np.concatenate(grams))
         report = Decontamination(files=len(files), items=items, ngrams=len(distinct), sha256=digest.hexdigest())
         return cls(distinct, report)
 
     def contaminate(self, text: str) -> bool:
         """Whether `text` shares a 13-gram with an item."""
-        return self.share_ngram(word_hashes(text))
+        return any(map(self.share_ngram, word_hashes(text)))
 
     def share_ngram(self, words: np.ndarray) -> bool:
-        """Whether a text of these `word_hashes` shares a 13-gram with an item."""
+        """Whether words of these hashes share a 13-gram with an item."""
         hashes = ngram_hashes(words, NGRAM)
         slots = hashes >> np.uint64(37)
         bits = self._bitmap[slots >> np.uint64(3)] >> (slots & np.uint64(7)).astype(np.uint8)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
 from pydantic import Field, StringConstraints
@@ -182,7 +183,10 @@ def _all_shards(manifest: Manifest) -> Iterable[Shard]:
 
 
 class ShardWriter:
-    """Writes one split of one part as a row of shards ``<stem>-00000.bin``, ..., each complete or absent."""
+    """Writes one split of one part as a row of shards ``<stem>-00000.bin``, ..., each complete or absent.
+
+    Tokens go to disk as they come, under a temporary name, so memory does not grow with the shard.
+    """
 
     def __init__(self, folder: Path, stem: str, written: SplitManifest) -> None:
         """`written`: what an earlier, interrupted build already finished."""
@@ -192,26 +196,40 @@ class ShardWriter:
         self._reset()
 
     def _reset(self) -> None:
-        self._pending: list[np.ndarray] = []
+        self._file: BinaryIO | None = None
+        self._digest = hashlib.sha256()
         self._documents = self.tokens = self._text_bytes = 0
 
-    def add(self, tokens: list[np.ndarray], text_bytes: int) -> None:
+    def add(self, tokens: Iterable[np.ndarray], text_bytes: int) -> None:
         """Append a document (its pieces, end-of-text included) to the open shard."""
-        pieces = [piece.astype(TOKEN_DTYPE) for piece in tokens]
-        self._pending += pieces
+        if self._file is None:
+            self._file = self._temporary.open("wb")
+        for piece in tokens:
+            content = piece.astype(TOKEN_DTYPE).tobytes()
+            self._file.write(content)
+            self._digest.update(content)
+            self.tokens += len(piece)
         self._documents += 1
         self._text_bytes += text_bytes
-        self.tokens += sum(map(len, pieces))
 
     def close_shard(self) -> None:
-        """Write the open shard, if it holds anything."""
-        if not self.tokens:
+        """Give the open shard its name, if it holds anything."""
+        if self._file is None:
             return
-        name = f"{self._stem}-{len(self.written.shards):05d}.bin"
-        content = np.concatenate(self._pending).tobytes()
-        shard = Shard(file=name, tokens=self.tokens, sha256=hashlib.sha256(content).hexdigest())
-        write_atomically(self._folder / name, content)
+        with self._file as file:
+            file.flush()
+            os.fsync(file.fileno())
+        self._temporary.replace(self._folder / self._name)
+        shard = Shard(file=self._name, tokens=self.tokens, sha256=self._digest.hexdigest())
         self.written += SplitManifest(
             documents=self._documents, tokens=self.tokens, text_bytes=self._text_bytes, shards=(shard,)
         )
         self._reset()
+
+    @property
+    def _name(self) -> str:
+        return f"{self._stem}-{len(self.written.shards):05d}.bin"
+
+    @property
+    def _temporary(self) -> Path:
+        return self._folder / f".{self._name}.tmp"

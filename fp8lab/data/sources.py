@@ -8,14 +8,18 @@ is the same every time.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
-import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
+
+from pydantic_core import from_json
 
 from fp8lab.data.mixture import HubSource, JsonlSource
 from fp8lab.errors import UserError
@@ -40,6 +44,8 @@ class JsonlPart:
     text_field: str
     validation_fraction: float = 0.0
     """Share of a training part's documents that are held out."""
+    scratch: Path | None = None
+    """Where a compressed file is unpacked while it is read; the system's folder for temporary files if None."""
 
     @property
     def name(self) -> str:
@@ -47,18 +53,23 @@ class JsonlPart:
 
     def documents(self) -> Iterator[str | None]:
         """Every line's text; None for a line that is not UTF-8, not JSON or has no text."""
-        lines, undecodable = inspect_lines(self.path)
-        dataset = _load_dataset(
-            "text", data_files=_literal(self.path), split="train", streaming=True, encoding_errors="replace"
-        )
-        number = -1
-        for number, row in enumerate(dataset):
-            line = row["text"]
-            if line.strip():
-                yield None if number in undecodable else _text_of(line, self.text_field)
-        if number + 1 != lines:
+        lines = count_lines(self.path)
+        read = 0
+        with _unpacked(self.path, self.scratch) as path:
+            # As Latin-1 every byte is a character of one byte: nothing is lost, and the strings that `datasets`
+            # handles stay as small as the file. In UTF-8 one emoji makes each copy of a line four times as large.
+            for row in _load_dataset(
+                "text", data_files=_literal(path), split="train", streaming=True, encoding="latin-1"
+            ):
+                read += 1
+                line = row.pop("text").encode("latin-1").strip()
+                if line:
+                    text = _text_of(line, self.text_field)
+                    del line  # not to be held while the text is worked on
+                    yield text
+        if read != lines:
             raise UserError(
-                f"{self.path}: {lines} lines, of which `datasets` read {number + 1}; compress it in one frame"
+                f"{self.path}: {lines} lines, of which `datasets` read {read}: a carriage return in a line?"
             )
 
 
@@ -108,7 +119,7 @@ class HubPart:
                     f"it has {', '.join(row)}"
                 )
             if all(_value_at(row, path) == value for path, value in source.where.items()):
-                yield _encodable(row[source.text_field])
+                yield _string(row[source.text_field])
 
 
 def _value_at(row: Any, path: str) -> Any:
@@ -121,7 +132,7 @@ def _value_at(row: Any, path: str) -> Any:
 Part = JsonlPart | HubPart
 
 
-def jsonl_parts(domain: str, source: JsonlSource, corpus_dir: Path) -> list[JsonlPart]:
+def jsonl_parts(domain: str, source: JsonlSource, corpus_dir: Path, scratch: Path | None = None) -> list[JsonlPart]:
     """A part for every file of the source.
 
     Raises:
@@ -141,7 +152,15 @@ def jsonl_parts(domain: str, source: JsonlSource, corpus_dir: Path) -> list[Json
         # A file held out is not trained on, also where a training pattern matches it.
         files = [file for file in files if split == "validation" or not _matches(file, source.validation, corpus_dir)]
         parts += [
-            JsonlPart(domain, split, index, file, source.text_field, held_out if split == "train" else 0.0)  # type: ignore[arg-type]
+            JsonlPart(
+                domain,
+                split,  # type: ignore[arg-type]
+                index,
+                file,
+                source.text_field,
+                held_out if split == "train" else 0.0,
+                scratch,
+            )
             for index, file in enumerate(dict.fromkeys(files))
         ]
     return parts
@@ -161,27 +180,32 @@ def open_text(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def inspect_lines(path: Path) -> tuple[int, frozenset[int]]:
-    """Count the lines and find those that are not UTF-8, without holding more than one.
+@contextlib.contextmanager
+def _unpacked(path: Path, scratch: Path | None) -> Iterator[Path]:
+    """The file decompressed: of a compressed one, `datasets` would read the text in the encoding of the locale."""
+    if path.suffix != ".zst":
+        yield path
+        return
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        plain = Path(folder) / path.stem
+        with open_text(path) as packed, plain.open("wb") as unpacked:
+            shutil.copyfileobj(packed, unpacked, _BLOCK)
+        yield plain
 
-    Returns:
-        the number of lines, and the numbers (from 0) of those that are not UTF-8.
+
+def count_lines(path: Path) -> int:
+    """The number of lines, without holding more than one.
 
     Raises:
         UserError: a line is longer than 200 MB; the message gives its number (from 1).
     """
-    undecodable = set()
     with open_text(path) as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
-            if len(line) > MAX_LINE_BYTES:
-                raise UserError(f"{path}: line {number + 1} is longer than {MAX_LINE_BYTES // 1_000_000} MB")
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                undecodable.add(number)
             number += 1
-    return number, frozenset(undecodable)
+            if len(line) > MAX_LINE_BYTES:
+                raise UserError(f"{path}: line {number} is longer than {MAX_LINE_BYTES // 1_000_000} MB")
+    return number
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -201,23 +225,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _text_of(line: str, field: str) -> str | None:
+def _text_of(line: bytes, field: str) -> str | None:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = from_json(line)
+    except ValueError:
         return None
-    return _encodable(row.get(field)) if isinstance(row, dict) else None
+    return _string(row.get(field)) if isinstance(row, dict) else None
 
 
-def _encodable(text: Any) -> str | None:
-    """`text` if it is a string that UTF-8 can hold (JSON escapes can spell lone surrogates)."""
-    if not isinstance(text, str):
-        return None
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return None
-    return text
+def _string(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _literal(path: Path) -> str:
@@ -229,4 +246,6 @@ def _load_dataset(*arguments: Any, **keywords: Any) -> Any:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import datasets
 
+    # Else each local file read calls the hub first, and without network waits for it: seconds a file.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     return datasets.load_dataset(*arguments, **keywords)

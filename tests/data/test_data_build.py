@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -164,11 +165,22 @@ def many(corpus: Path, count: int, bad: list[bytes]) -> None:
 BAD_LINES = [b'{"text": "cut off', b'{"text": "\xff\xfe not UTF-8"}', b'{"other": 1}', b'{"text": "\\ud800"}', b"[1]"]
 
 
-@pytest.mark.parametrize("bad", BAD_LINES)
+def compress(path: Path, frames: int = 1) -> None:
+    """Replace a file by its compressed form."""
+    content = path.read_bytes()
+    size = -(-len(content) // frames)
+    parts = [content[start : start + size] for start in range(0, len(content), size)]
+    path.with_suffix(".jsonl.zst").write_bytes(b"".join(map(zstandard.ZstdCompressor().compress, parts)))
+    path.unlink()
+
+
+@pytest.mark.parametrize(("bad", "packed"), [*((line, False) for line in BAD_LINES), (BAD_LINES[1], True)])
 def test_an_unreadable_line_is_skipped_and_counted(
-    mixture_of: Callable, corpus: Path, data_dir: Path, bad: bytes
+    mixture_of: Callable, corpus: Path, data_dir: Path, bad: bytes, packed: bool
 ) -> None:
     many(corpus, 1100, [bad])
+    if packed:
+        compress(corpus / "code/00.jsonl")
     mixture = mixture_of()
     build(mixture, data_dir, corpus_dir=corpus, processes=1)
     domain = read_manifest(data_dir / "small").domains["code"]
@@ -236,16 +248,16 @@ def test_a_long_document_is_tokenised_in_pieces(encoding, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("frames", [1, 2])
 def test_compressed_files_are_read_whole(mixture_of: Callable, corpus: Path, tmp_path: Path, frames: int) -> None:
+    text = "Élan, \N{GRINNING FACE} 東京\u2028 " + sentence("not ASCII")
+    line = json.dumps({"text": text}, ensure_ascii=False)
+    (corpus / "code/02.jsonl").write_text(line + "\n", encoding="utf-8")
     plain = read_manifest(build(mixture_of(), tmp_path / "plain", corpus_dir=corpus, processes=1))
     for path in corpus.rglob("*.jsonl"):
-        content = path.read_bytes()
-        middle = len(content) if frames == 1 else len(content) // 2
-        compress = zstandard.ZstdCompressor().compress
-        parts = [part for part in (content[:middle], content[middle:]) if part]
-        path.with_suffix(".jsonl.zst").write_bytes(b"".join(map(compress, parts)))
-        path.unlink()
-    packed = read_manifest(build(mixture_of(), tmp_path / "packed", corpus_dir=corpus, processes=1))
+        compress(path, frames)
+    mixture = mixture_of()
+    packed = read_manifest(build(mixture, tmp_path / "packed", corpus_dir=corpus, processes=1))
     assert packed.data_sha256 == plain.data_sha256
+    assert text in documents(TokenDataset.open(mixture, tmp_path / "packed"), "code")
 
 
 def test_without_validation_files_documents_are_held_out_by_content(
@@ -318,6 +330,22 @@ def test_evaluation_text_is_removed_from_a_stream_too(
     assert leaked not in documents(dataset, "code") + documents(dataset, "code", "validation")
 
 
+def test_named_files_of_a_hub_data_set_are_read_alone(mixture_of: Callable, tmp_path: Path, data_dir: Path) -> None:
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for number in range(3):
+        rows = [{"text": sentence(f"{number}/{n}"), "metadata": {"language": "C"}} for n in range(60)]
+        with gzip.open(folder / f"part-{number}.json.gz", "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    mixture = hub_mixture(
+        mixture_of, folder, subset=None, data_files=["part-[12].json.gz"], text_field="text", where={}
+    )
+    build(mixture, data_dir, processes=1)
+    dataset = TokenDataset.open(mixture, data_dir)
+    read = documents(dataset, "code") + documents(dataset, "code", "validation")
+    assert set(read) == {sentence(f"{number}/{n}") for number in (1, 2) for n in range(60)}
+
+
 def test_a_hub_build_stops_at_its_tokens(mixture_of: Callable, hub: Path, data_dir: Path) -> None:
     build(hub_mixture(mixture_of, hub, max_tokens=3000), data_dir, processes=1)
     tokens = read_manifest(data_dir / "small").domains["code"].train.tokens
@@ -346,6 +374,21 @@ def test_a_build_writes_a_data_record(mixture_of: Callable, corpus: Path, data_d
     assert record.provenance.data_sha256 == TokenDataset.open(mixture, data_dir).sha256
     assert record.results["domains"]["code"]["train"]["documents"] == 80
     assert record.results["domains"]["code"]["removed"]["unreadable"] == 0
+    assert record.results["peak_memory_bytes"] > 10_000_000
+
+
+def test_a_mixture_is_built_with_gpt2s_encoding_without_network(
+    mixture_of: Callable, corpus: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(name: str) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("tiktoken.get_encoding", offline)
+    mixture = mixture_of(tokenizer="gpt2")
+    build(mixture, data_dir, corpus_dir=corpus, processes=1)
+    dataset = TokenDataset.open(mixture, data_dir)
+    assert dataset.encoding.n_vocab == 50_257
+    assert set(documents(dataset, "code", "validation")) == set(read_texts(corpus / "code/val.jsonl"))
 
 
 def test_a_trained_tokenizer_serves_a_mixture(

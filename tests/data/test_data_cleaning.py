@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp8lab.data import cleaning
+from fp8lab.data import cleaning, sources
 from fp8lab.errors import UserError
 from tests.data.conftest import sentence
 
@@ -70,6 +70,24 @@ def test_thirteen_words_of_an_item_contaminate_and_twelve_do_not(items: cleaning
     assert not items.contaminate(" ".join(around + item[3:15] + around))
 
 
+def test_contamination_is_found_where_a_long_document_is_cut(
+    items: cleaning.EvaluationItems, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "PIECE_CHARACTERS", 300)
+    item, around = sentence("q", words=20).split(), sentence("around", words=200).split()
+    for words in range(60):  # the cut, at a line end, falls before, inside and behind the shared words
+        assert items.contaminate("\n".join([*around[:words], *item[3:16], *around]))
+        assert not items.contaminate("\n".join([*around[:words], *item[3:15], *around]))
+
+
+def test_a_long_document_has_the_same_fingerprint_cut_or_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = sentence("long", words=2000)
+    whole = cleaning.fingerprints([text])
+    monkeypatch.setattr(sources, "PIECE_CHARACTERS", 1000)
+    cut = "\n".join(text.split())  # pieces end at line ends, so between words
+    np.testing.assert_array_equal(cleaning.fingerprints([cut]).signatures, whole.signatures)
+
+
 def test_punctuation_case_and_nesting_do_not_hide_contamination(items: cleaning.EvaluationItems) -> None:
     choice = sentence("choice", words=16).upper().replace(" ", ", (")
     assert items.contaminate("Before. " + choice)
@@ -92,7 +110,7 @@ def test_no_evaluation_data_is_refused_by_folder(tmp_path: Path) -> None:
 @given(st.lists(st.sampled_from("abcdef"), max_size=40), st.integers(1, 13))
 @settings(deadline=None)
 def test_ngram_hashes_agree_exactly_where_the_ngrams_do(words: list[str], n: int) -> None:
-    hashes = cleaning.ngram_hashes(cleaning.word_hashes(" ".join(words)), n)
+    hashes = cleaning.ngram_hashes(next(cleaning.word_hashes(" ".join(words)), np.empty(0, dtype=np.uint64)), n)
     ngrams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     assert len(hashes) == len(ngrams)
     assert len(np.unique(hashes)) == len(set(ngrams))
