@@ -6,6 +6,7 @@ second site comes from other records, and the numbers that a reader sees must ha
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -21,7 +22,17 @@ from selenium.webdriver.chrome.service import Service
 
 from fp8lab.config import ModelConfig
 from fp8lab.publish import execute_stale_chapters, publish, read_book
-from tests.fixtures import DEFAULT, OTHER, OTHER_SIZES, SAMPLE, SIZES, Measured, write_demo_records, write_speed_records
+from tests.fixtures import (
+    DEFAULT,
+    OTHER,
+    OTHER_SIZES,
+    SAMPLE,
+    SIZES,
+    Measured,
+    write_demo_records,
+    write_run,
+    write_speed_records,
+)
 
 ROOT = Path(__file__).parents[1]
 PAGES = [chapter.page for chapter in read_book(ROOT).chapters]
@@ -43,6 +54,13 @@ def make_project(root: Path, measured: Measured = DEFAULT, sizes: tuple[ModelCon
     write_demo_records(records_dir, sizes=sizes, measured=measured)
     write_speed_records(records_dir, measured=measured)
     return records_dir
+
+
+def keep_chapters(root: Path, *names: str) -> None:
+    """Leave only these chapters in the book."""
+    config = yaml.safe_load((root / "_quarto.yml").read_text())
+    config["book"]["chapters"] = [path for path in config["book"]["chapters"] if Path(path).stem in names]
+    (root / "_quarto.yml").write_text(yaml.safe_dump(config))
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +202,19 @@ def test_every_figure_follows_the_records(site: Path, other_site: Path, browser:
         assert before != after, f"figure {number} of {page} did not change with the records"
 
 
+def test_measurements_on_a_gpu_take_the_demos_place(tmp_path: Path) -> None:
+    records_dir = make_project(tmp_path)
+    for recipe, seed in itertools.product(("bf16", "fused"), (1, 2)):
+        for model in SIZES[:2]:
+            write_run(records_dir, "ladder-h200", model, recipe, seed=seed, device_name="NVIDIA H200")
+    keep_chapters(tmp_path, "index", "stability", "scaling")
+    execute_stale_chapters(tmp_path, records_dir)
+    for name in ("index", "stability", "scaling"):
+        text = "\n".join(displayed(tmp_path / "build" / "executed" / f"{name}.ipynb"))
+        assert "Measured on NVIDIA H200" in text
+        assert not re.search("toy scale|`tensorwise`", text, re.IGNORECASE)
+
+
 def test_only_chapters_whose_inputs_changed_are_executed(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = site.parent
     records_dir = root / "runs" / "records"
@@ -191,13 +222,6 @@ def test_only_chapters_whose_inputs_changed_are_executed(site: Path, capsys: pyt
     chapter = root / "chapters" / "motivation.ipynb"
     chapter.write_text(chapter.read_text().replace('"# Why', '"# Reasons why', 1))
     assert execute_stale_chapters(root, records_dir) == ["motivation"]
-
-
-def keep_chapters(root: Path, *names: str) -> None:
-    """Leave only these chapters in the book."""
-    config = yaml.safe_load((root / "_quarto.yml").read_text())
-    config["book"]["chapters"] = [path for path in config["book"]["chapters"] if Path(path).stem in names]
-    (root / "_quarto.yml").write_text(yaml.safe_dump(config))
 
 
 def test_a_chapter_that_fails_stops_the_article_by_name(tmp_path: Path) -> None:

@@ -122,6 +122,8 @@ def _execute_one(source: Path, executed: Path, root: Path, records_dir: Path) ->
                 cwd=root,
                 progress_bar=False,
                 log_output=False,
+                # A kernel logs its own orderly end as an error.
+                extra_arguments=["--log-level=CRITICAL"],
                 config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),
             )
     except PapermillExecutionError as error:
