@@ -349,7 +349,7 @@ class _Stage:
         return process.returncode == 0
 
     def _start(self, template: str, folder: Path, parameters: dict[str, Any], log: Path) -> subprocess.Popen[bytes]:
-        notebook = str((folder / f"{template}.ipynb").resolve())
+        notebook = os.path.relpath(folder / f"{template}.ipynb", self.workspace.root)
         command = [sys.executable, "-m", "papermill", f"runs/{template}.ipynb", notebook]
         # JSON is YAML: one argument carries every parameter with its type.
         command += ["--parameters_yaml", json.dumps(parameters), "--kernel", "python3", "--no-progress-bar"]
