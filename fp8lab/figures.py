@@ -277,7 +277,7 @@ def benchmark_scores(runs: RunSet) -> Figure:
     )
     for axes, task in zip(grid[:, 0], tasks, strict=True):
         _task_scores(axes, scores[scores["task"] == task], runs)
-    grid[-1, 0].set_xlabel("accuracy (bars: ±1 standard error over items; dashed: random guess)")
+    grid[-1, 0].set_xlabel("accuracy")
     grid[-1, 0].xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     _finish(figure, grid[0, 0], unique(scores["recipe"]), runs.toy)
     return figure

@@ -40,7 +40,8 @@ def runs(tmp_path: Path) -> RunSet:
 
 
 @pytest.fixture(autouse=True)
-def closed() -> Iterator[None]:
+def styled() -> Iterator[None]:
+    figures.use_style()
     yield
     pyplot.close("all")
 
@@ -61,6 +62,32 @@ def test_axes_are_labelled_and_toy_scale_is_said_in_the_picture(runs: RunSet, dr
     figure = draw(runs)
     assert any(axes.get_xlabel() for axes in figure.axes)
     assert texts(figure).count("toy scale, CPU") == 1
+
+
+def assert_nothing_is_cut_off(figure: Figure) -> None:
+    """Ticks are left out: axes keep labels for those outside their limits, which are not drawn."""
+    figure.draw_without_rendering()
+    page = figure.bbox.padded(1)
+    labels = [label for axes in figure.axes for label in (axes.xaxis.label, axes.yaxis.label, axes.title)]
+    labels += [text for legend in figure.legends for text in legend.get_texts()]
+    for label in filter(mpl.text.Text.get_text, labels):
+        box = label.get_window_extent()
+        inside = (page.x0 <= box.x0, box.x1 <= page.x1, page.y0 <= box.y0, box.y1 <= page.y1)
+        assert all(inside), label.get_text()
+
+
+@pytest.mark.parametrize("draw", TRAINING_FIGURES.values(), ids=TRAINING_FIGURES)
+def test_no_label_is_cut_off(runs: RunSet, draw: Callable) -> None:
+    assert_nothing_is_cut_off(draw(runs))
+
+
+def test_no_label_of_the_speed_figures_is_cut_off(tmp_path: Path) -> None:
+    write_speed_records(tmp_path)
+    speeds = speed_runs(tmp_path)
+    for figure in (figures.throughput(speeds), figures.peak_memory(speeds)):
+        assert_nothing_is_cut_off(figure)
+    for profile in speeds[0].profiles().values():
+        assert_nothing_is_cut_off(figures.step_breakdown(profile))
 
 
 @pytest.mark.parametrize("draw", TRAINING_FIGURES.values(), ids=TRAINING_FIGURES)
@@ -111,7 +138,7 @@ def test_gaps_are_drawn_at_their_size_with_their_interval(tmp_path: Path) -> Non
 
 def test_scores_show_one_metric_a_task(runs: RunSet) -> None:
     figure = figures.benchmark_scores(runs)
-    assert [axes.get_title() for axes in figure.axes] == [
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
         "demo_choice (acc)",
         "demo_boolean (acc)",
         "demo_physical (acc)",
