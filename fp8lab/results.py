@@ -192,11 +192,17 @@ class Gap:
         return f"{self.mean:+.4f} ± {half_width:.4f} ({self.seeds} seeds)"
 
 
-def training_runs(records_dir: Path, plans: Iterable[str] = (*MEASURED_PLANS, DEMO_PLAN)) -> RunSet:
-    """The first of `plans` in which BF16 and an FP8 recipe both finished; an empty set where none did."""
+def training_runs(
+    records_dir: Path, plans: Iterable[str] = (*MEASURED_PLANS, DEMO_PLAN), *, least_sizes: int = 1
+) -> RunSet:
+    """The first of `plans` in which BF16 and an FP8 recipe both finished; an empty set where none did.
+
+    Args:
+        least_sizes: take only a plan with so many sizes.
+    """
     for plan in plans:
         runs = plan_runs(records_dir, plan)
-        if "bf16" in runs.recipes and len(runs.recipes) > 1:
+        if "bf16" in runs.recipes and len(runs.recipes) > 1 and len(runs.sizes) >= least_sizes:
             return runs
     return RunSet(plan=DEMO_PLAN, runs=())
 
