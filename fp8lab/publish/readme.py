@@ -1,0 +1,25 @@
+"""``python -m fp8lab.publish.readme``: draw the README's figure from the committed records."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from fp8lab import figures
+from fp8lab.records import write_atomically
+from fp8lab.results import speed_runs
+
+FIGURE = Path("assets/speed.svg")
+
+
+def draw(records_dir: Path) -> bytes:
+    """The throughput figure as SVG: the same records give the same bytes."""
+    figures.use_style()
+    buffer = io.BytesIO()
+    figures.throughput(speed_runs(records_dir)).savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    write_atomically(FIGURE, draw(Path("runs/records")))
+    print(f"wrote {FIGURE}")
