@@ -443,6 +443,7 @@ def speed_table(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
 def gemm_ceiling(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     """What FP8's GEMMs alone would give, their casts free, beside the fastest recipe that was measured.
 
+    All but the GEMMs takes BF16's time there, so a recipe that fuses other work as well can do better.
     The blocks' GEMMs only: heads in FP8 are left out on both sides. Where a case was measured on several
     occasions, the last counts.
     """
