@@ -10,7 +10,7 @@ seed a difference is one draw, and callers are told so by `Gap.interval` being N
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -193,16 +193,19 @@ class Gap:
 
 
 def training_runs(
-    records_dir: Path, plans: Iterable[str] = (*MEASURED_PLANS, DEMO_PLAN), *, least_sizes: int = 1
+    records_dir: Path,
+    plans: Iterable[str] = (*MEASURED_PLANS, DEMO_PLAN),
+    *,
+    suits: Callable[[RunSet], bool] = bool,
 ) -> RunSet:
     """The first of `plans` in which BF16 and an FP8 recipe both finished; an empty set where none did.
 
     Args:
-        least_sizes: take only a plan with so many sizes.
+        suits: whether a plan's runs can show what a chapter needs, for example enough sizes.
     """
     for plan in plans:
         runs = plan_runs(records_dir, plan)
-        if "bf16" in runs.recipes and len(runs.recipes) > 1 and len(runs.sizes) >= least_sizes:
+        if "bf16" in runs.recipes and len(runs.recipes) > 1 and suits(runs):
             return runs
     return RunSet(plan=DEMO_PLAN, runs=())
 
