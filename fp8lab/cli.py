@@ -9,6 +9,7 @@ SIGINT and SIGTERM, with a checkpoint to resume from.
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from fp8lab.config import NAME_PATTERN
 from fp8lab.errors import UserError
 
 app = typer.Typer(
@@ -190,15 +192,30 @@ def speed(
     budget_seconds: Annotated[
         float | None, typer.Option(min=1, help="Start no rounds and cases after this many seconds.")
     ] = None,
+    corpus: Corpus = None,
+    eval_data: EvaluationData = None,
     records_dir: RecordsDir = RECORDS,
     data_dir: DataDir = DATA,
     checkpoints_dir: CheckpointsDir = CHECKPOINTS,
 ) -> None:
     """Time whole optimizer steps (ms) of several recipes in turns, through runs/speed.ipynb."""
     from fp8lab import plans, records
+    from fp8lab.data import build, load_mixture
     from fp8lab.speed import load_speed_plan, new_occasion, summary
 
-    name, occasion = load_speed_plan(plan).name, occasion or new_occasion()
+    speed_plan = load_speed_plan(plan)
+    name, occasion = speed_plan.name, occasion or new_occasion()
+    if not re.fullmatch(NAME_PATTERN, occasion):
+        raise UserError(f"--occasion: {occasion!r} is no name for a folder; accepted: letters, digits, '.', '_', '-'")
+    if speed_plan.mixture is not None:
+        build(
+            load_mixture(speed_plan.mixture),
+            data_dir,
+            corpus_dir=corpus,
+            eval_data_dir=eval_data,
+            records_dir=records_dir,
+            console=console,
+        )
     workspace = plans.Workspace(records=records_dir, data=data_dir, checkpoints=checkpoints_dir)
     done = plans.measure_speed(plan, name, occasion, budget_seconds, workspace, console)
     folder = records.record_dir(records_dir, name, occasion)

@@ -26,7 +26,8 @@ Head = Literal["bf16", "fp8"]
 RECIPES: tuple[Recipe, ...] = get_args(Recipe)
 
 # A name becomes a folder: it must not be able to leave the folder it is given.
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=80)]
 
 
 class Config(BaseModel):
@@ -273,9 +274,16 @@ def _accepted_fields(cls: type[BaseModel], location: tuple[int | str, ...]) -> l
     """Field names of the model in which `location`'s last part stands."""
     for part in location[:-1]:
         field = cls.model_fields.get(str(part))
-        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            cls = field.annotation
+        if field is not None:
+            cls = _model_in(field.annotation) or cls
     return list(cls.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field holds, alone or in a tuple."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for part in get_args(annotation) if (model := _model_in(part)) is not None), None)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -309,7 +317,13 @@ class _Entry(Config):
     models: tuple[Annotated[ModelConfig, BeforeValidator(_model_of_name)], ...] = Field(min_length=1)
     recipes: tuple[Recipe, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(default=(1,), min_length=1)
-    tokens_per_parameter: float | None = Field(default=None, gt=0)
+    tokens_per_parameter: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    suffix: str = ""
+    """Ends the names of the entry's runs."""
+
+
+_SET_BY_ENTRY = {"plan", "run", "model", "recipe", "seed"}
+"""Fields of a run that follow from its entry: given there, they would be overwritten without a word."""
 
 
 class _PlanFile(Config):
@@ -372,6 +386,12 @@ def read_run_config(path: Path) -> RunConfig:
 
 def _expand_entry(values: dict[str, Any], plan: str, where: str) -> list[RunConfig]:
     multipliers = {key: values.pop(key) for key in _Entry.model_fields if key in values}
+    run_fields = [key for key in RunConfig.model_fields if key not in _SET_BY_ENTRY]
+    for key in values:
+        if key not in run_fields:
+            raise UserError(
+                f"{where}: {key}: unknown field; accepted: {', '.join([*_Entry.model_fields, *run_fields])}"
+            )
     entry: _Entry = validate(_Entry, multipliers, where)
     runs = []
     for model, recipe, seed in itertools.product(entry.models, entry.recipes, entry.seeds):
@@ -382,10 +402,9 @@ def _expand_entry(values: dict[str, Any], plan: str, where: str) -> list[RunConf
             run_values["tokens"] = round(entry.tokens_per_parameter * parameter_count(model))
         head = run_values.get("head", "bf16")
         name = f"{model.name}-{recipe}{'-head_fp8' if head == 'fp8' else ''}-s{seed}"
-        suffix = run_values.pop("suffix", "")
         if isinstance(run_values.get("parent"), Mapping):
             run_values["parent"] = {"run": name} | dict(run_values["parent"])
-        run_values |= {"plan": plan, "run": name + suffix, "model": model, "recipe": recipe, "seed": seed}
+        run_values |= {"plan": plan, "run": name + entry.suffix, "model": model, "recipe": recipe, "seed": seed}
         runs.append(validate(RunConfig, run_values, where))
     return runs
 

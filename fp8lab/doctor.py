@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from fp8lab.publish import find_quarto
 from fp8lab.records import VERSIONED_PACKAGES
 
 
@@ -60,7 +61,7 @@ def _versions() -> Finding:
 
 
 def _quarto() -> Finding:
-    quarto = shutil.which("quarto")
+    quarto = find_quarto()
     if quarto:
         return Finding("Quarto", quarto, "`quarto render` publishes the article")
     return Finding("Quarto", "none", "`fp8lab publish` publishes a plainer edition through pandoc")

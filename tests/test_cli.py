@@ -22,7 +22,7 @@ def fp8lab(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     ("change", "says"),
     [
         ({"micro_batch": 0.5}, "micro_batch"),
-        ({"precision": "fp8"}, "precision: unknown field; accepted: plan, run, model, recipe"),
+        ({"precision": "fp8"}, "precision: unknown field; accepted: models, recipes"),
         ({"recipes": ["fp9"]}, "'rowwise_with_gw_hp' or 'fused'"),
         ({"mixture": "no-such-mixture"}, "no-such-mixture"),
     ],
@@ -69,6 +69,15 @@ def test_a_dry_run_prints_what_the_plan_costs_and_runs_nothing(
         "8 H100s",
     ):
         assert expected in output
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_occasion_cannot_leave_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [f"--{name}-dir={tmp_path / name}" for name in ("records", "data", "checkpoints")]
+    assert fp8lab(monkeypatch, "speed", "runs/plans/speed-h200.yaml", "--occasion=../../x", *folders) == 2
+    assert "--occasion" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -65,7 +65,10 @@ def test_tokens_per_parameter_counts_every_parameter_once(tmp_path: Path) -> Non
     ("change", "field", "says"),
     [
         ({"micro_batch": "two"}, "micro_batch", "integer"),
-        ({"learning_rate": 1}, "learning_rate", "accepted: plan, run"),
+        ({"learning_rate": 1}, "learning_rate", "accepted: models, recipes"),
+        ({"seed": 5}, "seed", "accepted: models, recipes, seeds"),
+        ({"suffix": 3}, "suffix", "string"),
+        ({"tokens_per_parameter": float("inf")}, "tokens_per_parameter", "finite"),
         ({"optimizer": {"peak_learning_rate": 0.1, "lr": 1}}, "optimizer.lr", "accepted: peak_learning_rate"),
         ({"models": [TINY | {"n_heads": 3}]}, "models", "not divisible by n_heads 3"),
         ({"models": ["126M"]}, "models", "known: 7M"),

@@ -20,7 +20,7 @@ from fp8lab.errors import UserError
 from fp8lab.publish.book import Book, read_book
 from fp8lab.publish.execution import execute_stale_chapters
 
-__all__ = ["Book", "execute_stale_chapters", "publish", "read_book"]
+__all__ = ["Book", "execute_stale_chapters", "find_quarto", "publish", "read_book"]
 
 
 def publish(root: Path, records_dir: Path, site_dir: Path) -> Path:
@@ -40,16 +40,21 @@ def publish(root: Path, records_dir: Path, site_dir: Path) -> Path:
     root, records_dir, site_dir = root.resolve(), records_dir.resolve(), site_dir.resolve()
     book = read_book(root)
     execute_stale_chapters(root, records_dir)
-    quarto = shutil.which("quarto")
+    quarto = find_quarto()
     if quarto is not None:
         print(f"article: rendering {len(book.chapters)} chapters with Quarto", flush=True)
         _render_with_quarto(quarto, root, records_dir, site_dir)
     else:
-        print("article: no quarto on PATH, so this is the plainer edition, made with pandoc", flush=True)
+        print("article: no Quarto found, so this is the plainer edition, made with pandoc", flush=True)
         from fp8lab.publish.pandoc_edition import render
 
         render(book, site_dir)
     return site_dir / "index.html"
+
+
+def find_quarto() -> str | None:
+    """Quarto on PATH, or beside this Python: where pip puts it, and make does not activate the .venv."""
+    return shutil.which("quarto") or shutil.which("quarto", os.F_OK | os.X_OK, str(Path(sys.executable).parent))
 
 
 def _render_with_quarto(quarto: str, root: Path, records_dir: Path, site_dir: Path) -> None:
