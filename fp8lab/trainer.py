@@ -373,6 +373,7 @@ class _Session:
             facts={
                 "config": self.config.model_dump(mode="json"),
                 "data_sha256": self.dataset.sha256,
+                "mixture_weights": self.dataset.weights,
                 "wall_seconds": self.wall_seconds,
                 "started_utc": self.started_utc,
             },
@@ -424,6 +425,9 @@ class _Session:
         changed = [key for key in config if key not in may_change and before.get(key) != config[key]]
         if state.facts["data_sha256"] != self.dataset.sha256:
             changed.append("the mixture's data")
+        if state.facts.get("mixture_weights", self.dataset.weights) != self.dataset.weights:
+            # Weights decide the order of the data and are no part of its hash.
+            changed.append("the mixture's weights")
         if changed:
             raise UserError(
                 f"{folder}: its checkpoint was made with another configuration ({', '.join(changed)} changed); "

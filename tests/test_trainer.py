@@ -346,6 +346,19 @@ def test_training_a_finished_run_again_changes_no_result(train, tmp_path) -> Non
     assert again.provenance.started_utc == first.provenance.started_utc
 
 
+def test_a_checkpoint_of_other_mixture_weights_is_refused(train, monkeypatch) -> None:
+    train()
+
+    def open_reweighted(config, data_dir):
+        dataset, loader = rule_data.open_data(config, data_dir)
+        dataset.weights = {"odd": 0.5, "even": 0.5}
+        return dataset, loader
+
+    monkeypatch.setattr(trainer, "open_data", open_reweighted)
+    with pytest.raises(UserError, match=r"the mixture's weights changed"):
+        train()
+
+
 def test_a_checkpoint_of_another_configuration_is_refused(train, tmp_path) -> None:
     train()
     before = (tmp_path / "records_dir" / "test" / "tiny" / "record.json").read_bytes()
