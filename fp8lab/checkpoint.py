@@ -44,6 +44,7 @@ from torch import Tensor
 from fp8lab.config import RunConfig, read_run_config
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
+from fp8lab.progress import LOCK_FILE_NAME
 from fp8lab.records import write_atomically
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def lock(folder: Path) -> Iterator[None]:
         UserError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
+    with (folder / LOCK_FILE_NAME).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

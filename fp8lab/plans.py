@@ -31,7 +31,7 @@ from rich.progress import Progress as Bars
 from fp8lab import records
 from fp8lab.config import Plan, RunConfig, read_run_config
 from fp8lab.errors import UserError
-from fp8lab.progress import Progress, read_progress
+from fp8lab.progress import Progress, is_locked, read_progress
 
 POLL_SECONDS = 0.25
 LINE_SECONDS = 15.0
@@ -201,6 +201,10 @@ def _run_one(config: RunConfig, plan: Plan, options: Options, stage: _Stage, lab
         stage.print(f"{label}: already finished, {_loss(trained)}")
         return True
     if trained is None:
+        if is_locked(stage.workspace.work(config)):
+            # Its record, notebook and log are that process's to write.
+            stage.print(f"{label}: another process is training it; see fp8lab status", style="red")
+            return False
         parameters = {"plan": str(plan.path), "run": config.run, "mixture": options.mixture}
         stage.execute("train", config, parameters, label)
         trained = finished_record(folder)
@@ -326,9 +330,11 @@ class _Stage:
     def execute(self, template: str, config: RunConfig, parameters: dict[str, Any], label: str) -> bool:
         """Execute ``runs/<template>.ipynb`` into the run's record. True if the notebook ran to its end."""
         folder, work = self.workspace.record(config), self.workspace.work(config)
+        path = folder / "record.json"
+        before = path.read_bytes() if path.exists() else None
         done = self.notebook(template, folder, work, parameters, label)
         if template == "train":
-            self._ensure_record(config, folder, work / f"{template}.log")
+            self._ensure_record(config, folder, work / f"{template}.log", before)
         return done
 
     def notebook(self, template: str, folder: Path, work: Path, parameters: dict[str, Any], label: str) -> bool:
@@ -387,11 +393,17 @@ class _Stage:
                 next_line = time.monotonic() + LINE_SECONDS
         self._bars.remove_task(task)
 
-    def _ensure_record(self, config: RunConfig, folder: Path, log: Path) -> None:
-        """If the notebook died without a word (killed, out of memory, no import), write the record it could not."""
-        if (folder / "record.json").exists():
+    def _ensure_record(self, config: RunConfig, folder: Path, log: Path, before: bytes | None) -> None:
+        """If the notebook died without a word (killed, out of memory, no import), write the record it could not.
+
+        Args:
+            before: the record that an earlier attempt left, whose reason is not this one's.
+        """
+        path = folder / "record.json"
+        if path.exists():
             record = records.read(folder)
-            if not isinstance(record, records.TrainRecord) or record.status != "running":
+            silent = record.status == "running" or path.read_bytes() == before
+            if not isinstance(record, records.TrainRecord) or not silent:
                 return
         else:
             record = records.started(config, records.collect_provenance("unknown"), emulated=False)

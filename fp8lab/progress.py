@@ -6,6 +6,7 @@ news, not a result: nothing is computed from it, and losing it loses nothing.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 FILE_NAME = "progress.json"
+LOCK_FILE_NAME = ".lock"
+"""Held in a run's folder by the process that trains it (`fp8lab.checkpoint.lock`)."""
 WRITE_INTERVAL_SECONDS = 1.0
 
 
@@ -82,6 +85,18 @@ class ProgressFile:
         temporary = self._path.with_name(f".{FILE_NAME}.{os.getpid()}.tmp")
         temporary.write_text(make().model_dump_json())
         temporary.replace(self._path)
+
+
+def is_locked(folder: Path) -> bool:
+    """True while a process trains the run in `folder`."""
+    try:
+        with (folder / LOCK_FILE_NAME).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def read_progress(path: Path) -> Progress | None:

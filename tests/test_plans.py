@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import nbformat
@@ -18,7 +19,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from fp8lab import records
+from fp8lab import checkpoint, records
 from fp8lab.config import Plan, load_plan
 from fp8lab.errors import UserError
 from fp8lab.plans import Options, Workspace, run_plan, status_rows
@@ -121,6 +122,33 @@ def test_a_failed_notebook_leaves_its_failure_and_a_record(tmp_path: Path) -> No
     assert "out of cheese" in (record.reason or "")
     assert "out of cheese" in (workspace.record(plan.runs[0]) / "train.ipynb").read_text()
     assert "t-bf16-s1: failed" in output
+
+
+def test_a_record_tells_why_the_last_attempt_failed_not_the_one_before(tmp_path: Path) -> None:
+    plan, workspace = make_project(tmp_path, FAIL)
+    config = plan.runs[0]
+    plan = plan.model_copy(update={"runs": (config,)})
+    record = records.started(config, records.collect_provenance("CPU"), emulated=False)
+    record.status, record.reason = "interrupted", "SIGTERM after step 1; the same command resumes"
+    records.write(record, workspace.records)
+    notebook = workspace.root / "runs" / "train.ipynb"
+    notebook.write_text(notebook.read_text().replace("records.write(record, Path(records_dir))", "pass"))
+    assert execute(plan, workspace)[0] == 1
+    after = records.read(workspace.record(config))
+    assert after.status == "failed"
+    assert "out of cheese" in (after.reason or "")
+
+
+def test_a_run_that_another_process_trains_is_left_alone(tmp_path: Path) -> None:
+    plan, workspace = make_project(tmp_path, FINISH)
+    with ExitStack() as locks:
+        for config in plan.runs:
+            locks.enter_context(checkpoint.lock(workspace.work(config)))
+        unsuccessful, output = execute(plan, workspace, jobs=2)
+    assert unsuccessful == len(plan.runs)
+    assert "another process is training it" in output
+    assert not workspace.records.exists()
+    assert [path.name for path in workspace.work(plan.runs[0]).iterdir()] == [".lock"]
 
 
 def test_a_killed_kernel_leaves_a_failed_record(tmp_path: Path) -> None:
