@@ -83,9 +83,13 @@ def run(
 
     resolved = load_plan(plan, mixture)
     if dry_run:
+        from fp8lab.estimate import SCALING_EFFICIENCY
         from fp8lab.tables import planned_runs
 
-        console.print(f"{resolved.description}. Planned, not measured; hours assume {bf16_mfu:.0%} BF16-MFU.")
+        console.print(
+            f"{resolved.description}. Planned, not measured; hours assume {bf16_mfu:.0%} BF16-MFU, and on 8 GPUs "
+            f"{SCALING_EFFICIENCY:.0%} of 8 times one GPU's speed. The trainer uses one GPU so far."
+        )
         _print_frame(planned_runs(resolved, bf16_mfu))
         return
     workspace = plans.Workspace(records=records_dir, data=data_dir, checkpoints=checkpoints_dir)

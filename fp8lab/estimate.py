@@ -29,13 +29,16 @@ def memory_bytes(config: RunConfig) -> int:
     return parameter_count(model) * STATE_BYTES_PER_PARAMETER + activations
 
 
-def hours(config: RunConfig, bf16_mfu: float, device_count: int, efficiency: float = 0.9) -> float:
+SCALING_EFFICIENCY = 0.9
+"""Assumed tokens/s of several GPUs over that many times one GPU's."""
+
+
+def hours(config: RunConfig, bf16_mfu: float, device_count: int) -> float:
     """Estimated hours on `device_count` H100s.
 
     Args:
         bf16_mfu: assumed utilisation of one GPU's BF16 peak.
-        efficiency: tokens/s of several GPUs over that many times one GPU's.
     """
     flops = flops_per_token(config.model).per_token_matmul_attention_causal * config.tokens
-    scaling = efficiency if device_count > 1 else 1.0
+    scaling = SCALING_EFFICIENCY if device_count > 1 else 1.0
     return flops / (BF16_PEAK_FLOPS * bf16_mfu * device_count * scaling) / 3600
