@@ -23,7 +23,7 @@ from scipy import stats
 from fp8lab import records
 from fp8lab.config import RECIPES, Recipe
 from fp8lab.errors import UserError
-from fp8lab.records import DataRecord, SpeedRecord, TrainRecord
+from fp8lab.records import BenchmarkRecord, DataRecord, SpeedRecord, TrainRecord
 
 MEASURED_PLANS = ("article", "ladder-h200")
 """Plans trained on GPUs that the article draws, the most complete first."""
@@ -33,6 +33,8 @@ SPEED_PLAN = "speed-h200"
 SPEED_COMMAND = "fp8lab speed runs/plans/speed-h200.yaml"
 DATA_PLAN = "data"
 """Data builds are recorded under this plan, each as a run with the mixture's name."""
+BENCHMARK_PLAN = "benchmarks"
+"""Measurements of this software itself; those of the data path are runs 'data-...'."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,12 @@ def data_record(records_dir: Path, runs: RunSet) -> DataRecord | None:
             if isinstance(record, DataRecord):
                 return record
     return None
+
+
+def data_benchmarks(records_dir: Path) -> list[BenchmarkRecord]:
+    """What `fp8lab.data.benchmark` measured, by name."""
+    found = (record for _, record in records.read_plan(records_dir, BENCHMARK_PLAN))
+    return [record for record in found if isinstance(record, BenchmarkRecord) and record.run.startswith("data-")]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ import pandas as pd
 from fp8lab import estimate, flops
 from fp8lab.config import Plan, parameter_count
 from fp8lab.errors import UserError
-from fp8lab.records import DataRecord
+from fp8lab.records import BenchmarkRecord, DataRecord
 from fp8lab.results import Run, RunSet, SpeedRun, unique
 from fp8lab.units import number, scientific, signed, signed_percent
 
@@ -371,6 +372,48 @@ def data_table(record: DataRecord) -> pd.DataFrame:
     )
 
 
+def data_benchmarks(benchmarks: Sequence[BenchmarkRecord]) -> pd.DataFrame:
+    """What the data path must keep up with, and what was measured (records of `fp8lab.data.benchmark`).
+
+    Raises:
+        UserError: a field is missing.
+    """
+    rows = []
+    for record in benchmarks:
+        try:
+            rows += _BENCHMARK_ROWS[record.run](record.results) if record.run in _BENCHMARK_ROWS else []
+        except KeyError as error:
+            raise UserError(f"{record.plan}/{record.run}/record.json: {error.args[0]}: missing") from None
+    return pd.DataFrame(rows, columns=["what", "median", "range", "goal"])
+
+
+def _loader_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    speed = results["tokens_per_second"]
+    what = f"loader, batches of {results['batch_tokens']:,} tokens (tokens/s)"
+    return [(what, number(speed["median"]), f"{number(speed['min'])} to {number(speed['max'])}", "≥ 10M")]
+
+
+def _tokenise_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    def row(what: str, key: str, digits: int, goal: str) -> tuple[str, ...]:
+        value = results[key]
+        spread = f"{value['min']:.{digits}f} to {value['max']:.{digits}f}"
+        return what, f"{value['median']:.{digits}f}", spread, goal
+
+    return [
+        row("tokenising in the build, files to shards (MB/s)", "build_megabytes_per_second", 1, "–"),
+        row("tiktoken's batch encoding, from memory (MB/s)", "tiktoken_megabytes_per_second", 1, "–"),
+        row("build / tiktoken, round by round", "ratio", 2, "≥ 0.80"),
+    ]
+
+
+def _memory_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    what = f"peak memory of a process, documents of {results['document_bytes'] / 1e6:.0f} MB (GiB)"
+    return [(what, f"{results['peak_memory_bytes'] / 2**30:.2f}", "–", "< 2")]
+
+
+_BENCHMARK_ROWS = {"data-loader": _loader_rows, "data-memory": _memory_rows, "data-tokenise": _tokenise_rows}
+
+
 def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     """Speed of each recipe against BF16 timed in the same process.
 
@@ -417,6 +460,37 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     return table.assign(order=order).sort_values("order", kind="stable").drop(columns="order").reset_index(drop=True)
 
 
+def speed_drift(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
+    """How far each contestant's step moved from an occasion's first round to its last.
+
+    A GPU at its power limit lowers its clock as it warms up and as the weights grow less random, and a ratio from
+    rounds that still drift is no steady state.
+
+    Returns:
+        A row an occasion, setting, recipe and head. Columns: occasion, setting, recipe, head, change (last round's
+        median step over the first's, minus 1), first_clock_mhz, last_clock_mhz, power_w (medians).
+    """
+    steps = pd.concat([speed.steps for speed in speeds], ignore_index=True)
+    rows = []
+    keys = ["occasion", "model", "seq_len", "micro_batch", "recipe", "head"]
+    for (occasion, model, seq_len, micro_batch, recipe, head), group in steps.groupby(keys, sort=False):
+        by_round = group.groupby("round")[["step_ms", "sm_clock_mhz"]].median()
+        first, last = by_round.iloc[0], by_round.iloc[-1]
+        rows.append(
+            {
+                "occasion": occasion,
+                "setting": f"{model}, T {seq_len}, {micro_batch} sequences",
+                "recipe": recipe,
+                "head": head,
+                "change": float(last["step_ms"] / first["step_ms"] - 1),
+                "first_clock_mhz": float(first["sm_clock_mhz"]),
+                "last_clock_mhz": float(last["sm_clock_mhz"]),
+                "power_w": float(group["power_w"].median()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def _by_speed(table: pd.DataFrame) -> list[str]:
     """Settings from the smallest model (most tokens/s) to the largest."""
     return unique(table[table["recipe"] == "bf16"].sort_values("tokens_per_second", ascending=False)["setting"])
@@ -434,7 +508,10 @@ def speed_table(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
             "step (ms)": table["step_ms"].map("{:.1f}".format),
             "tokens/s": table["tokens_per_second"].map("{:,.0f}".format),
             "× BF16": table["ratio"].map("{:.3f}".format),
-            "rounds": [f"{low:.3f}–{high:.3f}" for low, high in zip(table["low"], table["high"], strict=True)],
+            "smallest to largest round": [
+                f"{low:.3f}–{high:.3f}" for low, high in zip(table["low"], table["high"], strict=True)
+            ],
+            "rounds": table["rounds"],
             "peak memory (GiB)": (table["peak_memory_bytes"] / 2**30).map("{:.1f}".format),
         }
     )

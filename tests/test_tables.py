@@ -9,8 +9,9 @@ import pytest
 
 from fp8lab import records, tables
 from fp8lab.config import load_plan
-from fp8lab.results import RunSet, SpeedRun, speed_runs, training_runs
-from tests.fixtures import OTHER, write_demo_records, write_speed_records
+from fp8lab.errors import UserError
+from fp8lab.results import RunSet, SpeedRun, data_benchmarks, speed_runs, training_runs
+from tests.fixtures import OTHER, provenance, write_demo_records, write_speed_records
 
 
 @pytest.fixture
@@ -129,3 +130,27 @@ def test_twice_the_utilisation_is_half_the_hours() -> None:
     assert float(slow.loc["1.5B-bf16-s1", "hours, 1 H100"]) == pytest.approx(
         2 * float(fast.loc["1.5B-bf16-s1", "hours, 1 H100"]), rel=0.01
     )
+
+
+def _benchmark(run: str, results: dict[str, object]) -> records.BenchmarkRecord:
+    return records.BenchmarkRecord(
+        plan="benchmarks", run=run, status="finished", provenance=provenance(), results=results
+    )
+
+
+def test_data_benchmarks_show_the_median_its_range_and_the_goal(tmp_path: Path) -> None:
+    speed = {"median": 52_345_678.0, "min": 40e6, "max": 60e6, "rounds": [40e6, 52_345_678.0, 60e6]}
+    records.write(_benchmark("data-loader", {"batch_tokens": 131_072, "tokens_per_second": speed}), tmp_path)
+    memory = {"document_bytes": 100_000_000, "peak_memory_bytes": 3 << 29}
+    records.write(_benchmark("data-memory", memory), tmp_path)
+    records.write(_benchmark("checkpoint", {"seconds": 1.0}), tmp_path)
+    table = tables.data_benchmarks(data_benchmarks(tmp_path))
+    assert table[["median", "range", "goal"]].to_numpy().tolist() == [
+        ["52.3M", "40M to 60M", "≥ 10M"],
+        ["1.50", "–", "< 2"],
+    ]
+
+
+def test_a_benchmark_without_its_figures_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"benchmarks/data-tokenise/record\.json: build_megabytes_per_second: missing"):
+        tables.data_benchmarks([_benchmark("data-tokenise", {})])

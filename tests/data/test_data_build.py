@@ -109,6 +109,7 @@ def test_a_stopped_build_keeps_its_shards_and_ends_the_same(
     build(mixture, tmp_path / "stopped", corpus_dir=corpus, processes=1)
     assert read_manifest(folder) == whole
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert not list(folder.glob("**/*.tmp"))
 
 
 def test_text_that_spells_a_special_token_stays_text(mixture_of: Callable, corpus: Path, data_dir: Path) -> None:
