@@ -154,3 +154,15 @@ def test_data_benchmarks_show_the_median_its_range_and_the_goal(tmp_path: Path) 
 def test_a_benchmark_without_its_figures_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"benchmarks/data-tokenise/record\.json: build_megabytes_per_second: missing"):
         tables.data_benchmarks([_benchmark("data-tokenise", {})])
+
+
+def test_drift_is_of_the_last_round_over_the_first(tmp_path: Path) -> None:
+    folder = write_speed_records(tmp_path)
+    steps = records.read_table(folder, "steps")
+    slowed = (steps["recipe"] == "fused") & (steps["head"] == "fp8") & (steps["model"] == "1.5B")
+    steps.loc[slowed & (steps["round"] == steps["round"].max()), ["step_ms", "sm_clock_mhz"]] *= [1.1, 0.5]
+    records.write_table(folder, "steps", steps)
+    drift = tables.speed_drift(speed_runs(tmp_path)).set_index(["setting", "recipe", "head"])
+    assert drift.loc[("1.5B, T 2048, 16 sequences", "fused", "fp8"), "change"] == pytest.approx(0.1, abs=0.02)
+    assert drift.loc[("1.5B, T 2048, 16 sequences", "fused", "fp8"), "last_clock_mhz"] == 900
+    assert drift["change"].drop(("1.5B, T 2048, 16 sequences", "fused", "fp8")).abs().max() < 0.02
