@@ -79,7 +79,6 @@ def run(
     """Execute every run of a plan through papermill; skip finished runs, resume interrupted ones."""
     from fp8lab import plans
     from fp8lab.config import load_plan
-    from fp8lab.data import build, load_mixture
 
     resolved = load_plan(plan, mixture)
     if dry_run:
@@ -95,14 +94,7 @@ def run(
     workspace = plans.Workspace(records=records_dir, data=data_dir, checkpoints=checkpoints_dir)
     for name in dict.fromkeys(config.mixture for config in resolved.runs):
         console.print(f"data: mixture {name}")
-        build(
-            load_mixture(name),
-            data_dir,
-            corpus_dir=corpus,
-            eval_data_dir=eval_data,
-            records_dir=records_dir,
-            console=console,
-        )
+        _build_data(name, data_dir, records_dir, corpus, eval_data)
     options = plans.Options(mixture=mixture, evaluation_data=eval_data, replace=replace, jobs=jobs)
     unsuccessful = plans.run_plan(resolved, workspace, options, console)
     if unsuccessful:
@@ -204,7 +196,6 @@ def speed(
 ) -> None:
     """Time whole optimizer steps (ms) of several recipes in turns, through runs/speed.ipynb."""
     from fp8lab import plans, records
-    from fp8lab.data import build, load_mixture
     from fp8lab.speed import load_speed_plan, new_occasion, summary
 
     speed_plan = load_speed_plan(plan)
@@ -212,14 +203,7 @@ def speed(
     if not re.fullmatch(NAME_PATTERN, occasion):
         raise UserError(f"--occasion: {occasion!r} is no name for a folder; accepted: letters, digits, '.', '_', '-'")
     if speed_plan.mixture is not None:
-        build(
-            load_mixture(speed_plan.mixture),
-            data_dir,
-            corpus_dir=corpus,
-            eval_data_dir=eval_data,
-            records_dir=records_dir,
-            console=console,
-        )
+        _build_data(speed_plan.mixture, data_dir, records_dir, corpus, eval_data)
     workspace = plans.Workspace(records=records_dir, data=data_dir, checkpoints=checkpoints_dir)
     done = plans.measure_speed(plan, name, occasion, budget_seconds, workspace, console)
     folder = records.record_dir(records_dir, name, occasion)
@@ -269,17 +253,7 @@ def data_build(
     data_dir: DataDir = DATA,
 ) -> None:
     """Clean, tokenise and shard a mixture; resumes where it was stopped."""
-    from fp8lab.data import build, load_mixture
-
-    folder = build(
-        load_mixture(mixture),
-        data_dir,
-        corpus_dir=corpus,
-        eval_data_dir=eval_data,
-        processes=processes,
-        records_dir=records_dir,
-        console=console,
-    )
+    folder = _build_data(mixture, data_dir, records_dir, corpus, eval_data, processes)
     console.print(f"built {folder}")
 
 
@@ -295,6 +269,28 @@ def data_tokenizer(
 
     train_tokenizer(load_mixture(mixture), vocab_size, to, corpus_dir=corpus)
     console.print(f"wrote {to}")
+
+
+def _build_data(
+    mixture: str,
+    data_dir: Path,
+    records_dir: Path,
+    corpus: Path | None,
+    eval_data: Path | None,
+    processes: int | None = None,
+) -> Path:
+    """Build a mixture where it is not built yet, with progress on the console; returns its folder."""
+    from fp8lab.data import build, load_mixture
+
+    return build(
+        load_mixture(mixture),
+        data_dir,
+        corpus_dir=corpus,
+        eval_data_dir=eval_data,
+        processes=processes,
+        records_dir=records_dir,
+        console=console,
+    )
 
 
 def _run_folder(run: str, checkpoints_dir: Path) -> Path:

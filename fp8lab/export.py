@@ -31,7 +31,7 @@ from fp8lab.config import ModelConfig
 from fp8lab.data import TokenDataset, load_mixture
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
-from fp8lab.tokenizer import END_OF_TEXT
+from fp8lab.tokenizer import END_OF_TEXT, byte_of_printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3Config
@@ -73,7 +73,8 @@ def fast_tokenizer(encoding: tiktoken.Encoding, seq_len: int) -> PreTrainedToken
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    printable = _printable_of_byte()
+    # For `str.translate`: from each byte's Latin-1 character to the printable one that stands for it.
+    printable = {byte: character for character, byte in byte_of_printable().items()}
     tokens = [encoding.decode_single_token_bytes(token) for token in range(encoding.eot_token)]
     ranks = {token: rank for rank, token in enumerate(tokens)}
     merges = [
@@ -95,13 +96,6 @@ def fast_tokenizer(encoding: tiktoken.Encoding, seq_len: int) -> PreTrainedToken
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
     )
-
-
-def _printable_of_byte() -> dict[int, int]:
-    """For `str.translate`: Latin-1 code point of each byte to that of GPT-2's printable character for it."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {byte: byte for byte in plain} | {byte: 256 + index for index, byte in enumerate(others)}
 
 
 def _qwen3_config(config: ModelConfig, eot_token: int) -> Qwen3Config:

@@ -442,7 +442,7 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
                 "case": f"{model}-T{seq_len}-B{micro_batch}",
                 "seq_len": seq_len,
                 "micro_batch": micro_batch,
-                "setting": f"{model}, T {seq_len}, {micro_batch} sequences",
+                "setting": _setting(model, seq_len, micro_batch),
                 "recipe": recipe,
                 "head": head,
                 "step_ms": step_ms,
@@ -479,7 +479,7 @@ def speed_drift(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
         rows.append(
             {
                 "occasion": occasion,
-                "setting": f"{model}, T {seq_len}, {micro_batch} sequences",
+                "setting": _setting(model, seq_len, micro_batch),
                 "recipe": recipe,
                 "head": head,
                 "change": float(last["step_ms"] / first["step_ms"] - 1),
@@ -489,6 +489,11 @@ def speed_drift(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def _setting(model: object, seq_len: object, micro_batch: object) -> str:
+    """How figures and tables call what a step was timed with."""
+    return f"{model}, T {seq_len}, {micro_batch} sequences"
 
 
 def _by_speed(table: pd.DataFrame) -> list[str]:

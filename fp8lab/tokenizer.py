@@ -139,12 +139,12 @@ def train(texts: Iterable[str], vocab_size: int, name: str) -> tiktoken.Encoding
             f"tokenizer {name}: the text yields {len(vocabulary) + 1} entries, not the {vocab_size} asked for: "
             "give more text or a smaller vocab_size"
         )
-    byte_of = _byte_of_printable()
+    byte_of = byte_of_printable()
     ranks = {bytes(byte_of[char] for char in token): rank for token, rank in vocabulary.items()}
     return from_ranks(dict(sorted(ranks.items(), key=lambda item: item[1])), name)
 
 
-def _byte_of_printable() -> dict[str, int]:
+def byte_of_printable() -> dict[str, int]:
     """GPT-2's alphabet: the character that stands for each byte in a byte-level vocabulary."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
