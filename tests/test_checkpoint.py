@@ -14,7 +14,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fp8lab import checkpoint, trainer
-from fp8lab.checkpoint import CheckpointWriter, TrainingState, find_damage, load_latest, load_model, save_final, write
+from fp8lab.checkpoint import (
+    CheckpointWriter,
+    TrainingState,
+    find_damage,
+    load_latest,
+    load_model,
+    load_step,
+    save_final,
+    write,
+)
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
 from tests import rule_data
@@ -161,6 +170,17 @@ def test_a_snapshot_is_of_the_moment_it_was_asked_for(tmp_path) -> None:
     state.model["weight"].zero_()
     writer.wait()
     assert torch.equal(load_latest(tmp_path).model["weight"], expected)
+
+
+def test_memory_of_the_last_snapshot_serves_the_next_whatever_its_shapes(tmp_path) -> None:
+    writer = CheckpointWriter(tmp_path)
+    states = [some_state(step) for step in (10, 20, 30)]
+    states[2].model["weight"] = torch.arange(5.0)
+    for state in states:
+        writer.save(state)
+    writer.wait()
+    for state in states[1:]:
+        assert torch.equal(load_step(tmp_path, state.step).model["weight"], state.model["weight"])
 
 
 def test_a_failed_write_is_raised_and_leaves_what_was_there(tmp_path, monkeypatch) -> None:
