@@ -31,7 +31,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,14 +99,14 @@ class CheckpointWriter:
     `save` or by `wait`.
     """
 
-    def __init__(self, folder: Path, keep_every: int = 0) -> None:
+    def __init__(self, folder: Path, keep_at: Collection[int] = ()) -> None:
         """
         Args:
             folder: the run's folder.
-            keep_every: checkpoints at multiples of this step are never removed; 0: none.
+            keep_at: the checkpoints after these steps are never removed.
         """
         self._folder = folder
-        self._keep_every = keep_every
+        self._keep_at = keep_at
         self._host = _HostMemory()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -140,7 +140,7 @@ class CheckpointWriter:
         try:
             self._host.wait()
             write(self._folder, state)
-            _remove_old(self._folder, self._keep_every)
+            _remove_old(self._folder, self._keep_at)
         except BaseException as error:
             self._error = error
 
@@ -242,7 +242,7 @@ def load_step(folder: Path, step: int) -> TrainingState:
     path = folder / f"step-{step:08d}"
     if not path.is_dir():
         kept = ", ".join(str(int(other.name.removeprefix("step-"))) for other in _checkpoints(folder)) or "none"
-        raise UserError(f"{folder}: no checkpoint after step {step}; there: {kept} (see keep_checkpoints_every)")
+        raise UserError(f"{folder}: no checkpoint after step {step}; there: {kept} (see keep_checkpoints_at)")
     problem = find_damage(path)
     if problem is not None:
         raise UserError(f"damaged checkpoint: {problem}")
@@ -335,10 +335,9 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
 
 
-def _remove_old(folder: Path, keep_every: int) -> None:
+def _remove_old(folder: Path, keep_at: Collection[int]) -> None:
     for path in _checkpoints(folder)[:-KEEP]:
-        step = int(path.name.removeprefix("step-"))
-        if not keep_every or step % keep_every:
+        if int(path.name.removeprefix("step-")) not in keep_at:
             _remove(path)
 
 

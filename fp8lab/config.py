@@ -20,6 +20,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from fp8lab.errors import UserError
+from fp8lab.schedule import decay_start, warmup_steps
 
 Recipe = Literal["bf16", "tensorwise", "rowwise", "rowwise_with_gw_hp", "fused"]
 Head = Literal["bf16", "fp8"]
@@ -196,8 +197,8 @@ class RunConfig(Config):
     """Steps between rows of metrics.parquet."""
     checkpoint_interval: int = Field(default=500, gt=0)
     """Steps between checkpoints."""
-    keep_checkpoints_every: int = Field(default=0, ge=0)
-    """Never remove the checkpoints at multiples of this step: decay branches start from them. 0: keep the last two."""
+    keep_checkpoints_at: tuple[int, ...] = ()
+    """Checkpoint after these steps too and keep them: decay branches start there. Of all others the last two stay."""
     parent: ParentConfig | None = None
     """Set for a decay branch: trains only the steps after the parent's."""
     evaluation: Literal["none", "demo", "full"] = "none"
@@ -219,11 +220,10 @@ class RunConfig(Config):
             return self
         if self.schedule.kind != "wsd":
             raise ValueError("parent: a decay branch needs schedule.kind wsd")
-        decay_start = self.steps - max(1, round(self.schedule.decay_fraction * self.steps))
-        if self.parent.step > decay_start:
+        start = decay_start(self.schedule, self.steps)
+        if self.parent.step > start:
             raise ValueError(
-                f"parent.step {self.parent.step} is after this run's decay begins, "
-                f"at step {decay_start} of {self.steps}"
+                f"parent.step {self.parent.step} is after this run's decay begins, at step {start} of {self.steps}"
             )
         return self
 
@@ -231,6 +231,15 @@ class RunConfig(Config):
     def steps(self) -> int:
         """Optimizer steps: `tokens` in whole global batches, rounded up."""
         return -(-self.tokens // self.global_batch_tokens)
+
+    @property
+    def own_steps(self) -> int:
+        """Steps that this run itself takes: of a decay branch those after its parent's."""
+        return self.steps - (self.parent.step if self.parent else 0)
+
+
+MAY_CHANGE = {"checkpoint_interval", "keep_checkpoints_at", "evaluation"}
+"""Fields that change no result: a run may be resumed, or counts as finished, with other values of them."""
 
 
 class Plan(Config):
@@ -318,6 +327,11 @@ class _Entry(Config):
     recipes: tuple[Recipe, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(default=(1,), min_length=1)
     tokens_per_parameter: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    learning_rate_at_width_256: float | None = Field(default=None, gt=0)
+    """Peak learning rate at d_model 256; at other widths in inverse proportion (as in 2203.03466)."""
+    decay_branches_at: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """Smaller budgets, in tokens a parameter, that branch off each run: they share its warm-up and stable part (WSD)
+    and train only their own decay. A branch is named like its run with -d<budget> at the end, and is not scored."""
     suffix: str = ""
     """Ends the names of the entry's runs."""
 
@@ -393,13 +407,32 @@ def _expand_entry(values: dict[str, Any], plan: str, where: str) -> list[RunConf
                 f"{where}: {key}: unknown field; accepted: {', '.join([*_Entry.model_fields, *run_fields])}"
             )
     entry: _Entry = validate(_Entry, multipliers, where)
+    runs: list[RunConfig] = []
+    for model in entry.models:
+        of_model = _expand_model(entry, model, values, plan, where)
+        branches = [_decay_branches(config, entry.decay_branches_at, where) for config in of_model]
+        runs += [_keeping(config, of_run) for config, of_run in zip(of_model, branches, strict=True)]
+        runs += itertools.chain.from_iterable(branches)
+    return runs
+
+
+def _expand_model(entry: _Entry, model: ModelConfig, values: dict[str, Any], plan: str, where: str) -> list[RunConfig]:
+    """The entry's runs of one model."""
     runs = []
-    for model, recipe, seed in itertools.product(entry.models, entry.recipes, entry.seeds):
+    for recipe, seed in itertools.product(entry.recipes, entry.seeds):
         run_values = dict(values)
         if entry.tokens_per_parameter is not None:
             if "tokens" in run_values:
                 raise UserError(f"{where}: tokens: give tokens or tokens_per_parameter, not both")
             run_values["tokens"] = round(entry.tokens_per_parameter * parameter_count(model))
+        if entry.learning_rate_at_width_256 is not None:
+            optimizer = dict(run_values.get("optimizer", {}))
+            if "peak_learning_rate" in optimizer:
+                raise UserError(
+                    f"{where}: optimizer.peak_learning_rate: give it or learning_rate_at_width_256, not both"
+                )
+            optimizer["peak_learning_rate"] = entry.learning_rate_at_width_256 * 256 / model.d_model
+            run_values["optimizer"] = optimizer
         head = run_values.get("head", "bf16")
         name = f"{model.name}-{recipe}{'-head_fp8' if head == 'fp8' else ''}-s{seed}"
         if isinstance(run_values.get("parent"), Mapping):
@@ -407,6 +440,37 @@ def _expand_entry(values: dict[str, Any], plan: str, where: str) -> list[RunConf
         run_values |= {"plan": plan, "run": name + entry.suffix, "model": model, "recipe": recipe, "seed": seed}
         runs.append(validate(RunConfig, run_values, where))
     return runs
+
+
+def _decay_branches(config: RunConfig, budgets: tuple[float, ...], where: str) -> list[RunConfig]:
+    """Shorter runs that leave `config` where their own decay begins.
+
+    Args:
+        budgets: their lengths in tokens a parameter.
+    """
+    warmup = warmup_steps(config.schedule, config.steps)
+    branches = []
+    for budget in budgets:
+        tokens = round(budget * parameter_count(config.model))
+        steps = -(-tokens // config.global_batch_tokens)
+        start = decay_start(config.schedule, steps)
+        if not warmup < start < decay_start(config.schedule, config.steps):
+            raise UserError(
+                f"{where}: decay_branches_at: a branch of {budget:g} tokens a parameter would leave {config.run} at "
+                f"step {start}, which is not in its stable part"
+            )
+        # The warm-up that it shares took as many steps of a longer run.
+        schedule = config.schedule.model_dump() | {"warmup_fraction": warmup / steps}
+        values = config.model_dump() | {"run": f"{config.run}-d{budget:g}", "tokens": tokens, "schedule": schedule}
+        values |= {"parent": {"run": config.run, "step": start}, "evaluation": "none"}
+        branches.append(validate(RunConfig, values, where))
+    return branches
+
+
+def _keeping(config: RunConfig, branches: list[RunConfig]) -> RunConfig:
+    """`config` with the checkpoints kept that `branches` start from."""
+    steps = {branch.parent.step for branch in branches if branch.parent}
+    return config.model_copy(update={"keep_checkpoints_at": tuple(sorted(steps | set(config.keep_checkpoints_at)))})
 
 
 def _merge(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,11 +38,12 @@ SCALING_EFFICIENCY = 0.9
 
 
 def hours(config: RunConfig, bf16_mfu: float, device_count: int) -> float:
-    """Estimated hours on `device_count` H100s.
+    """Estimated hours on `device_count` H100s; of a decay branch its own steps alone.
 
     Args:
         bf16_mfu: assumed utilisation of one GPU's BF16 peak.
     """
-    flops = flops_per_token(config.model).per_token_matmul_attention_causal * config.tokens
+    tokens = config.own_steps * config.global_batch_tokens
+    flops = flops_per_token(config.model).per_token_matmul_attention_causal * tokens
     scaling = SCALING_EFFICIENCY if device_count > 1 else 1.0
     return flops / (BF16_PEAK_FLOPS * bf16_mfu * device_count * scaling) / 3600

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 from fp8lab import records
-from fp8lab.config import Plan, RunConfig, read_run_config
+from fp8lab.config import MAY_CHANGE, Plan, RunConfig, read_run_config, validate
 from fp8lab.errors import UserError
 from fp8lab.progress import Progress, is_locked, read_progress
 
@@ -99,16 +99,15 @@ def run_plan(plan: Plan, workspace: Workspace, options: Options, console: Consol
         _check_unchanged(config, workspace, replace=options.replace)
     with _stage(workspace, console, options.jobs) as stage:
         with ThreadPoolExecutor(options.jobs) as pool:
-            futures = [
-                pool.submit(
-                    _run_one, config, plan, options, stage, f"{plan.name} {number}/{len(plan.runs)} {config.run}"
-                )
-                for number, config in enumerate(plan.runs, start=1)
-            ]
+            futures: dict[str, Future[bool]] = {}
+            for number, config in enumerate(plan.runs, start=1):
+                label = f"{plan.name} {number}/{len(plan.runs)} {config.run}"
+                parent = futures.get(config.parent.run) if config.parent else None
+                futures[config.run] = pool.submit(_run_one, config, plan, options, stage, label, parent)
             # Signals reach the main thread only while it is not blocked in a lock.
-            while not all(future.done() for future in futures):
+            while not all(future.done() for future in futures.values()):
                 time.sleep(POLL_SECONDS)
-        return sum(not future.result() for future in futures)
+        return sum(not future.result() for future in futures.values())
 
 
 def evaluate_run(
@@ -190,8 +189,16 @@ def _status_row(plan: str, run: str, records_dir: Path, checkpoints_dir: Path) -
     return plan, run, record.status, str(record.steps), loss, speed, record.reason or ""
 
 
-def _run_one(config: RunConfig, plan: Plan, options: Options, stage: _Stage, label: str) -> bool:
-    """Train, then score, whatever of it is not done yet. True if all of it now is."""
+def _run_one(
+    config: RunConfig, plan: Plan, options: Options, stage: _Stage, label: str, parent: Future[bool] | None
+) -> bool:
+    """Train, then score, whatever of it is not done yet. True if all of it now is.
+
+    Args:
+        parent: the run that a decay branch leaves, begun earlier: its checkpoint must be there first.
+    """
+    if parent is not None:
+        wait([parent])
     if stage.received is not None:
         return False
     folder = stage.workspace.record(config)
@@ -251,8 +258,7 @@ def _check_unchanged(config: RunConfig, workspace: Workspace, *, replace: bool) 
     record = finished_record(folder)
     if record is None:
         return
-    planned = config.model_dump(mode="json")
-    changed = [key for key in planned if record.config.get(key) != planned[key]]
+    changed = _changed_fields(config, record)
     if not changed:
         return
     if not replace:
@@ -262,6 +268,14 @@ def _check_unchanged(config: RunConfig, workspace: Workspace, *, replace: bool) 
         )
     for old in (folder, workspace.work(config)):
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _changed_fields(config: RunConfig, record: records.TrainRecord) -> list[str]:
+    """Fields that matter to a result and differ from those it was made with; a newer field then had its default."""
+    planned = config.model_dump(mode="json", exclude=MAY_CHANGE)
+    known = {key: value for key, value in record.config.items() if key in RunConfig.model_fields}
+    recorded = validate(RunConfig, known, f"{record.plan}/{record.run}/record.json: config").model_dump(mode="json")
+    return [key for key in planned if recorded[key] != planned[key]]
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from fp8lab.config import RECIPES, Recipe
 from fp8lab.errors import UserError
 from fp8lab.records import BenchmarkRecord, DataRecord, SpeedRecord, TrainRecord
 
-MEASURED_PLANS = ("article", "ladder-h200")
+MEASURED_PLANS = ("article", "ladder-h200", "pilot-h200")
 """Plans trained on GPUs that the article draws, the most complete first."""
 DEMO_PLAN = "demo"
 DEMO_COMMAND = "fp8lab run runs/plans/demo.yaml"

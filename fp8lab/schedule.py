@@ -9,8 +9,11 @@ depend on how long the run will be, so several token budgets can branch off one 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from fp8lab.config import ScheduleConfig
+if TYPE_CHECKING:
+    # The configuration of a decay branch needs these functions.
+    from fp8lab.config import ScheduleConfig
 
 
 def warmup_steps(schedule: ScheduleConfig, steps: int) -> int:

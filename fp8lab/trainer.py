@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8lab import checkpoint, flops, records
-from fp8lab.config import RunConfig, read_run_config, validate
+from fp8lab.config import MAY_CHANGE, RunConfig, read_run_config, validate
 from fp8lab.data import Loader, TokenDataset, load_mixture
 from fp8lab.errors import UserError
 from fp8lab.events import EventFile
@@ -65,8 +65,6 @@ WARMUP_ROWS = 5
 VALIDATION_TYPES = {"step": "int64", "tokens": "int64", "domain": "str", "loss": "float64", "bits_per_byte": "float64"}
 SAMPLE_PROMPT_TOKENS = 16
 SAMPLE_TOKENS = 48
-MAY_CHANGE = {"checkpoint_interval", "keep_checkpoints_every", "evaluation"}
-"""Fields of a configuration that a run may be resumed with other values of: they change no result."""
 BRANCH_MAY_CHANGE = MAY_CHANGE | {"run", "parent", "tokens", "schedule", "validation_interval", "log_interval"}
 """Fields in which a decay branch may differ from its parent."""
 
@@ -465,7 +463,7 @@ class _Recorder:
         self._progress = ProgressFile(session.folder)
         self._events = EventFile(session.folder, session.step)
         self._rows_in_events = len(session.log.rows)
-        self._writer = checkpoint.CheckpointWriter(session.folder, session.config.keep_checkpoints_every)
+        self._writer = checkpoint.CheckpointWriter(session.folder, session.config.keep_checkpoints_at)
         self._next_flush = 0.0
         self._bad_output: str | None = None
         provenance = records.collect_provenance(device_name(session.device))
@@ -511,7 +509,8 @@ class _Recorder:
                     self._flush()
                 if config.validation_interval and session.step % config.validation_interval == 0:
                     self._validate()
-                if session.step % config.checkpoint_interval == 0 and session.step < session.steps:
+                is_due = session.step % config.checkpoint_interval == 0 or session.step in config.keep_checkpoints_at
+                if is_due and session.step < session.steps:
                     self._save(wait=False)
         if not session.validated():
             self._validate()

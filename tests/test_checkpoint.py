@@ -154,12 +154,12 @@ def test_a_half_written_checkpoint_is_never_seen(tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
 
 
-def test_the_last_two_are_kept_and_every_nth(tmp_path) -> None:
-    writer = CheckpointWriter(tmp_path, keep_every=30)
+def test_the_last_two_are_kept_and_those_asked_for(tmp_path) -> None:
+    writer = CheckpointWriter(tmp_path, keep_at={30})
     for step in (10, 20, 30, 40, 50, 60, 70, 80):
         writer.save(some_state(step))
     writer.wait()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-000000{step}" for step in (30, 60, 70, 80)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-000000{step}" for step in (30, 70, 80)]
 
 
 def test_a_snapshot_is_of_the_moment_it_was_asked_for(tmp_path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fp8lab.config import MODELS, load_plan, load_run, parameter_count
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
+from fp8lab.schedule import decay_start, warmup_steps
 
 TINY = {"name": "tiny", "d_model": 32, "n_layers": 1, "n_heads": 2, "d_ff": 64, "vocab_size": 64, "seq_len": 16}
 ENTRY: dict[str, Any] = {
@@ -61,6 +62,54 @@ def test_tokens_per_parameter_counts_every_parameter_once(tmp_path: Path) -> Non
     assert plan.runs[0].tokens == 20 * sum(p.numel() for p in GPT(model).parameters())
 
 
+@given(
+    budgets=st.lists(st.sampled_from([1.5, 2.5, 5, 8, 10, 15]), min_size=1, max_size=3, unique=True),
+    warmup=st.floats(0.0, 0.05),
+    decay=st.floats(0.05, 0.3),
+)
+def test_decay_branches_share_the_stable_part_and_pay_only_their_decay(
+    tmp_path_factory: pytest.TempPathFactory, budgets: list[float], warmup: float, decay: float
+) -> None:
+    entry = {key: value for key, value in ENTRY.items() if key != "tokens"}
+    entry |= {"models": ["7M"], "global_batch_tokens": 131_072, "micro_batch": 128, "tokens_per_parameter": 20}
+    entry |= {"schedule": {"kind": "wsd", "warmup_fraction": warmup, "decay_fraction": decay}}
+    entry |= {"decay_branches_at": budgets, "evaluation": "full"}
+    plan = load_plan(write_plan(tmp_path_factory.mktemp("plan"), entry))
+    parameters = parameter_count(MODELS["7M"])
+    parents = [config for config in plan.runs if config.parent is None]
+    assert len(plan.runs) == len(parents) * (1 + len(budgets)) == 4 * (1 + len(budgets))
+    for parent in parents:
+        branches = [plan[f"{parent.run}-d{budget:g}"] for budget in budgets]
+        assert set(parent.keep_checkpoints_at) == {branch.parent.step for branch in branches if branch.parent}
+        assert parent.evaluation == "full"
+        for branch, budget in zip(branches, budgets, strict=True):
+            assert branch.parent is not None
+            assert branch.parent.run == parent.run
+            assert branch.tokens == round(budget * parameters)
+            assert branch.parent.step == decay_start(branch.schedule, branch.steps)
+            assert branch.own_steps == max(1, round(decay * branch.steps))
+            assert warmup_steps(branch.schedule, branch.steps) == warmup_steps(parent.schedule, parent.steps)
+            assert (branch.recipe, branch.seed, branch.optimizer) == (parent.recipe, parent.seed, parent.optimizer)
+            assert branch.evaluation == "none"
+
+
+def test_the_ladder_costs_23_tokens_a_parameter(tmp_path: Path) -> None:
+    plan = load_plan(Path("runs/plans/ladder-h200.yaml"))
+    for model in ("7M", "13M", "19M", "28M", "48M"):
+        runs = [config for config in plan.runs if config.run.startswith(f"{model}-bf16-s1")]
+        own = sum(config.own_steps * config.global_batch_tokens for config in runs)
+        assert own / parameter_count(MODELS[model]) == pytest.approx(23, abs=0.1)
+
+
+def test_the_learning_rate_falls_with_width(tmp_path: Path) -> None:
+    entry = ENTRY | {"models": ["7M", "48M"], "optimizer": {"weight_decay": 0.2}, "recipes": ["bf16"], "seeds": [1]}
+    entry |= {"global_batch_tokens": 1024, "micro_batch": 1, "learning_rate_at_width_256": 0.003}
+    small, large = load_plan(write_plan(tmp_path, entry)).runs
+    assert small.optimizer.peak_learning_rate == pytest.approx(0.003)
+    assert large.optimizer.peak_learning_rate == pytest.approx(0.003 * 256 / 576)
+    assert large.optimizer.weight_decay == 0.2
+
+
 @pytest.mark.parametrize(
     ("change", "field", "says"),
     [
@@ -77,6 +126,15 @@ def test_tokens_per_parameter_counts_every_parameter_once(tmp_path: Path) -> Non
         ({"tokens_per_parameter": 2}, "tokens", "not both"),
         ({"suffix": "/../../x"}, "run", "pattern"),
         ({"seeds": [-1]}, "seed", "greater than or equal to 0"),
+        ({"learning_rate_at_width_256": 0.003}, "optimizer.peak_learning_rate", "not both"),
+        ({"decay_branches_at": [0]}, "decay_branches_at.0", "greater than 0"),
+        ({"decay_branches_at": [0.05]}, "", "needs schedule.kind wsd"),
+        ({"decay_branches_at": [0.2], "schedule": {"kind": "wsd"}}, "decay_branches_at", "not in its stable part"),
+        (
+            {"decay_branches_at": [0.005], "schedule": {"kind": "wsd", "warmup_fraction": 0.5}},
+            "decay_branches_at",
+            "would leave tiny-bf16-s1 at step 0",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_field(

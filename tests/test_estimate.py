@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fp8lab import estimate
-from fp8lab.config import MODELS, OptimizerConfig, RunConfig
+from fp8lab.config import MODELS, OptimizerConfig, ParentConfig, RunConfig
 from fp8lab.results import speed_runs
 
 ROOT = Path(__file__).parents[1]
@@ -30,3 +30,10 @@ def test_memory_is_what_was_measured() -> None:
     assert len(measured) >= 3
     for (model, seq_len, micro_batch), peak in measured.items():
         assert estimate.memory_bytes(config(model, seq_len, micro_batch)) == pytest.approx(peak, rel=0.05), model
+
+
+def test_a_branch_costs_its_own_steps() -> None:
+    run = config("7M", 1024, 128)
+    long = run.model_copy(update={"tokens": 100 * run.global_batch_tokens})
+    branch = long.model_copy(update={"parent": ParentConfig(run="r", step=75)})
+    assert estimate.hours(branch, 0.4, 1) == pytest.approx(estimate.hours(long, 0.4, 1) / 4)

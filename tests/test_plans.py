@@ -6,6 +6,7 @@ The notebooks here stand in for ``runs/train.ipynb``: they write the same record
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -111,6 +112,35 @@ def test_a_changed_configuration_does_not_pass_for_the_old_result(tmp_path: Path
     record = records.read(workspace.record(changed.runs[0]))
     assert isinstance(record, records.TrainRecord)
     assert record.config["optimizer"]["peak_learning_rate"] == 0.002
+
+
+def test_fields_that_change_no_result_or_are_newer_than_a_record_do_not_make_it_another(tmp_path: Path) -> None:
+    plan, workspace = make_project(tmp_path, FINISH)
+    execute(plan, workspace, jobs=2)
+    path = workspace.record(plan.runs[0]) / "record.json"
+    record = json.loads(path.read_text())
+    del record["config"]["high_precision"], record["config"]["optimizer"]["z_loss"]
+    record["config"] |= {"checkpoint_interval": 7, "a_field_of_old": 1}
+    path.write_text(json.dumps(record))
+    assert "already finished" in execute(plan, workspace)[1]
+
+
+def test_the_pilots_records_are_those_of_its_plan() -> None:
+    plan, workspace = load_plan("runs/plans/pilot-h200.yaml"), Workspace()
+    _, output = execute(plan, workspace)
+    assert output.count("already finished") == len(plan.runs)
+
+
+def test_a_branch_waits_for_the_run_that_it_leaves(tmp_path: Path) -> None:
+    wait = "import time\nif config.parent is None: time.sleep(2)\n"
+    wait += "else: assert (Path(records_dir) / config.plan / config.parent.run / 'record.json').exists()"
+    plan, workspace = make_project(tmp_path, wait + FINISH)
+    entry = yaml.safe_load(plan.path.read_text())
+    entry["entries"][0] |= {"seeds": [1], "tokens": 640, "schedule": {"kind": "wsd"}, "decay_branches_at": [0.02]}
+    plan.path.write_text(yaml.safe_dump(entry))
+    branched = load_plan(plan.path)
+    assert [config.run for config in branched.runs] == ["t-bf16-s1", "t-bf16-s1-d0.02"]
+    assert execute(branched, workspace, jobs=2)[0] == 0
 
 
 def test_a_failed_notebook_leaves_its_failure_and_a_record(tmp_path: Path) -> None:

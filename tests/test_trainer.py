@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fp8lab import records, trainer
 from fp8lab.checkpoint import load_model
-from fp8lab.config import RECIPES, load_plan
+from fp8lab.config import RECIPES, load_plan, parameter_count
 from fp8lab.errors import UserError
 from fp8lab.generation import generate
 from fp8lab.model import GPT
@@ -272,7 +272,7 @@ WSD = {"kind": "wsd", "warmup_fraction": 0.1, "decay_fraction": 0.25, "final_fra
 
 def test_a_decay_branch_equals_the_run_of_that_length_and_costs_only_its_decay(train, tmp_path) -> None:
     # 40 steps: warm-up to 4, stable to 30, decay. The branch decays over steps 15 to 20.
-    train(tiny_config(run="long", tokens=40 * 128, schedule=WSD, checkpoint_interval=5, keep_checkpoints_every=5))
+    train(tiny_config(run="long", tokens=40 * 128, schedule=WSD, keep_checkpoints_at=(5, 15)))
     branch = tiny_config(run="branch", schedule=WSD, parent={"run": "long", "step": 15})
     record = train(branch)
     assert (record.parent.run, record.parent.step) == ("long", 15)
@@ -298,7 +298,7 @@ def test_a_decay_branch_equals_the_run_of_that_length_and_costs_only_its_decay(t
     ],
 )
 def test_a_branch_that_cannot_be_is_refused(train, changes, message) -> None:
-    train(tiny_config(run="long", schedule=WSD, checkpoint_interval=5, keep_checkpoints_every=5))
+    train(tiny_config(run="long", schedule=WSD, keep_checkpoints_at=(5, 10, 15)))
     with pytest.raises(UserError, match=message):
         train(tiny_config(**{"run": "branch", "schedule": WSD} | changes))
 
@@ -320,6 +320,21 @@ def test_a_plan_s_branch_leaves_the_run_of_the_name_without_suffix(tmp_path) -> 
     path.write_text(json.dumps({"name": "test", "description": "", "entries": [branch | {"parent": {"step": 16}}]}))
     with pytest.raises(UserError, match="after this run's decay begins, at step 15 of 20"):
         load_plan(path)
+
+
+def test_budgets_of_a_plan_branch_off_one_run(train, tmp_path) -> None:
+    config = tiny_config(schedule=WSD, checkpoint_interval=1000)
+    entry = config.model_dump(mode="json", exclude={"plan", "run", "recipe", "seed", "parent"})
+    model = entry.pop("model")
+    entry |= {"models": [model], "recipes": ["bf16"], "tokens": 40 * 128}
+    entry["decay_branches_at"] = [10 * 128 / parameter_count(config.model), 20 * 128 / parameter_count(config.model)]
+    path = tmp_path / "plan.yaml"
+    path.write_text(json.dumps({"name": "test", "description": "budgets", "entries": [entry]}))
+    long, short, middle = (train(run) for run in load_plan(path).runs)
+    assert [record.steps for record in (long, short, middle)] == [40, 10, 20]
+    assert [record.parent.step for record in (short, middle)] == [8, 15]
+    assert [len(curve(tmp_path, record.run)) for record in (short, middle)] == [2, 5]
+    assert short.final.validation_loss > long.final.validation_loss
 
 
 def test_out_of_memory_names_the_micro_batch_that_fits(train, tmp_path, monkeypatch) -> None:
