@@ -28,6 +28,12 @@ def test_the_article_builds_what_its_largest_run_draws() -> None:
         assert domain.source.max_tokens >= domain.weight * 30e9
 
 
+def test_the_local_text_is_the_same_in_either_vocabulary() -> None:
+    ladder, gpt2 = (load_mixture(ROOT / f"runs/mixtures/{name}.yaml") for name in ("local", "local-gpt2"))
+    assert ladder.domains == gpt2.domains
+    assert gpt2.tokenizer == "gpt2" != ladder.tokenizer
+
+
 def _demo(tmp_path: Path, change: Callable[[dict], None]) -> Path:
     values = yaml.safe_load((ROOT / "runs/mixtures/demo.yaml").read_text())
     change(values)
