@@ -44,7 +44,7 @@ from fp8lab.loss import training_loss
 from fp8lab.model import GPT
 from fp8lab.precision import convert, fp8_tensor_cores, uses_fp8
 from fp8lab.records import SpeedRecord
-from fp8lab.trainer import compile_blocks, device_name, training_device
+from fp8lab.session import compile_blocks, device_name, training_device
 
 GRADIENT_CLIP = 1.0
 DISTINCT_BATCHES = 4

@@ -1,8 +1,7 @@
 """Training: a validated configuration in, a run record and trained weights out.
 
-One optimizer step: for each micro-batch, forward under BF16 autocast and backward into FP32
-gradients; their global norm; the guard's verdict; then fused AdamW on the FP32 master weights, which
-clips and skips on the device. The host only queues work: it reads losses later, in bunches.
+`fp8lab.session` holds the run's state and takes its steps; this module drives it to its end, and keeps
+its record, whatever happens.
 
 A run stops and continues as if it had not stopped. Its state is checkpointed every
 `checkpoint_interval` steps and on SIGTERM and SIGINT; the batch at a step is a function of the step;
@@ -16,42 +15,32 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import ctypes
 import logging
-import math
-import shutil
 import signal
 import sys
-import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fp8lab import checkpoint, flops, records
-from fp8lab.config import MAY_CHANGE, RunConfig, read_run_config, validate
+from fp8lab.config import RunConfig, read_run_config
 from fp8lab.data import Loader, TokenDataset, load_mixture
 from fp8lab.errors import UserError
 from fp8lab.events import EventFile
 from fp8lab.generation import generate
-from fp8lab.guard import StepGuard
-from fp8lab.kernels import end_step
-from fp8lab.loss import total_nats, training_loss
-from fp8lab.metrics import MetricsLog, Stopwatch, spike_score
-from fp8lab.model import GPT
-from fp8lab.precision import FP8_MULTIPLE, convert, fp8_tensor_cores, uses_fp8
+from fp8lab.metrics import spike_score
+from fp8lab.precision import FP8_MULTIPLE, uses_fp8
 from fp8lab.progress import Progress, ProgressFile
 from fp8lab.records import DomainLoss, FinalLosses, Speed, Stability, TrainRecord
-from fp8lab.schedule import decay_start, learning_rate_fraction, warmup_steps
-
-log = logging.getLogger(__name__)
+from fp8lab.session import Session, device_name, first_non_finite_output
 
 FLUSH_SECONDS = 1.0
 """Between readings of the device's metrics."""
@@ -62,11 +51,8 @@ FINAL_LOSS_ROWS = 20
 """Logged rows that the final training loss is the mean of."""
 WARMUP_ROWS = 5
 """Rows after a (re)start that the median step time leaves out: compilation and first touches."""
-VALIDATION_TYPES = {"step": "int64", "tokens": "int64", "domain": "str", "loss": "float64", "bits_per_byte": "float64"}
 SAMPLE_PROMPT_TOKENS = 16
 SAMPLE_TOKENS = 48
-BRANCH_MAY_CHANGE = MAY_CHANGE | {"run", "parent", "tokens", "schedule", "validation_interval", "log_interval"}
-"""Fields in which a decay branch may differ from its parent."""
 
 OnLog = Callable[[Callable[[], pd.DataFrame], Callable[[], pd.DataFrame]], None]
 """Called about once a second; its arguments make the tables of all metrics and validations so far."""
@@ -114,7 +100,7 @@ def train(
             f"tokens of mixture {config.mixture}"
         )
     folder = checkpoints_dir / config.plan / config.run
-    session = _Session(config, dataset, folder)
+    session = Session(config, dataset, folder)
     with checkpoint.lock(folder):
         checkpoint.clean_up(folder)
         session.resume()
@@ -142,320 +128,10 @@ def _check_batch(config: RunConfig) -> None:
         )
 
 
-def training_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors for the next step instead of returning it to the kernel.
-
-    Faulting it in again at every step costs a CPU run up to a fifth of its speed. Does nothing without glibc.
-    """
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(mmap_threshold, 32 << 20)
-        mallopt(trim_threshold, 1 << 30)
-        mallopt(top_pad, 64 << 20)
-
-
-def device_name(device: torch.device) -> str:
-    """What records call `device`."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else records.cpu_name()
-
-
-def compile_blocks(model: GPT, device: torch.device) -> None:
-    """torch.compile each block and the final norm: blocks share a graph, so it takes seconds, not minutes."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if device.type == "cpu" and not (compiler and Path(sysconfig.get_path("include"), "Python.h").exists()):
-        log.warning("no C++ compiler (g++ or clang++) or no Python headers: the run is not compiled")
-        return
-    for block in model.blocks:
-        block.compile(dynamic=False)
-    model.norm.compile(dynamic=False)
-
-
-def make_optimizer(model: GPT, config: RunConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over all parameters, weight decay on matrices only."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    settings = config.optimizer
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=settings.peak_learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        fused=True,
-    )
-
-
-@torch.no_grad()
-def first_non_finite_output(model: GPT, tokens: Tensor) -> str | None:
-    """Name of the first module, in forward order, whose output on `tokens` (batch, seq) is not finite."""
-    found: list[str] = []
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            if not found and not torch.isfinite(output).all():
-                found.append(name)
-
-        return hook
-
-    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
-    try:
-        # Hooks inside a compiled block are not called.
-        with torch.compiler.set_stance("force_eager"), torch.autocast(tokens.device.type, torch.bfloat16):
-            model(tokens)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return found[0] if found else None
-
-
-class _Session:
-    """The state of one run on one device, and the step that advances it."""
-
-    def __init__(self, config: RunConfig, dataset: TokenDataset, folder: Path) -> None:
-        self.config = config
-        self.dataset = dataset
-        self.folder = folder
-        self.device = training_device()
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        self.emulated = uses_fp8(config.recipe, config.head) and not fp8_tensor_cores()
-        self.model = GPT(config.model)
-        self.model.initialise(config.seed)
-        self.model.to(self.device)
-        # The weights' BF16 view of themselves: validation measures weights, whatever the recipe computes in.
-        self.bf16_model = _share_weights(self.model)
-        self.conversion = convert(self.model, config.recipe, config.head, config.high_precision)
-        self.model.train()
-        self.model.checkpoint_activations = config.activation_checkpointing
-        self.optimizer = make_optimizer(self.model, config, self.device)
-        self.guard = StepGuard(len(list(self.model.parameters())), config.optimizer.skip_outliers).to(self.device)
-        self.log = MetricsLog(self.device, config.global_batch_tokens)
-        self.validation: list[dict[str, Any]] = []
-        self.step = 0
-        self.resumed_at = 0
-        self.earlier_seconds = 0.0
-        self.started_utc: str | None = None
-        self.began = time.perf_counter()
-        if config.compile:
-            # Graphs of earlier runs in this process would count against the limit of recompilations.
-            torch.compiler.reset()
-            compile_blocks(self.model, self.device)
-
-    @property
-    def steps(self) -> int:
-        return self.config.steps
-
-    @property
-    def tokens(self) -> int:
-        return self.step * self.config.global_batch_tokens
-
-    @property
-    def own_tokens(self) -> int:
-        """Tokens trained on by this run itself, those of a branch's parent left out."""
-        parent = self.config.parent
-        return self.tokens - (parent.step * self.config.global_batch_tokens if parent else 0)
-
-    @property
-    def wall_seconds(self) -> float:
-        """Time spent on the run, interruptions excluded."""
-        return self.earlier_seconds + time.perf_counter() - self.began
-
-    def take_step(self, batch: Tensor) -> None:
-        """One optimizer step on `batch` (rows, seq_len + 1), logged; nothing here waits for the device."""
-        config, optimizer = self.config, self.optimizer
-        stopwatch = Stopwatch(self.device).start()
-        lr = config.optimizer.peak_learning_rate * learning_rate_fraction(config.schedule, self.step, self.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        batch = batch.to(self.device, non_blocking=True)
-        try:
-            loss = self._accumulate_gradients(batch, config.micro_batch)
-        except torch.OutOfMemoryError:
-            raise UserError(self._advise_micro_batch(batch)) from None
-        parameters = list(self.model.parameters())
-        norms = torch.stack(torch._foreach_norm([cast(Tensor, parameter.grad) for parameter in parameters]))
-        norm, skip = self.guard.judge(self.step, loss, norms)
-        # Fused AdamW divides gradients by grad_scale and leaves everything as it was where found_inf is 1:
-        # clipping and skipping cost no pass over memory of their own.
-        optimizer.grad_scale = (norm / config.optimizer.gradient_clip).clamp(min=1.0)  # type: ignore[attr-defined]
-        optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        end_step(self.model)
-        stopwatch.stop()
-        self.step += 1
-        if self.step % config.log_interval == 0 or self.step == self.steps:
-            self.log.add(self.step, lr, torch.stack((loss, norm, skip.float())), stopwatch)
-
-    def _accumulate_gradients(self, batch: Tensor, micro_batch: int) -> Tensor:
-        """Gradients of the mean loss over `batch`, `micro_batch` sequences at a time; returns that loss."""
-        micro_batches = batch.split(micro_batch)
-        total = torch.zeros((), device=self.device)
-        for tokens in micro_batches:
-            with torch.autocast(self.device.type, torch.bfloat16):
-                hidden = self.model.hidden(tokens[:, :-1])
-                objective, loss = training_loss(self.model, hidden, tokens[:, 1:], self.config.optimizer.z_loss)
-            (objective / len(micro_batches)).backward()
-            total += loss / len(micro_batches)
-        return total
-
-    def _advise_micro_batch(self, batch: Tensor) -> str:
-        """Which micro-batch fits the device's memory, found by trying."""
-        problem = (
-            f"micro_batch: {self.config.micro_batch} sequences do not fit the memory of {device_name(self.device)}"
-        )
-        # Before the first step the optimizer has yet to take its share.
-        moments = [] if self.optimizer.state else [torch.zeros_like(p) for p in self.model.parameters() for _ in "mv"]
-        for micro_batch in range(self.config.micro_batch // 2, 0, -1):
-            if self.config.micro_batch % micro_batch:
-                continue
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            with contextlib.suppress(torch.OutOfMemoryError):
-                self._accumulate_gradients(batch[:micro_batch], micro_batch)
-                del moments
-                return f"{problem}; {micro_batch} do"
-        return f"{problem}; not even 1 does: take a smaller model or seq_len, or activation_checkpointing"
-
-    @torch.no_grad()
-    def validate(self) -> None:
-        """Loss and bits per byte of each domain's validation text, into `validation`."""
-        for domain in self.dataset.weights:
-            windows, text_bytes = self.dataset.validation_windows(
-                domain, self.config.model.seq_len, self.config.validation_tokens
-            )
-            nats = torch.zeros((), dtype=torch.float64, device=self.device)
-            for rows in torch.from_numpy(windows).split(self.config.micro_batch):
-                rows = rows.to(self.device)
-                with torch.autocast(self.device.type, torch.bfloat16):
-                    nats += total_nats(self.bf16_model, self.bf16_model.hidden(rows[:, :-1]), rows[:, 1:])
-            predicted = windows.shape[0] * self.config.model.seq_len
-            self.validation.append(
-                {
-                    "step": self.step,
-                    "tokens": self.tokens,
-                    "domain": domain,
-                    "loss": float(nats) / predicted,
-                    "bits_per_byte": float(nats) / math.log(2) / text_bytes,
-                }
-            )
-
-    def validated(self) -> bool:
-        """True if the weights as they stand have been validated."""
-        return bool(self.validation) and self.validation[-1]["step"] == self.step
-
-    def state(self) -> checkpoint.TrainingState:
-        """Everything to continue from; waits for the device."""
-        self.log.flush(wait=True)
-        optimizer = {
-            f"{name}.{key}": value
-            for name, parameter in self.model.named_parameters()
-            for key, value in self.optimizer.state[parameter].items()
-        }
-        return checkpoint.TrainingState(
-            step=self.step,
-            model=self.model.state_dict(),
-            optimizer=optimizer,
-            trainer=self.guard.state_dict(),
-            metrics=self.log.table(),
-            validation=self.validation_table(),
-            facts={
-                "config": self.config.model_dump(mode="json"),
-                "data_sha256": self.dataset.sha256,
-                "mixture_weights": self.dataset.weights,
-                "wall_seconds": self.wall_seconds,
-                "started_utc": self.started_utc,
-            },
-        )
-
-    def validation_table(self) -> pd.DataFrame:
-        """All validations so far."""
-        return pd.DataFrame(self.validation, columns=list(VALIDATION_TYPES)).astype(VALIDATION_TYPES)
-
-    def resume(self) -> None:
-        """Continue from the folder's newest good checkpoint, if it has one.
-
-        Raises:
-            UserError: all are damaged, or they were made with another configuration or other data.
-        """
-        state = checkpoint.load_latest(self.folder)
-        parent = self.config.parent
-        if state is not None:
-            self._check_compatible(state, self.folder, MAY_CHANGE)
-            self._restore_tensors(state)
-            self._restore_history(state)
-        elif parent is not None:
-            folder = self.folder.parent / parent.run
-            state = checkpoint.load_step(folder, parent.step)
-            self._check_compatible(state, folder, BRANCH_MAY_CHANGE)
-            self._check_stable_part(state, folder)
-            self._restore_tensors(state)
-            self.step = self.resumed_at = state.step
-
-    def _restore_tensors(self, state: checkpoint.TrainingState) -> None:
-        self.model.load_state_dict(state.model)
-        for name, parameter in self.model.named_parameters():
-            self.optimizer.state[parameter] = {
-                key: state.optimizer[f"{name}.{key}"].to(self.device) for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-        self.guard.load_state_dict(state.trainer)
-
-    def _restore_history(self, state: checkpoint.TrainingState) -> None:
-        rows = cast(list[dict[str, Any]], state.metrics.to_dict("records"))
-        self.log = MetricsLog(self.device, self.config.global_batch_tokens, rows)
-        self.validation = cast(list[dict[str, Any]], state.validation.to_dict("records"))
-        self.step = self.resumed_at = state.step
-        self.earlier_seconds = state.facts["wall_seconds"]
-        self.started_utc = state.facts["started_utc"]
-
-    def _check_compatible(self, state: checkpoint.TrainingState, folder: Path, may_change: set[str]) -> None:
-        config = self.config.model_dump(mode="json")
-        before = state.facts["config"]
-        changed = [key for key in config if key not in may_change and before.get(key) != config[key]]
-        if state.facts["data_sha256"] != self.dataset.sha256:
-            changed.append("the mixture's data")
-        if state.facts.get("mixture_weights", self.dataset.weights) != self.dataset.weights:
-            # Weights decide the order of the data and are no part of its hash.
-            changed.append("the mixture's weights")
-        if changed:
-            raise UserError(
-                f"{folder}: its checkpoint was made with another configuration ({', '.join(changed)} changed); "
-                "remove the folder or give the run another name"
-            )
-
-    def _check_stable_part(self, state: checkpoint.TrainingState, folder: Path) -> None:
-        """A branch may only leave a WSD parent, after the warm-up and before the decay."""
-        parent = validate(RunConfig, state.facts["config"], f"{folder}: its checkpoint")
-        stable = range(warmup_steps(parent.schedule, parent.steps), decay_start(parent.schedule, parent.steps) + 1)
-        if parent.schedule.kind != "wsd" or state.step not in stable:
-            raise UserError(
-                f"parent.step: {state.step} is not in the stable part of {parent.run}, "
-                f"steps {stable.start} to {stable.stop - 1} of a WSD schedule"
-            )
-
-
-def _share_weights(model: GPT) -> GPT:
-    """A plain model over the same parameters."""
-    with torch.device("meta"):
-        twin = GPT(model.config)
-    twin.load_state_dict(model.state_dict(), assign=True)
-    twin.cos, twin.sin = model.cos, model.sin
-    return twin.eval()
-
-
 class _Recorder:
     """Drives a session to its end and keeps its record, whatever happens."""
 
-    def __init__(self, session: _Session, loader: Loader, records_dir: Path, on_log: OnLog | None) -> None:
+    def __init__(self, session: Session, loader: Loader, records_dir: Path, on_log: OnLog | None) -> None:
         self._session = session
         self._loader = loader
         self._records_dir = records_dir

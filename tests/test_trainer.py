@@ -13,8 +13,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fp8lab import records, trainer
-from fp8lab.checkpoint import load_model
+from fp8lab import records, session, trainer
+from fp8lab.checkpoint import load_latest, load_model
 from fp8lab.config import RECIPES, load_plan, parameter_count
 from fp8lab.errors import UserError
 from fp8lab.generation import generate
@@ -138,7 +138,7 @@ def test_weight_decay_shrinks_matrices_alone() -> None:
     model.initialise(1)
     config = tiny_config(optimizer={"peak_learning_rate": 0.1, "weight_decay": 0.5})
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = trainer.make_optimizer(model, config, torch.device("cpu"))
+    optimizer = session.make_optimizer(model, config, torch.device("cpu"))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -151,7 +151,7 @@ def test_clipping_limits_the_gradient_that_the_optimizer_sees(train, tmp_path) -
     clip = 0.1
     train(tiny_config(tokens=128, optimizer={"peak_learning_rate": 1e-2, "gradient_clip": clip}))
     assert curve(tmp_path)["grad_norm"][0] > clip
-    state = trainer.checkpoint.load_latest(tmp_path / "checkpoints_dir" / "test" / "tiny")
+    state = load_latest(tmp_path / "checkpoints_dir" / "test" / "tiny")
     moments = [tensor for name, tensor in state.optimizer.items() if name.endswith(".exp_avg")]
     # After one step the first moment is (1 - beta1) times the clipped gradient.
     norm = math.sqrt(sum(float(tensor.square().sum()) for tensor in moments))
@@ -160,14 +160,14 @@ def test_clipping_limits_the_gradient_that_the_optimizer_sees(train, tmp_path) -
 
 def poison(monkeypatch, steps: set[int]) -> None:
     """Make the loss of these steps not a number."""
-    real, calls = trainer.training_loss, []
+    real, calls = session.training_loss, []
 
     def poisoned(*arguments):
         calls.append(1)
         objective, loss = real(*arguments)
         return (objective * math.nan, loss * math.nan) if len(calls) in steps else (objective, loss)
 
-    monkeypatch.setattr(trainer, "training_loss", poisoned)
+    monkeypatch.setattr(session, "training_loss", poisoned)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(train, tmp_path, monkeypatch) -> None:
@@ -178,13 +178,13 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(train, tmp_path, monke
     table = curve(tmp_path)
     assert table[table["skipped"]]["step"].tolist() == [5, 9]
     assert table[~table["skipped"]]["loss"].notna().all()
-    state = trainer.checkpoint.load_latest(tmp_path / "checkpoints_dir" / "test" / "tiny")
+    state = load_latest(tmp_path / "checkpoints_dir" / "test" / "tiny")
     assert {float(tensor) for name, tensor in state.optimizer.items() if name.endswith(".step")} == {18.0}
 
 
 def test_a_run_that_stays_non_finite_stops_as_diverged_and_names_the_layer(train, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(trainer, "FLUSH_SECONDS", 0.0)
-    real, seen = trainer.convert, []
+    real, seen = session.convert, []
 
     def convert(model, *arguments):
         def break_down(_module, _inputs, output):
@@ -194,27 +194,27 @@ def test_a_run_that_stays_non_finite_stops_as_diverged_and_names_the_layer(train
         model.blocks[0].mlp.register_forward_hook(break_down)
         return real(model, *arguments)
 
-    monkeypatch.setattr(trainer, "convert", convert)
+    monkeypatch.setattr(session, "convert", convert)
     with pytest.raises(Diverged, match=r"first .* was at step 14, in blocks\.0\.mlp$"):
         train(tiny_config(tokens=200 * 128))
     record = records.read(tmp_path / "records_dir" / "test" / "tiny")
     assert record.status == "diverged"
     assert record.stability.first_bad_step == 14
     assert record.stability.first_bad_layer == "blocks.0.mlp"
-    state = trainer.checkpoint.load_latest(tmp_path / "checkpoints_dir" / "test" / "tiny")
+    state = load_latest(tmp_path / "checkpoints_dir" / "test" / "tiny")
     assert state.step in (20, 30)
     assert all(torch.isfinite(tensor).all() for tensor in state.model.values())
 
 
 def test_outlier_steps_are_skipped_when_asked(train, monkeypatch) -> None:
-    real, calls = trainer.training_loss, []
+    real, calls = session.training_loss, []
 
     def spike(*arguments):
         calls.append(1)
         objective, loss = real(*arguments)
         return objective, loss + (100 if len(calls) == 150 else 0)
 
-    monkeypatch.setattr(trainer, "training_loss", spike)
+    monkeypatch.setattr(session, "training_loss", spike)
     config = tiny_config(tokens=160 * 128, optimizer={"peak_learning_rate": 1e-3, "skip_outliers": 8})
     record = train(config)
     assert record.stability.skipped_steps == 1
@@ -238,14 +238,14 @@ def test_an_exception_leaves_a_failed_record_with_the_reason(train, tmp_path, mo
 
 def stop_at(monkeypatch, step: int, number: int) -> None:
     """Send this process a signal while a step's batch is being loaded."""
-    real = trainer._Session.take_step
+    real = session.Session.take_step
 
     def take_step(self, batch):
         real(self, batch)
         if self.step == step:
             signal.raise_signal(number)
 
-    monkeypatch.setattr(trainer._Session, "take_step", take_step)
+    monkeypatch.setattr(session.Session, "take_step", take_step)
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "tensorwise", "fused"])
@@ -338,14 +338,14 @@ def test_budgets_of_a_plan_branch_off_one_run(train, tmp_path) -> None:
 
 
 def test_out_of_memory_names_the_micro_batch_that_fits(train, tmp_path, monkeypatch) -> None:
-    real = trainer.training_loss
+    real = session.training_loss
 
     def limited(model, hidden, targets, z_loss):
         if len(targets) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, hidden, targets, z_loss)
 
-    monkeypatch.setattr(trainer, "training_loss", limited)
+    monkeypatch.setattr(session, "training_loss", limited)
     message = r"micro_batch: 8 sequences do not fit the memory of CPU.*; 2 do$"
     with pytest.raises(UserError, match=message):
         train(tiny_config(micro_batch=8, global_batch_tokens=256))
@@ -402,7 +402,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(train, tmp_path, changes, 
 
 
 def test_without_a_compiler_the_run_goes_on_and_says_so(train, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(trainer.shutil, "which", lambda _: None)
+    monkeypatch.setattr(session.shutil, "which", lambda _: None)
     with caplog.at_level(logging.WARNING):
         assert train(tiny_config(compile=True)).status == "finished"
     assert [record.message for record in caplog.records] == [
