@@ -279,6 +279,12 @@ def clean_up(folder: Path) -> None:
         _remove(path)
 
 
+def discard(folder: Path) -> None:
+    """Remove the checkpoints of a finished run that keeps none."""
+    for path in _checkpoints(folder):
+        _remove(path)
+
+
 def save_final(folder: Path, model: GPT, config: RunConfig) -> None:
     """Write the trained weights and the configuration, each atomically; weights first."""
     parameters = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}

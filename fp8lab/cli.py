@@ -62,6 +62,10 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only print parameters, tokens, FLOPs, memory (GB) and hours.")
     ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only runs whose names match this shell pattern ('7M-*'); may be given several times."),
+    ] = None,
     mixture: MixtureOption = None,
     corpus: Corpus = None,
     eval_data: EvaluationData = None,
@@ -80,7 +84,7 @@ def run(
     from fp8lab import plans
     from fp8lab.config import load_plan
 
-    resolved = load_plan(plan, mixture)
+    resolved = load_plan(plan, mixture).only(only or [])
     if dry_run:
         from fp8lab.estimate import SCALING_EFFICIENCY
         from fp8lab.tables import planned_runs

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -189,6 +190,11 @@ class RunConfig(Config):
     """Recompute each block in backward: less memory, about a third more compute."""
     compile: bool = True
     """torch.compile each block."""
+    average_half_life: float = Field(default=0.0, ge=0, lt=1)
+    """Half-life, as a share of the steps, of an exponential moving average of the weights, validated at the end.
+
+    Beside the weights themselves, so that one run tells what averaging does. 0: none is kept.
+    """
     validation_tokens: int = Field(default=65_536, gt=0)
     """Validation tokens a domain."""
     validation_interval: int = Field(default=0, ge=0)
@@ -203,6 +209,12 @@ class RunConfig(Config):
     """Set for a decay branch: trains only the steps after the parent's."""
     evaluation: Literal["none", "demo", "full"] = "none"
     """lm-eval suite that scores the finished run."""
+    compact: bool = False
+    """For plans of many short runs: keep a finished run's record alone, without weights, samples and notebook.
+
+    Its tables go into those that the plan's runs share. An entry's compact runs train one after another in one
+    process (`fp8lab.series`), so that its start and compilation are paid once.
+    """
 
     @model_validator(mode="after")
     def _batch_is_whole_sequences(self) -> RunConfig:
@@ -212,6 +224,12 @@ class RunConfig(Config):
                 f"global_batch_tokens {self.global_batch_tokens} is not a multiple of "
                 f"micro_batch x seq_len = {self.micro_batch} x {self.model.seq_len} = {sequence_tokens}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _compact_keeps_nothing(self) -> RunConfig:
+        if self.compact and (self.evaluation != "none" or self.keep_checkpoints_at or self.parent):
+            raise ValueError("compact: keeps no weights to score or to branch from; leave evaluation and branches out")
         return self
 
     @model_validator(mode="after")
@@ -238,7 +256,7 @@ class RunConfig(Config):
         return self.steps - (self.parent.step if self.parent else 0)
 
 
-MAY_CHANGE = {"checkpoint_interval", "keep_checkpoints_at", "evaluation"}
+MAY_CHANGE = {"checkpoint_interval", "keep_checkpoints_at", "evaluation", "compact"}
 """Fields that change no result: a run may be resumed, or counts as finished, with other values of them."""
 
 
@@ -255,6 +273,21 @@ class Plan(Config):
             if config.run == run:
                 return config
         raise UserError(f"{self.path}: no run {run!r}; it has {', '.join(c.run for c in self.runs)}")
+
+    def only(self, patterns: Sequence[str]) -> Plan:
+        """The plan with those of its runs whose names match one of the shell patterns; all where there are none.
+
+        Raises:
+            UserError: a pattern matches no run.
+        """
+        for pattern in patterns:
+            if not any(fnmatchcase(config.run, pattern) for config in self.runs):
+                names = ", ".join(config.run for config in self.runs)
+                raise UserError(f"--only: {pattern!r} matches no run of {self.path}; it has {names}")
+        chosen = tuple(
+            config for config in self.runs if any(fnmatchcase(config.run, pattern) for pattern in patterns or "*")
+        )
+        return self.model_copy(update={"runs": chosen})
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)

@@ -1,7 +1,8 @@
 """Executing a plan: every run through papermill, finished ones skipped, interrupted ones resumed.
 
 Each run is one execution of ``runs/train.ipynb`` and, where its plan asks for scores, one of
-``runs/evaluate.ipynb``, in a process of its own. This module never imports torch: it starts the
+``runs/evaluate.ipynb``, in a process of its own; an entry's compact runs are one execution of
+``runs/series.ipynb`` together. This module never imports torch: it starts the
 notebooks, draws progress from the file that each worker keeps (`fp8lab.progress`), passes SIGINT and
 SIGTERM on as one request to checkpoint and stop, and makes sure that however a notebook dies, a
 record says so.
@@ -9,6 +10,7 @@ record says so.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -16,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,17 +99,25 @@ def run_plan(plan: Plan, workspace: Workspace, options: Options, console: Consol
     """
     for config in plan.runs:
         _check_unchanged(config, workspace, replace=options.replace)
+    labels = {
+        config.run: f"{plan.name} {number}/{len(plan.runs)} {config.run}"
+        for number, config in enumerate(plan.runs, start=1)
+    }
     with _stage(workspace, console, options.jobs) as stage:
         with ThreadPoolExecutor(options.jobs) as pool:
-            futures: dict[str, Future[bool]] = {}
-            for number, config in enumerate(plan.runs, start=1):
-                label = f"{plan.name} {number}/{len(plan.runs)} {config.run}"
-                parent = futures.get(config.parent.run) if config.parent else None
-                futures[config.run] = pool.submit(_run_one, config, plan, options, stage, label, parent)
+            futures: dict[str, Future[int]] = {}
+            for series in _series(plan.runs):
+                first = series[0]
+                if first.compact:
+                    future = pool.submit(_run_series, series, plan, options, stage, labels)
+                else:
+                    parent = futures.get(first.parent.run) if first.parent else None
+                    future = pool.submit(_run_one, first, plan, options, stage, labels[first.run], parent)
+                futures[first.run] = future
             # Signals reach the main thread only while it is not blocked in a lock.
             while not all(future.done() for future in futures.values()):
                 time.sleep(POLL_SECONDS)
-        return sum(not future.result() for future in futures.values())
+        return sum(future.result() for future in futures.values())
 
 
 def evaluate_run(
@@ -146,10 +156,9 @@ def measure_speed(
     """
     parameters = {"plan": str(plan), "occasion": occasion, "budget_seconds": budget_seconds}
     folder = records.record_dir(workspace.records, name, occasion)
+    work = workspace.checkpoints / name / occasion
     with _stage(workspace, console, jobs=1) as stage:
-        return stage.notebook(
-            "speed", folder, workspace.checkpoints / name / occasion, parameters, f"{name} {occasion}"
-        )
+        return stage.notebook("speed", folder, work, parameters, {work: f"{name} {occasion}"})
 
 
 def finished_record(folder: Path) -> records.TrainRecord | None:
@@ -189,16 +198,52 @@ def _status_row(plan: str, run: str, records_dir: Path, checkpoints_dir: Path) -
     return plan, run, record.status, str(record.steps), loss, speed, record.reason or ""
 
 
+def _series(runs: Sequence[RunConfig]) -> list[tuple[RunConfig, ...]]:
+    """Runs that share a process: neighbours in the plan that are compact and alike but for recipe and seed."""
+
+    def alike(config: RunConfig) -> str:
+        return config.model_dump_json(exclude={"run", "recipe", "seed"}) if config.compact else config.run
+
+    return [tuple(series) for _, series in itertools.groupby(runs, alike)]
+
+
+def _run_series(
+    series: Sequence[RunConfig], plan: Plan, options: Options, stage: _Stage, labels: Mapping[str, str]
+) -> int:
+    """Train those of `series` that are not finished, one after another. The number that still are not."""
+    waiting = []
+    for config in series:
+        trained = finished_record(stage.workspace.record(config))
+        if trained is not None:
+            stage.print(f"{labels[config.run]}: already finished, {_loss(trained)}")
+        elif is_locked(stage.workspace.work(config)):
+            stage.print(f"{labels[config.run]}: another process is training it; see fp8lab status", style="red")
+        else:
+            waiting.append(config)
+    while waiting and stage.received is None:
+        # A run that takes its process down takes none of those after it along.
+        done = stage.execute_series(waiting, {"plan": str(plan.path), "mixture": options.mixture}, labels)
+        for config in waiting[:done]:
+            stage.print_end(config, labels[config.run])
+        waiting = waiting[done:]
+    return sum(finished_record(stage.workspace.record(config)) is None for config in series)
+
+
 def _run_one(
-    config: RunConfig, plan: Plan, options: Options, stage: _Stage, label: str, parent: Future[bool] | None
-) -> bool:
-    """Train, then score, whatever of it is not done yet. True if all of it now is.
+    config: RunConfig, plan: Plan, options: Options, stage: _Stage, label: str, parent: Future[int] | None
+) -> int:
+    """Execute one run. 0 if it is done, else 1.
 
     Args:
         parent: the run that a decay branch leaves, begun earlier: its checkpoint must be there first.
     """
     if parent is not None:
         wait([parent])
+    return int(not _train_and_score(config, plan, options, stage, label))
+
+
+def _train_and_score(config: RunConfig, plan: Plan, options: Options, stage: _Stage, label: str) -> bool:
+    """Train, then score, whatever of it is not done yet. True if all of it now is."""
     if stage.received is not None:
         return False
     folder = stage.workspace.record(config)
@@ -301,20 +346,29 @@ def _stage(workspace: Workspace, console: Console, jobs: int) -> Iterator[_Stage
 class _Worker:
     """One notebook in execution."""
 
-    def __init__(self, process: subprocess.Popen[bytes], progress_path: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], labels: Mapping[Path, str]) -> None:
+        """
+        Args:
+            labels: what to call each of its runs, by the folder where the run reports its progress.
+        """
         self.process = process
-        self.progress_path = progress_path
+        self.labels = labels
         self.started = time.time()
 
-    def progress(self) -> Progress | None:
-        """What the notebook's kernel last reported, None before its first report."""
-        progress = read_progress(self.progress_path)
-        return progress if progress is not None and progress.updated_utc.timestamp() >= self.started else None
+    def progress(self) -> tuple[str, Progress] | None:
+        """What the notebook's kernel last reported and the label of the run; None before its first report."""
+        reports = [
+            (label, progress)
+            for folder, label in self.labels.items()
+            if (progress := read_progress(folder / "progress.json")) is not None
+            and progress.updated_utc.timestamp() >= self.started
+        ]
+        return max(reports, key=lambda report: report[1].updated_utc, default=None)
 
     def stop(self) -> None:
         """Ask the kernel to checkpoint and stop; before it reports, there is nothing to save."""
-        progress = self.progress()
-        target = self.process.pid if progress is None else progress.pid
+        report = self.progress()
+        target = self.process.pid if report is None else report[1].pid
         try:
             os.kill(target, signal.SIGTERM)
         except ProcessLookupError:
@@ -334,6 +388,15 @@ class _Stage:
         if self.received is None:
             self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
+    def print_end(self, config: RunConfig, label: str) -> None:
+        """How a run of a series ended."""
+        trained = finished_record(self.workspace.record(config))
+        if trained is not None:
+            self.print(f"{label}: finished, {_loss(trained)}")
+        elif not is_locked(self.workspace.work(config)):
+            record = records.read(self.workspace.record(config))
+            self.print(f"{label}: {record.status}: {record.reason}", style="red")
+
     def stop(self, number: int, _frame: FrameType | None) -> None:
         """Signal handler: every worker once, and no new ones."""
         if self.received is None:
@@ -344,26 +407,55 @@ class _Stage:
     def execute(self, template: str, config: RunConfig, parameters: dict[str, Any], label: str) -> bool:
         """Execute ``runs/<template>.ipynb`` into the run's record. True if the notebook ran to its end."""
         folder, work = self.workspace.record(config), self.workspace.work(config)
-        path = folder / "record.json"
-        before = path.read_bytes() if path.exists() else None
-        done = self.notebook(template, folder, work, parameters, label)
+        before = _record_bytes(folder)
+        done = self.notebook(template, folder, work, parameters, {work: label})
         if template == "train":
             self._ensure_record(config, folder, work / f"{template}.log", before)
         return done
 
-    def notebook(self, template: str, folder: Path, work: Path, parameters: dict[str, Any], label: str) -> bool:
-        """Execute ``runs/<template>.ipynb`` into `folder`; its log and progress are in `work`."""
+    def execute_series(
+        self, configs: Sequence[RunConfig], parameters: dict[str, Any], labels: Mapping[str, str]
+    ) -> int:
+        """Execute ``runs/series.ipynb`` once for all of `configs`. The number of them, from the first, that it got to.
+
+        The executed notebook stays with the logs, in the folder of the first: records of compact runs are small.
+        """
+        work = self.workspace.work(configs[0])
+        before = {config.run: _record_bytes(self.workspace.record(config)) for config in configs}
+        parameters = parameters | {"runs": [config.run for config in configs]}
+        self.notebook(
+            "series", work, work, parameters, {self.workspace.work(config): labels[config.run] for config in configs}
+        )
+        attempted = [config for config in configs if _record_bytes(self.workspace.record(config)) != before[config.run]]
+        if not attempted and self.received is not None:
+            return 0
+        # If it died before the first, that is what became of all of them.
+        for config in attempted or configs:
+            if is_locked(self.workspace.work(config)):
+                continue
+            self._ensure_record(config, self.workspace.record(config), work / "series.log", before[config.run])
+        return configs.index(attempted[-1]) + 1 if attempted else len(configs)
+
+    def notebook(
+        self, template: str, folder: Path, work: Path, parameters: dict[str, Any], labels: Mapping[Path, str]
+    ) -> bool:
+        """Execute ``runs/<template>.ipynb`` into `folder`. True if it ran to its end.
+
+        Args:
+            work: where its log goes.
+            labels: what to call each run, by the folder where it reports its progress.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         work.mkdir(parents=True, exist_ok=True)
         log = work / f"{template}.log"
         process = self._start(template, folder, parameters | self.workspace.parameters(), log)
-        worker = _Worker(process, work / "progress.json")
+        worker = _Worker(process, labels)
         self._workers.add(worker)
         if self.received is not None:
             # The signal came while the process was starting.
             worker.stop()
         try:
-            self._watch(worker, f"{label} {template}")
+            self._watch(worker, template)
         finally:
             self._workers.discard(worker)
         return process.returncode == 0
@@ -391,19 +483,21 @@ class _Stage:
                 start_new_session=True,
             )
 
-    def _watch(self, worker: _Worker, label: str) -> None:
+    def _watch(self, worker: _Worker, template: str) -> None:
         """Show the worker's progress until it ends: a bar on a terminal, a line now and then elsewhere."""
         next_line = time.monotonic() + LINE_SECONDS
-        task: TaskID = self._bars.add_task(label, total=None, state="starting")
+        first = next(iter(worker.labels.values()))
+        task: TaskID = self._bars.add_task(f"{first} {template}", total=None, state="starting")
         while worker.process.poll() is None:
             time.sleep(POLL_SECONDS)
-            progress = worker.progress()
-            if progress is None:
+            report = worker.progress()
+            if report is None:
                 continue
-            state = progress.summary()
-            self._bars.update(task, completed=progress.step, total=progress.steps, state=state)
+            label, progress = report
+            description, state = f"{label} {template}", progress.summary()
+            self._bars.update(task, description=description, completed=progress.step, total=progress.steps, state=state)
             if not self._console.is_terminal and time.monotonic() >= next_line:
-                self.print(f"{label}: {state}")
+                self.print(f"{description}: {state}")
                 next_line = time.monotonic() + LINE_SECONDS
         self._bars.remove_task(task)
 
@@ -416,7 +510,7 @@ class _Stage:
         path = folder / "record.json"
         if path.exists():
             record = records.read(folder)
-            silent = record.status == "running" or path.read_bytes() == before
+            silent = record.status == "running" or _record_bytes(folder) == before
             if not isinstance(record, records.TrainRecord) or not silent:
                 return
         else:
@@ -428,3 +522,8 @@ class _Stage:
             record.status, record.reason = "failed", lines[-1] if lines else "the notebook's process died"
         record.provenance.ended_utc = records.utc_now()
         records.write(record, self.workspace.records)
+
+
+def _record_bytes(folder: Path) -> bytes | None:
+    path = folder / "record.json"
+    return path.read_bytes() if path.exists() else None

@@ -12,12 +12,16 @@ beside it:
 ``eval.json``         lm-eval's result dictionary
 ====================  ==========================================================================
 
+A plan of many compact runs keeps one ``metrics.parquet`` and one ``validation.parquet`` for all, beside
+their folders, with a column `run`.
+
 Writing is atomic (temporary name, fsync, rename); reading validates, and an error names the file
 and the field or column. Nothing in a record can execute: JSON and parquet only.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
@@ -107,13 +111,18 @@ class DomainLoss(_Part):
     bits_per_byte: float
 
 
-class FinalLosses(_Part):
-    train_loss: float
-    """Nats a token, mean of the last logged steps (at most 20)."""
+class ValidationLosses(_Part):
     validation_loss: float
     """Nats a token: the domains' losses, averaged by the mixture's weights."""
     bits_per_byte: float
     by_domain: dict[str, DomainLoss]
+
+
+class FinalLosses(ValidationLosses):
+    train_loss: float
+    """Nats a token, mean of the last logged steps (at most 20)."""
+    averaged: ValidationLosses | None = None
+    """Of the moving average of the weights, where one was kept."""
 
 
 class Stability(_Part):
@@ -405,6 +414,30 @@ def read_table(folder: Path, name: str) -> pd.DataFrame:
         raise UserError(f"{path}: truncated or not parquet ({error})") from None
     _check_columns(path, name, table.columns)
     return table
+
+
+def share_tables(records_dir: Path, plan: str, run: str) -> None:
+    """Move a run's tables into those that the runs of its plan share, where a column `run` tells them apart.
+
+    Rows of an earlier attempt are replaced. Several processes may do so at once: each holds a lock on the
+    plan's folder. Until its rows are in the shared table the run has its own, which readers prefer.
+    """
+    plan_folder, folder = records_dir / plan, record_dir(records_dir, plan, run)
+    descriptor = os.open(plan_folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        for name in ("metrics", "validation"):
+            own = folder / f"{name}.parquet"
+            if not own.exists():
+                continue
+            table = read_table(folder, name).assign(run=run)
+            if (plan_folder / own.name).exists():
+                shared = read_table(plan_folder, name)
+                table = pd.concat([shared[shared["run"] != run], table], ignore_index=True)
+            write_table(plan_folder, name, table.sort_values("run", kind="stable"))
+            own.unlink()
+    finally:
+        os.close(descriptor)
 
 
 def _check_columns(path: Path, name: str, columns: Iterable[str]) -> None:

@@ -16,7 +16,7 @@ import math
 import shutil
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8lab import checkpoint, records
+from fp8lab.averaging import WeightAverage
 from fp8lab.config import MAY_CHANGE, RunConfig, validate
 from fp8lab.data import TokenDataset
 from fp8lab.errors import UserError
@@ -34,11 +35,14 @@ from fp8lab.loss import total_nats, training_loss
 from fp8lab.metrics import MetricsLog, Stopwatch
 from fp8lab.model import GPT
 from fp8lab.precision import convert, fp8_tensor_cores, uses_fp8
+from fp8lab.records import DomainLoss
 from fp8lab.schedule import decay_start, learning_rate_fraction, warmup_steps
 
 log = logging.getLogger(__name__)
 
 VALIDATION_TYPES = {"step": "int64", "tokens": "int64", "domain": "str", "loss": "float64", "bits_per_byte": "float64"}
+AVERAGE_PREFIX = "average."
+"""Begins the names of averaged weights among a checkpoint's tensors."""
 BRANCH_MAY_CHANGE = MAY_CHANGE | {"run", "parent", "tokens", "schedule", "validation_interval", "log_interval"}
 """Fields in which a decay branch may differ from its parent."""
 
@@ -75,6 +79,23 @@ def compile_blocks(model: GPT, device: torch.device) -> None:
     for block in model.blocks:
         block.compile(dynamic=False)
     model.norm.compile(dynamic=False)
+
+
+_compiled_for = ""
+
+
+def drop_other_graphs(config: RunConfig) -> None:
+    """Drop what this process has compiled, unless it was for a run with the same graphs as `config`'s.
+
+    A run that differs in seed alone then compiles nothing. Graphs of other runs would count against the limit of
+    recompilations.
+    """
+    global _compiled_for
+    shape = {"model", "recipe", "head", "high_precision", "micro_batch", "activation_checkpointing"}
+    graphs = config.model_dump_json(include=shape)
+    if graphs != _compiled_for:
+        torch.compiler.reset()
+        _compiled_for = graphs
 
 
 def make_optimizer(model: GPT, config: RunConfig, device: torch.device) -> torch.optim.AdamW:
@@ -127,6 +148,9 @@ class Session:
         self.device = training_device()
         if self.device.type == "cpu":
             keep_freed_memory()
+        else:
+            # This process may have trained another run before.
+            torch.cuda.reset_peak_memory_stats()
         self.emulated = uses_fp8(config.recipe, config.head) and not fp8_tensor_cores()
         self.model = GPT(config.model)
         self.model.initialise(config.seed)
@@ -138,6 +162,10 @@ class Session:
         self.model.checkpoint_activations = config.activation_checkpointing
         self.optimizer = make_optimizer(self.model, config, self.device)
         self.guard = StepGuard(len(list(self.model.parameters())), config.optimizer.skip_outliers).to(self.device)
+        self.average: WeightAverage | None = None
+        if config.average_half_life:
+            parameters = dict(self.model.named_parameters())
+            self.average = WeightAverage(parameters, config.average_half_life * config.steps)
         self.log = MetricsLog(self.device, config.global_batch_tokens)
         self.validation: list[dict[str, Any]] = []
         self.step = 0
@@ -146,8 +174,7 @@ class Session:
         self.started_utc: str | None = None
         self.began = time.perf_counter()
         if config.compile:
-            # Graphs of earlier runs in this process would count against the limit of recompilations.
-            torch.compiler.reset()
+            drop_other_graphs(config)
             compile_blocks(self.model, self.device)
 
     @property
@@ -191,8 +218,10 @@ class Session:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         end_step(self.model)
-        stopwatch.stop()
         self.step += 1
+        if self.average is not None:
+            self.average.update(self.step, skip)
+        stopwatch.stop()
         if self.step % config.log_interval == 0 or self.step == self.steps:
             self.log.add(self.step, lr, torch.stack((loss, norm, skip.float())), stopwatch)
 
@@ -227,9 +256,21 @@ class Session:
                 return f"{problem}; {micro_batch} do"
         return f"{problem}; not even 1 does: take a smaller model or seq_len, or activation_checkpointing"
 
-    @torch.no_grad()
     def validate(self) -> None:
         """Loss and bits per byte of each domain's validation text, into `validation`."""
+        for domain, loss in self._validation_losses(self.bf16_model).items():
+            self.validation.append({"step": self.step, "tokens": self.tokens, "domain": domain} | loss.model_dump())
+
+    def validate_average(self) -> dict[str, DomainLoss] | None:
+        """Losses by domain of the averaged weights, None where no average is kept."""
+        if self.average is None:
+            return None
+        return self._validation_losses(_share_weights(self.bf16_model, self.average.averages))
+
+    @torch.no_grad()
+    def _validation_losses(self, model: GPT) -> dict[str, DomainLoss]:
+        """`model`'s losses on each domain's validation text."""
+        losses = {}
         for domain in self.dataset.weights:
             windows, text_bytes = self.dataset.validation_windows(
                 domain, self.config.model.seq_len, self.config.validation_tokens
@@ -238,17 +279,12 @@ class Session:
             for rows in torch.from_numpy(windows).split(self.config.micro_batch):
                 rows = rows.to(self.device)
                 with torch.autocast(self.device.type, torch.bfloat16):
-                    nats += total_nats(self.bf16_model, self.bf16_model.hidden(rows[:, :-1]), rows[:, 1:])
+                    nats += total_nats(model, model.hidden(rows[:, :-1]), rows[:, 1:])
             predicted = windows.shape[0] * self.config.model.seq_len
-            self.validation.append(
-                {
-                    "step": self.step,
-                    "tokens": self.tokens,
-                    "domain": domain,
-                    "loss": float(nats) / predicted,
-                    "bits_per_byte": float(nats) / math.log(2) / text_bytes,
-                }
+            losses[domain] = DomainLoss(
+                loss=float(nats) / predicted, bits_per_byte=float(nats) / math.log(2) / text_bytes
             )
+        return losses
 
     def validated(self) -> bool:
         """True if the weights as they stand have been validated."""
@@ -266,7 +302,7 @@ class Session:
             step=self.step,
             model=self.model.state_dict(),
             optimizer=optimizer,
-            trainer=self.guard.state_dict(),
+            trainer=self.guard.state_dict() | self._average_state(),
             metrics=self.log.table(),
             validation=self.validation_table(),
             facts={
@@ -277,6 +313,10 @@ class Session:
                 "started_utc": self.started_utc,
             },
         )
+
+    def _average_state(self) -> dict[str, Tensor]:
+        averages = {} if self.average is None else self.average.averages
+        return {AVERAGE_PREFIX + name: average for name, average in averages.items()}
 
     def validation_table(self) -> pd.DataFrame:
         """All validations so far."""
@@ -308,7 +348,10 @@ class Session:
             self.optimizer.state[parameter] = {
                 key: state.optimizer[f"{name}.{key}"].to(self.device) for key in ("step", "exp_avg", "exp_avg_sq")
             }
-        self.guard.load_state_dict(state.trainer)
+        guard = {name: value for name, value in state.trainer.items() if not name.startswith(AVERAGE_PREFIX)}
+        self.guard.load_state_dict(guard)
+        if self.average is not None:
+            self.average.load({name: state.trainer[AVERAGE_PREFIX + name] for name in self.average.averages})
 
     def _restore_history(self, state: checkpoint.TrainingState) -> None:
         rows = cast(list[dict[str, Any]], state.metrics.to_dict("records"))
@@ -344,10 +387,10 @@ class Session:
             )
 
 
-def _share_weights(model: GPT) -> GPT:
-    """A plain model over the same parameters."""
+def _share_weights(model: GPT, weights: Mapping[str, Tensor] | None = None) -> GPT:
+    """A plain model over the same parameters, or over `weights` in their place."""
     with torch.device("meta"):
         twin = GPT(model.config)
-    twin.load_state_dict(model.state_dict(), assign=True)
+    twin.load_state_dict(model.state_dict() if weights is None else weights, assign=True)
     twin.cos, twin.sin = model.cos, model.sin
     return twin.eval()

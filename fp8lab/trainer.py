@@ -39,7 +39,7 @@ from fp8lab.generation import generate
 from fp8lab.metrics import spike_score
 from fp8lab.precision import FP8_MULTIPLE, uses_fp8
 from fp8lab.progress import Progress, ProgressFile
-from fp8lab.records import DomainLoss, FinalLosses, Speed, Stability, TrainRecord
+from fp8lab.records import DomainLoss, FinalLosses, Speed, Stability, TrainRecord, ValidationLosses
 from fp8lab.session import Session, device_name, first_non_finite_output
 
 FLUSH_SECONDS = 1.0
@@ -156,7 +156,7 @@ class _Recorder:
         """Train to the end, and write the record as it then is."""
         try:
             self._write("running")
-            with _stop_signals() as received:
+            with stop_signals() as received:
                 self._loop(received)
             self._finish()
         except Interrupted as error:
@@ -190,26 +190,35 @@ class _Recorder:
                     self._save(wait=False)
         if not session.validated():
             self._validate()
-        self._save(wait=True)
+        if not config.compact:
+            self._save(wait=True)
 
     def _finish(self) -> None:
         session, record = self._session, self.record
-        checkpoint.save_final(session.folder, session.bf16_model, session.config)
-        record.samples = self._samples()
-        metrics = session.log.table()
-        by_domain = {
-            row["domain"]: DomainLoss(loss=row["loss"], bits_per_byte=row["bits_per_byte"])
-            for row in session.validation[-len(session.dataset.weights) :]
-        }
-        weights = session.dataset.weights
+        if not session.config.compact:
+            checkpoint.save_final(session.folder, session.bf16_model, session.config)
+            record.samples = self._samples()
+        last = session.validation[-len(session.dataset.weights) :]
+        by_domain = {row["domain"]: DomainLoss(loss=row["loss"], bits_per_byte=row["bits_per_byte"]) for row in last}
+        averaged = session.validate_average()
         record.final = FinalLosses(
-            train_loss=float(metrics["loss"].tail(FINAL_LOSS_ROWS).mean()),
-            validation_loss=sum(weights[domain] * loss.loss for domain, loss in by_domain.items()),
-            bits_per_byte=sum(weights[domain] * loss.bits_per_byte for domain, loss in by_domain.items()),
-            by_domain=by_domain,
+            train_loss=float(session.log.table()["loss"].tail(FINAL_LOSS_ROWS).mean()),
+            averaged=None if averaged is None else ValidationLosses(**self._weighted(averaged)),
+            **self._weighted(by_domain),
         )
         self._write("finished")
+        if session.config.compact:
+            checkpoint.discard(session.folder)
         self._report("done", now=True)
+
+    def _weighted(self, by_domain: dict[str, DomainLoss]) -> dict[str, Any]:
+        """Losses by domain and their means by the mixture's weights, as a record holds them."""
+        weights = self._session.dataset.weights
+        return {
+            "validation_loss": sum(weights[domain] * loss.loss for domain, loss in by_domain.items()),
+            "bits_per_byte": sum(weights[domain] * loss.bits_per_byte for domain, loss in by_domain.items()),
+            "by_domain": by_domain,
+        }
 
     def _validate(self) -> None:
         self._report("validating", now=True)
@@ -372,7 +381,7 @@ def _prefetched(loader: Loader, first: int, last: int, device: torch.device) -> 
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """Collect SIGTERM and SIGINT instead of dying of them; a second one has its usual effect."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():

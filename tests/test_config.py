@@ -187,3 +187,20 @@ def test_committed_plans_are_valid(path: Path) -> None:
         load_speed_plan(path)
     else:
         assert load_plan(path).runs
+
+
+def test_only_names_that_match_are_left(tmp_path: Path) -> None:
+    plan = load_plan(write_plan(tmp_path, ENTRY | {"seeds": [1, 2, 3]}))
+    names = [config.run for config in plan.runs]
+    assert plan.only([]).runs == plan.runs
+    assert [config.run for config in plan.only(["*-s1", "*-s[3-9]"]).runs] == [
+        name for name in names if not name.endswith("-s2")
+    ]
+    with pytest.raises(UserError, match=r"--only: 'x\*' matches no run .* it has .*-s1"):
+        plan.only(["*-s1", "x*"])
+
+
+@pytest.mark.parametrize("change", [{"evaluation": "full"}, {"keep_checkpoints_at": [1]}])
+def test_a_compact_run_has_nothing_to_score_or_branch_from(tmp_path: Path, change: dict) -> None:
+    with pytest.raises(UserError, match="compact: keeps no weights"):
+        load_plan(write_plan(tmp_path, ENTRY | {"compact": True} | change))

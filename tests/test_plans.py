@@ -25,7 +25,7 @@ from fp8lab.config import Plan, load_plan
 from fp8lab.errors import UserError
 from fp8lab.plans import Options, Workspace, run_plan, status_rows
 
-PARAMETERS = "plan = run = records_dir = data_dir = checkpoints_dir = mixture = None"
+PARAMETERS = "plan = run = runs = records_dir = data_dir = checkpoints_dir = mixture = None"
 START = """
 from pathlib import Path
 from fp8lab import records
@@ -55,13 +55,29 @@ for step in range(600):
 """
 
 
-def make_project(root: Path, train: str) -> tuple[Plan, Workspace]:
+SERIES = """
+from pathlib import Path
+from fp8lab import records
+from fp8lab.config import load_run
+for run in runs:
+    config = load_run(plan, run, mixture)
+    record = records.started(config, records.collect_provenance("CPU"), emulated=False)
+    records.write(record, Path(records_dir))
+    if config.seed == 2:
+        import os
+        os._exit(1)
+    record.status = "finished"
+    records.write(record, Path(records_dir))
+"""
+
+
+def make_project(root: Path, train: str, template: str = "train", **changes: object) -> tuple[Plan, Workspace]:
     (root / "runs" / "plans").mkdir(parents=True)
     cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
-    cells += [nbformat.v4.new_code_cell(source) for source in (START, train)]
+    cells += [nbformat.v4.new_code_cell(source) for source in (START, train) if template == "train" or source is train]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
-    nbformat.write(notebook, root / "runs" / "train.ipynb")
+    nbformat.write(notebook, root / "runs" / f"{template}.ipynb")
     path = root / "runs" / "plans" / "p.yaml"
     model = {"name": "t", "d_model": 32, "n_layers": 1, "n_heads": 2, "d_ff": 64, "vocab_size": 64, "seq_len": 16}
     entry = {
@@ -74,7 +90,7 @@ def make_project(root: Path, train: str) -> tuple[Plan, Workspace]:
         "micro_batch": 2,
         "optimizer": {"peak_learning_rate": 0.001},
     }
-    path.write_text(yaml.safe_dump({"name": "p", "description": "d", "entries": [entry]}))
+    path.write_text(yaml.safe_dump({"name": "p", "description": "d", "entries": [entry | changes]}))
     workspace = Workspace(root, root / "records", root / "data", root / "checkpoints")
     return load_plan(path), workspace
 
@@ -185,6 +201,20 @@ def test_a_killed_kernel_leaves_a_failed_record(tmp_path: Path) -> None:
     plan, workspace = make_project(tmp_path, DIE)
     assert execute(plan, workspace, jobs=2)[0] == 2
     assert records.read(workspace.record(plan.runs[0])).status == "failed"
+
+
+def test_compact_runs_share_a_process_and_one_that_kills_it_stops_no_other(tmp_path: Path) -> None:
+    plan, workspace = make_project(tmp_path, SERIES, "series", seeds=[1, 2, 3], compact=True)
+    unsuccessful, output = execute(plan, workspace)
+    assert unsuccessful == 1
+    statuses = [records.read(workspace.record(config)).status for config in plan.runs]
+    assert statuses == ["finished", "failed", "finished"]
+    # The first process trained two runs, the second one the rest; records keep no notebook.
+    notebooks = sorted(path.parent.name for path in workspace.checkpoints.rglob("*.ipynb"))
+    assert notebooks == [plan.runs[0].run, plan.runs[2].run]
+    assert not list(workspace.records.rglob("*.ipynb"))
+    assert "t-bf16-s2: failed: " in output
+    assert output.count("finished, ") == 2
 
 
 def test_a_signal_stops_the_worker_at_a_checkpoint_and_starts_no_other(tmp_path: Path) -> None:

@@ -248,18 +248,33 @@ def stop_at(monkeypatch, step: int, number: int) -> None:
     monkeypatch.setattr(session.Session, "take_step", take_step)
 
 
+def test_averaged_weights_are_validated_beside_the_weights_and_change_nothing(train, tmp_path) -> None:
+    plain = train(tiny_config(run="plain")).final
+    # At a half-life of a hundredth of the last step the average is the weights.
+    short = train(tiny_config(run="short", average_half_life=0.0005)).final
+    long = train(tiny_config(run="long", average_half_life=0.5)).final
+    assert plain.averaged is None
+    assert short.averaged.by_domain == short.by_domain == plain.by_domain
+    assert short.averaged.validation_loss == plain.validation_loss
+    assert long.validation_loss == plain.validation_loss
+    # While the loss still falls fast, an average of the whole way lags behind.
+    assert plain.validation_loss + 0.1 < long.averaged.validation_loss < math.log(256)
+
+
 @pytest.mark.parametrize("recipe", ["bf16", "tensorwise", "fused"])
 def test_a_run_continued_after_a_signal_is_the_uninterrupted_run(train, tmp_path, monkeypatch, recipe) -> None:
-    train(tiny_config(run="whole", recipe=recipe))
+    whole = train(tiny_config(run="whole", recipe=recipe, average_half_life=0.1))
     with monkeypatch.context() as patch:
         stop_at(patch, 7, signal.SIGTERM)
         with pytest.raises(Interrupted) as stopped:
-            train(tiny_config(run="parts", recipe=recipe))
+            train(tiny_config(run="parts", recipe=recipe, average_half_life=0.1))
     assert stopped.value.exit_code == 143
     record = records.read(tmp_path / "records_dir" / "test" / "parts")
     assert (record.status, record.steps) == ("interrupted", 7)
     assert "SIGTERM after step 7" in record.reason
-    assert train(tiny_config(run="parts", recipe=recipe)).status == "finished"
+    parts = train(tiny_config(run="parts", recipe=recipe, average_half_life=0.1))
+    assert parts.status == "finished"
+    assert parts.final == whole.final
     pd.testing.assert_frame_equal(curve(tmp_path, "whole"), curve(tmp_path, "parts"), check_exact=True)
     weights = [
         (tmp_path / "checkpoints_dir" / "test" / run / "model.safetensors").read_bytes() for run in ("whole", "parts")

@@ -1,0 +1,147 @@
+"""Runs that train one after another in one process, on tokens made by a rule."""
+
+from __future__ import annotations
+
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from fp8lab import records, session, trainer
+from fp8lab.config import RunConfig
+from fp8lab.records import TrainRecord
+from fp8lab.results import plan_runs
+from fp8lab.series import train_series
+from fp8lab.trainer import Interrupted
+from tests import rule_data
+from tests.rule_data import tiny_config, tiny_model
+from tests.test_trainer import poison, stop_at
+
+
+@pytest.fixture(autouse=True)
+def rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "open_data", rule_data.open_data)
+
+
+def seeds(*numbers: int, **changes: object) -> list[RunConfig]:
+    return [tiny_config(run=f"s{seed}", seed=seed, compact=True, average_half_life=0.1, **changes) for seed in numbers]
+
+
+def run_series(root: Path, configs: list[RunConfig]) -> list[TrainRecord]:
+    """The records in the order in which the runs ended."""
+    ended: list[TrainRecord] = []
+    folders = {name: root / name for name in ("records_dir", "data_dir", "checkpoints_dir")}
+    train_series(configs, **folders, on_end=ended.append)
+    return ended
+
+
+def curves(root: Path) -> pd.DataFrame:
+    table = records.read_table(root / "records_dir" / "test", "metrics")
+    return table[["run", "step", "tokens", "loss", "lr", "grad_norm", "skipped"]]
+
+
+def test_each_run_has_its_record_and_all_share_two_tables(tmp_path: Path) -> None:
+    ended = run_series(tmp_path, seeds(1, 2, 3, log_interval=5))
+    assert [record.status for record in ended] == ["finished"] * 3
+    plan = tmp_path / "records_dir" / "test"
+    assert sorted(str(path.relative_to(plan)) for path in plan.rglob("*") if path.is_file()) == [
+        "metrics.parquet",
+        "s1/record.json",
+        "s2/record.json",
+        "s3/record.json",
+        "validation.parquet",
+    ]
+    left = {path.suffix for path in (tmp_path / "checkpoints_dir").rglob("*") if path.is_file()}
+    assert ".safetensors" not in left
+    runs = plan_runs(tmp_path / "records_dir", "test").runs
+    assert [run.metrics["step"].tolist() for run in runs] == [[5, 10, 15, 20]] * 3
+    assert len({run.metrics["loss"].iloc[-1] for run in runs}) == 3
+    for run in runs:
+        last = run.validation.set_index("domain")["loss"]
+        assert run.validation_loss == pytest.approx(0.75 * last["odd"] + 0.25 * last["even"])
+        assert run.record.final is not None
+        assert run.record.final.averaged is not None
+
+
+def test_a_series_gives_the_numbers_of_runs_by_themselves(tmp_path: Path) -> None:
+    run_series(tmp_path / "series", seeds(1, 2))
+    for config in seeds(1, 2):
+        run_series(tmp_path / "alone", [config])
+    pd.testing.assert_frame_equal(curves(tmp_path / "series"), curves(tmp_path / "alone"), check_exact=True)
+
+
+def test_a_run_that_fails_stops_no_other(tmp_path: Path) -> None:
+    changes = {"model": tiny_model(seq_len=30), "tokens": 600, "global_batch_tokens": 30, "micro_batch": 1}
+    impossible = tiny_config(run="odd", compact=True, recipe="tensorwise", **changes)
+    ended = run_series(tmp_path, [*seeds(1), impossible, *seeds(2)])
+    assert [(record.run, record.status) for record in ended] == [
+        ("s1", "finished"),
+        ("odd", "failed"),
+        ("s2", "finished"),
+    ]
+    assert "multiple of 16" in (ended[1].reason or "")
+
+
+def test_a_run_that_diverges_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        poison(patch, set(range(100)))
+        assert [record.status for record in run_series(tmp_path, seeds(1, tokens=60 * 128))] == ["diverged"]
+    assert [record.status for record in run_series(tmp_path, seeds(2))] == ["finished"]
+
+
+def test_a_signal_keeps_what_is_finished_and_the_same_call_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_series(tmp_path / "whole", seeds(1, 2, 3))
+    real = session.Session.take_step
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7, signal.SIGTERM)
+        stopping = session.Session.take_step
+        patch.setattr(
+            session.Session, "take_step", lambda self, batch: (stopping if self.config.seed == 2 else real)(self, batch)
+        )
+        with pytest.raises(Interrupted):
+            run_series(tmp_path / "parts", seeds(1, 2, 3))
+    plan = tmp_path / "parts" / "records_dir" / "test"
+    statuses = {path.parent.name: records.read(path.parent).status for path in plan.glob("*/record.json")}
+    assert statuses == {"s1": "finished", "s2": "interrupted"}
+    before = (plan / "s1" / "record.json").read_bytes()
+    ended = run_series(tmp_path / "parts", seeds(1, 2, 3))
+    assert [record.status for record in ended] == ["finished"] * 3
+    assert (plan / "s1" / "record.json").read_bytes() == before
+    pd.testing.assert_frame_equal(curves(tmp_path / "whole"), curves(tmp_path / "parts"), check_exact=True)
+    for seed in (1, 2, 3):
+        finals = [
+            records.read(tmp_path / root / "records_dir" / "test" / f"s{seed}").final  # type: ignore[union-attr]
+            for root in ("whole", "parts")
+        ]
+        assert finals[0] == finals[1]
+
+
+def test_processes_may_share_tables_at_once(tmp_path: Path) -> None:
+    columns = {"metrics": records.COLUMNS["metrics"], "validation": records.COLUMNS["validation"]}
+    names = [f"run{number}" for number in range(12)]
+    for number, name in enumerate(names):
+        (tmp_path / "p" / name).mkdir(parents=True)
+        for table, fields in columns.items():
+            rows = pd.DataFrame({field: [float(number)] * 3 for field in fields})
+            records.write_table(tmp_path / "p" / name, table, rows)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda name: records.share_tables(tmp_path, "p", name), names))
+    for table in columns:
+        shared = records.read_table(tmp_path / "p", table)
+        assert sorted(shared["run"]) == sorted(names * 3)
+        assert all(float(row["run"][3:]) == row["step"] for _, row in shared.iterrows())
+        assert not list((tmp_path / "p").glob(f"*/{table}.parquet"))
+
+
+def test_runs_that_differ_in_seed_keep_their_compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    resets: list[str] = []
+    monkeypatch.setattr(session, "_compiled_for", "")
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append("reset"))
+    for config in (*seeds(1, 2, 3), *seeds(1, 2, recipe="fused")):
+        session.drop_other_graphs(config)
+    assert len(resets) == 2
