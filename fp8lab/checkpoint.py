@@ -31,6 +31,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,8 @@ class CheckpointWriter:
         """
         self._folder = folder
         self._keep_at = keep_at
+        self.write_seconds = 0.0
+        """What the last write took in the background."""
         self._host = _HostMemory()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -139,7 +142,9 @@ class CheckpointWriter:
     def _write(self, state: TrainingState) -> None:
         try:
             self._host.wait()
+            began = time.perf_counter()
             write(self._folder, state)
+            self.write_seconds = time.perf_counter() - began
             _remove_old(self._folder, self._keep_at)
         except BaseException as error:
             self._error = error

@@ -272,6 +272,32 @@ def _random_batches(case: SpeedCase, seed: int) -> list[Tensor]:
     return [torch.randint(model.vocab_size, shape, generator=generator) for _ in range(DISTINCT_BATCHES)]
 
 
+def optimizer_step(model: GPT, optimizer: torch.optim.Optimizer, tokens: Tensor) -> Tensor:
+    """The bare step: forward, backward, gradient norm, clipping, fused AdamW, and nothing that a trainer adds.
+
+    Args:
+        model: converted and compiled.
+        optimizer: fused AdamW over its parameters.
+        tokens: (micro_batch, seq_len + 1), on the device.
+
+    Returns:
+        The loss, on the device.
+    """
+    with torch.autocast(tokens.device.type, torch.bfloat16):
+        objective, loss = training_loss(model, model.hidden(tokens[:, :-1]), tokens[:, 1:])
+    objective.backward()
+    parameters = itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    norm = torch.linalg.vector_norm(
+        torch.stack(torch._foreach_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
+    )
+    optimizer.grad_scale = (norm / GRADIENT_CLIP).clamp(min=1.0)  # type: ignore[attr-defined]
+    optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    end_step(model)
+    return loss
+
+
 @dataclass
 class _Entrant:
     """A contestant with its model."""
@@ -352,20 +378,7 @@ class _Measurement:
 
     def _step(self, model: GPT, index: int) -> Tensor:
         """One optimizer step; returns its loss, on the device."""
-        tokens = self._batches[index % len(self._batches)]
-        with torch.autocast(self._device.type, torch.bfloat16):
-            objective, loss = training_loss(model, model.hidden(tokens[:, :-1]), tokens[:, 1:])
-        objective.backward()
-        optimizer = self._optimizer
-        norm = torch.linalg.vector_norm(
-            torch.stack(torch._foreach_norm([p.grad for p in self._weights.parameters() if p.grad is not None]))
-        )
-        optimizer.grad_scale = (norm / GRADIENT_CLIP).clamp(min=1.0)  # type: ignore[attr-defined]
-        optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        end_step(model)
-        return loss
+        return optimizer_step(model, self._optimizer, self._batches[index % len(self._batches)])
 
     def _rounds(self, entrants: list[_Entrant]) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []

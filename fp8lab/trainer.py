@@ -104,7 +104,7 @@ def train(
     with checkpoint.lock(folder):
         checkpoint.clean_up(folder)
         session.resume()
-        return _Recorder(session, loader, records_dir, on_log).run()
+        return Recorder(session, loader, records_dir, on_log).run()
 
 
 def open_data(config: RunConfig, data_dir: Path) -> tuple[TokenDataset, Loader]:
@@ -128,7 +128,7 @@ def _check_batch(config: RunConfig) -> None:
         )
 
 
-class _Recorder:
+class Recorder:
     """Drives a session to its end and keeps its record, whatever happens."""
 
     def __init__(self, session: Session, loader: Loader, records_dir: Path, on_log: OnLog | None) -> None:
@@ -139,7 +139,7 @@ class _Recorder:
         self._progress = ProgressFile(session.folder)
         self._events = EventFile(session.folder, session.step)
         self._rows_in_events = len(session.log.rows)
-        self._writer = checkpoint.CheckpointWriter(session.folder, session.config.keep_checkpoints_at)
+        self.writer = checkpoint.CheckpointWriter(session.folder, session.config.keep_checkpoints_at)
         self._next_flush = 0.0
         self._bad_output: str | None = None
         provenance = records.collect_provenance(device_name(session.device))
@@ -228,10 +228,12 @@ class _Recorder:
     def _save(self, *, wait: bool) -> None:
         """Checkpoint, and bring the record's tables up to date."""
         self._report("saving", now=wait)
-        self._writer.save(self._session.state())
-        if wait:
-            self._writer.wait()
+        state = self._session.state()
+        # The tables first: beside gigabytes on their way to the same disk, syncing them would wait for those.
         self._write("running")
+        self.writer.save(state)
+        if wait:
+            self.writer.wait()
 
     def _flush(self) -> None:
         self._next_flush = time.monotonic() + FLUSH_SECONDS

@@ -231,9 +231,9 @@ def tokenise_command(
         processes=processes or os.cpu_count() or 1,
     )
     provenance.tokenizer_sha256 = _tokenizer_file(load_mixture(mixture)).sha256
-    _write("data-tokenise", results, provenance, records_dir)
+    write_benchmark("data-tokenise", results, provenance, records_dir)
     for what in ("build_megabytes_per_second", "tiktoken_megabytes_per_second", "ratio"):
-        _print(what, results[what])
+        print_summary(what, results[what])
 
 
 @app.command("loader")
@@ -251,8 +251,8 @@ def loader_command(
     dataset = TokenDataset.open(load_mixture(mixture), data_dir)
     results = time_loader(dataset, seq_len=seq_len, batch_tokens=batch_tokens, steps=steps, rounds=rounds)
     provenance.data_sha256, provenance.tokenizer_sha256 = dataset.sha256, dataset.tokenizer_sha256
-    _write("data-loader", results, provenance, records_dir)
-    _print("tokens_per_second", results["tokens_per_second"])
+    write_benchmark("data-loader", results, provenance, records_dir)
+    print_summary("tokens_per_second", results["tokens_per_second"])
 
 
 @app.command("memory")
@@ -267,7 +267,7 @@ def memory_command(
     results = measure_memory(
         load_mixture(mixture), document_bytes=document_bytes, processes=processes or os.cpu_count() or 1
     )
-    _write("data-memory", results, provenance, records_dir)
+    write_benchmark("data-memory", results, provenance, records_dir)
     console.print(f"peak memory of a process: {results['peak_memory_bytes'] / 2**30:.2f} GiB")
 
 
@@ -277,15 +277,25 @@ def _provenance() -> records.Provenance:
     return provenance
 
 
-def _write(run: str, results: dict[str, Any], provenance: records.Provenance, records_dir: Path) -> None:
+def write_benchmark(
+    run: str,
+    results: dict[str, Any],
+    provenance: records.Provenance,
+    records_dir: Path,
+    config: dict[str, Any] | None = None,
+) -> None:
+    """Write the finished record ``<records_dir>/benchmarks/<run>/``."""
     provenance.ended_utc = records.utc_now()
     records.write(
-        records.BenchmarkRecord(plan=PLAN, run=run, status="finished", provenance=provenance, results=results),
+        records.BenchmarkRecord(
+            plan=PLAN, run=run, status="finished", provenance=provenance, results=results, config=config or {}
+        ),
         records_dir,
     )
 
 
-def _print(what: str, measured: dict[str, Any]) -> None:
+def print_summary(what: str, measured: dict[str, Any]) -> None:
+    """A line with the median and extremes of a `summary`."""
     console.print(f"{what}: median {measured['median']:,.2f}, from {measured['min']:,.2f} to {measured['max']:,.2f}")
 
 

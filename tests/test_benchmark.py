@@ -1,0 +1,115 @@
+"""The trainer's benchmarks at toy scale: what their figures are figures of."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from fp8lab import benchmark, records, trainer
+from fp8lab.checkpoint import CheckpointWriter
+from fp8lab.session import Session
+from tests import rule_data
+from tests.rule_data import tiny_config, tiny_model
+
+
+@pytest.fixture(autouse=True)
+def rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "open_data", rule_data.open_data)
+
+
+class Clock:
+    """Time that passes only where a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+        self._seconds = 0.0
+        monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: self._seconds))
+
+    def takes(self, owner: object, name: str, seconds: float) -> None:
+        """Let each call of a function take so long."""
+        real = getattr(owner, name)
+
+        def timed(*arguments: object, **keywords: object) -> object:
+            self._seconds += seconds
+            return real(*arguments, **keywords)
+
+        self._monkeypatch.setattr(owner, name, timed)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_overhead_is_what_the_trainer_adds_to_the_bare_step(tmp_path: Path, clock: Clock) -> None:
+    clock.takes(benchmark, "optimizer_step", 0.10)
+    clock.takes(Session, "take_step", 0.11)
+    clock.takes(Session, "validate", 2.0)
+    # A step of the plan is two micro-batches, so it validates every 40 of the benchmark's steps.
+    config = tiny_config(validation_interval=20, global_batch_tokens=256)
+    results = benchmark.measure_overhead(config, data_dir=tmp_path, scratch=tmp_path, rounds=2, steps_per_round=3)
+    measured = {name: value["rounds"] for name, value in results.items() if isinstance(value, dict)}
+    assert measured == {
+        "bare_step_seconds": pytest.approx([0.10, 0.10]),
+        "trainer_step_seconds": pytest.approx([0.11, 0.11]),
+        "validation_seconds": pytest.approx([2.0, 2.0]),
+        "overhead_without_validation": pytest.approx([0.10, 0.10]),
+        "validation_share": pytest.approx([0.5, 0.5]),
+        "overhead": pytest.approx([0.6, 0.6]),
+    }
+
+
+def test_the_cost_of_a_checkpoint_is_what_rounds_with_one_take_longer(tmp_path: Path, clock: Clock) -> None:
+    clock.takes(Session, "take_step", 0.1)
+    clock.takes(CheckpointWriter, "save", 3.0)
+    results = benchmark.measure_checkpoint(
+        tiny_config(), data_dir=tmp_path, scratch=tmp_path, rounds=2, steps_per_round=4
+    )
+    assert results["step_seconds"]["rounds"] == pytest.approx([0.1, 0.1])
+    assert results["lost_seconds"]["rounds"] == pytest.approx([3.0, 3.0])
+    # 500 steps take 50 seconds.
+    assert results["cost"]["rounds"] == pytest.approx([0.06, 0.06])
+    assert results["first_stall_seconds"] == results["stall_seconds"]["median"] == pytest.approx(3.0)
+    assert len(results["write_seconds"]["rounds"]) == 2
+    # FP32 weights and two moments.
+    assert results["checkpoint_bytes"] > 3 * 4 * 272 * 32
+
+
+def test_a_killed_and_resumed_run_is_compared_with_whole_ones(tmp_path: Path) -> None:
+    results = benchmark.measure_resume(
+        # Steps of some milliseconds: the kill must come before the end.
+        tiny_config(recipe="fused", model=tiny_model(d_model=64, d_ff=192)),
+        data_dir=tmp_path,
+        scratch=tmp_path,
+        steps=40,
+        worker=(sys.executable, "-m", "tests.faults.worker"),
+    )
+    assert results["killed_after_checkpoint"] in (20, 30)
+    for what in ("control", "resumed"):
+        assert results[what]["weights_identical"]
+        assert results[what]["curve_identical"]
+        assert results[what]["largest_weight_difference"] == results[what]["largest_loss_difference"] == 0
+        assert results[what]["equal_weights_share"] == 1
+        assert results[what]["steps_logged"] == [40, 40]
+
+
+def test_a_benchmark_writes_a_record_of_what_it_measured(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    entry = tiny_config().model_dump(mode="json", exclude={"plan", "run", "model", "recipe", "seed", "parent"})
+    values = {"name": "test", "description": "x", "entries": [entry | {"models": ["7M"], "recipes": ["bf16"]}]}
+    values["entries"][0] |= {"models": [tiny_model().model_dump(mode="json")]}
+    plan.write_text(records.json.dumps(values))
+    arguments = ["overhead", str(plan), "tiny-bf16-s1", "--rounds", "1", "--steps-per-round", "2"]
+    arguments += ["--records-dir", str(tmp_path / "records"), "--scratch", str(tmp_path)]
+    done = CliRunner().invoke(benchmark.app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    record = records.read(tmp_path / "records" / "benchmarks" / "trainer-overhead-tiny-bf16")
+    assert isinstance(record, records.BenchmarkRecord)
+    assert (record.status, record.results["model"], record.results["tokens_a_step"]) == ("finished", "tiny", 128)
+    assert record.config["run"] == "tiny-bf16-s1"
+    assert "overhead" in done.output
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["records"]
