@@ -201,6 +201,10 @@ class RunConfig(Config):
     """Steps between validations; 0: only at the end."""
     log_interval: int = Field(default=1, gt=0)
     """Steps between rows of metrics.parquet."""
+    health_interval: int = Field(default=100, ge=0)
+    """Steps between rows of health.parquet (`fp8lab.health`); 0: none."""
+    health_layers: tuple[str, ...] = Field(default=("*",), min_length=1)
+    """Linears to measure: shell patterns on names ('blocks.0.*', '*.down'). One that matches nothing is an error."""
     checkpoint_interval: int = Field(default=500, gt=0)
     """Steps between checkpoints."""
     keep_checkpoints_at: tuple[int, ...] = ()

@@ -131,6 +131,13 @@ class Stability(_Part):
     skipped_steps: int
     first_bad_step: int | None
     first_bad_layer: str | None
+    saturated_steps: dict[str, int] | None = None
+    """Steps in which a tensor ('blocks.0.mlp.down input') exceeded its format's largest number; none is left out.
+
+    None where nothing counts: only the delayed scales of `fused` can be exceeded.
+    """
+    underflowing_steps: dict[str, int] | None = None
+    """Steps in which even the largest magnitude of a tensor was below its format's smallest normal number."""
 
 
 class Speed(_Part):

@@ -18,6 +18,12 @@ INPUTS = ("attention_input", "attended", "mlp_input", "activated")
 GRADIENTS = ("grad_qkv", "grad_attention", "grad_gate_up", "grad_mlp")
 SLOTS = WEIGHTS + INPUTS + GRADIENTS
 """The quantised tensors of a block: operands of its twelve GEMMs."""
+SLOT_ROLES = tuple(
+    (linear, tensor)
+    for tensor in ("weight", "input", "grad_output")
+    for linear in ("attention.qkv", "attention.output", "mlp.gate_up", "mlp.down")
+)
+"""The Linear that each of `SLOTS` belongs to, and what it is there."""
 
 
 def slot_formats(settings: Fp8Settings) -> list[Format]:
@@ -63,13 +69,17 @@ class FusedBlock(nn.Module):
     def state(self) -> Fp8State:
         return self._state[0]
 
+    def slots(self, *, record: bool) -> list[Slot]:
+        """This block's `SLOTS` (see `Fp8State.slots`)."""
+        return self.state.slots(self._first_slot, len(SLOTS), record=record)
+
     def compile(self, *_: Any, **__: Any) -> None:
         """Nothing: the kernels are compiled already, and torch.compile cannot see into them."""
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The residual stream after the block: (batch, seq, d_model) BF16 of `x` (batch, seq, d_model)."""
         recording = torch.is_grad_enabled()
-        slots = self.state.slots(self._first_slot, len(SLOTS), record=recording)
+        slots = self.slots(record=recording)
         # Everything below names its dtypes; autocast would change the emulated products.
         with torch.autocast(x.device.type, enabled=False):
             out = _FusedBlock.apply(
