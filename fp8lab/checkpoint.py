@@ -6,7 +6,7 @@ A run's folder ``<checkpoints_dir>/<plan>/<run>/`` holds::
         model.safetensors         FP32 weights, and the precision recipe's buffers
         optimizer.safetensors     AdamW's moments and step counts
         trainer.safetensors       the step guard's history
-        metrics.parquet, validation.parquet   every row so far
+        metrics.parquet, validation.parquet, health.parquet   every row so far
         state.json                step, elapsed seconds, the run's configuration
         checksums.json            SHA-256 and size of every file above
     model.safetensors         the trained weights
@@ -54,6 +54,7 @@ log = logging.getLogger(__name__)
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CHECKSUMS_FILE = "checksums.json"
+TABLES = ("metrics", "validation", "health")
 KEEP = 2
 """Resumable checkpoints kept: the newest, and the one to fall back on if it is damaged."""
 
@@ -68,6 +69,7 @@ class TrainingState:
     trainer: dict[str, Tensor]
     metrics: pd.DataFrame
     validation: pd.DataFrame
+    health: pd.DataFrame
     facts: dict[str, Any]
     """JSON: the configuration, data hashes, elapsed seconds."""
 
@@ -200,7 +202,7 @@ def write(folder: Path, state: TrainingState) -> Path:
     try:
         for name in ("model", "optimizer", "trainer"):
             _save_tensors(getattr(state, name), temporary / f"{name}.safetensors")
-        for name in ("metrics", "validation"):
+        for name in TABLES:
             getattr(state, name).to_parquet(temporary / f"{name}.parquet", index=False)
         (temporary / "state.json").write_text(json.dumps(state.facts | {"step": state.step}))
         checksums = {path.name: _checksum(path) for path in sorted(temporary.iterdir())}
@@ -264,7 +266,7 @@ def find_damage(path: Path) -> str | None:
     except (ValueError, TypeError, KeyError, AttributeError):
         return f"{path / CHECKSUMS_FILE} cannot be parsed"
     required = {f"{name}.safetensors" for name in ("model", "optimizer", "trainer")}
-    required |= {"metrics.parquet", "validation.parquet", "state.json"}
+    required |= {f"{name}.parquet" for name in TABLES} | {"state.json"}
     if set(expected) != required:
         return f"{path / CHECKSUMS_FILE} lists other files than a checkpoint's"
     for name, (sha256, size) in expected.items():
@@ -338,6 +340,7 @@ def _load(path: Path) -> TrainingState:
         trainer=load_file(path / "trainer.safetensors"),
         metrics=pd.read_parquet(path / "metrics.parquet"),
         validation=pd.read_parquet(path / "validation.parquet"),
+        health=pd.read_parquet(path / "health.parquet"),
         facts=facts,
     )
 

@@ -260,7 +260,7 @@ class RunConfig(Config):
         return self.steps - (self.parent.step if self.parent else 0)
 
 
-MAY_CHANGE = {"checkpoint_interval", "keep_checkpoints_at", "evaluation", "compact"}
+MAY_CHANGE = {"checkpoint_interval", "keep_checkpoints_at", "evaluation", "compact", "health_interval", "health_layers"}
 """Fields that change no result: a run may be resumed, or counts as finished, with other values of them."""
 
 

@@ -12,8 +12,8 @@ beside it:
 ``eval.json``         lm-eval's result dictionary
 ====================  ==========================================================================
 
-A plan of many compact runs keeps one ``metrics.parquet`` and one ``validation.parquet`` for all, beside
-their folders, with a column `run`.
+A plan of many compact runs keeps one ``metrics.parquet`` for all, and so with the other tables of training,
+beside their folders, with a column `run`.
 
 Writing is atomic (temporary name, fsync, rename); reading validates, and an error names the file
 and the field or column. Nothing in a record can execute: JSON and parquet only.
@@ -433,7 +433,7 @@ def share_tables(records_dir: Path, plan: str, run: str) -> None:
     descriptor = os.open(plan_folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        for name in ("metrics", "validation"):
+        for name in ("metrics", "validation", "health"):
             own = folder / f"{name}.parquet"
             if not own.exists():
                 continue

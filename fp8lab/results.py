@@ -87,6 +87,13 @@ class Run:
         """A row a domain of each validation."""
         return self._table("validation")
 
+    @cached_property
+    def health(self) -> pd.DataFrame:
+        """A row a measured step, Linear and operand (`fp8lab.health`); empty for a run that measured none."""
+        if not any((folder / "health.parquet").exists() for folder in (self.folder, self.folder.parent)):
+            return pd.DataFrame(columns=list(records.COLUMNS["health"]))
+        return self._table("health")
+
     def _table(self, name: str) -> pd.DataFrame:
         """The run's own table; a plan of many runs keeps one for all, with a column `run`."""
         shared = self.folder.parent / f"{name}.parquet"

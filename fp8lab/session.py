@@ -30,6 +30,7 @@ from fp8lab.config import MAY_CHANGE, RunConfig, validate
 from fp8lab.data import TokenDataset
 from fp8lab.errors import UserError
 from fp8lab.guard import StepGuard
+from fp8lab.health import HealthLog, HealthProbe
 from fp8lab.kernels import end_step
 from fp8lab.loss import total_nats, training_loss
 from fp8lab.metrics import MetricsLog, Stopwatch
@@ -167,6 +168,8 @@ class Session:
             parameters = dict(self.model.named_parameters())
             self.average = WeightAverage(parameters, config.average_half_life * config.steps)
         self.log = MetricsLog(self.device, config.global_batch_tokens)
+        self._probe = HealthProbe(config, self.model, self.bf16_model, self.conversion)
+        self.health = HealthLog(self.device)
         self.validation: list[dict[str, Any]] = []
         self.step = 0
         self.resumed_at = 0
@@ -211,6 +214,7 @@ class Session:
         parameters = list(self.model.parameters())
         norms = torch.stack(torch._foreach_norm([cast(Tensor, parameter.grad) for parameter in parameters]))
         norm, skip = self.guard.judge(self.step, loss, norms)
+        self._measure_health(batch, norms)
         # Fused AdamW divides gradients by grad_scale and leaves everything as it was where found_inf is 1:
         # clipping and skipping cost no pass over memory of their own.
         optimizer.grad_scale = (norm / config.optimizer.gradient_clip).clamp(min=1.0)  # type: ignore[attr-defined]
@@ -224,6 +228,19 @@ class Session:
         stopwatch.stop()
         if self.step % config.log_interval == 0 or self.step == self.steps:
             self.log.add(self.step, lr, torch.stack((loss, norm, skip.float())), stopwatch)
+
+    def _measure_health(self, batch: Tensor, gradient_norms: Tensor) -> None:
+        """Every `health_interval` steps, before the optimizer changes the weights."""
+        interval, step = self.config.health_interval, self.step + 1
+        if interval and step % interval == 0:
+            values = self._probe.measure(batch, gradient_norms)
+            if values is not None:
+                self.health.add(step, self._probe.rows, values)
+
+    def flush(self, *, wait: bool) -> None:
+        """Move what has arrived from the device into the tables (see `fp8lab.metrics`)."""
+        self.log.flush(wait=wait)
+        self.health.flush(wait=wait)
 
     def _accumulate_gradients(self, batch: Tensor, micro_batch: int) -> Tensor:
         """Gradients of the mean loss over `batch`, `micro_batch` sequences at a time; returns that loss."""
@@ -292,7 +309,7 @@ class Session:
 
     def state(self) -> checkpoint.TrainingState:
         """Everything to continue from; waits for the device."""
-        self.log.flush(wait=True)
+        self.flush(wait=True)
         optimizer = {
             f"{name}.{key}": value
             for name, parameter in self.model.named_parameters()
@@ -305,6 +322,7 @@ class Session:
             trainer=self.guard.state_dict() | self._average_state(),
             metrics=self.log.table(),
             validation=self.validation_table(),
+            health=self.health.table(),
             facts={
                 "config": self.config.model_dump(mode="json"),
                 "data_sha256": self.dataset.sha256,
@@ -357,6 +375,7 @@ class Session:
         rows = cast(list[dict[str, Any]], state.metrics.to_dict("records"))
         self.log = MetricsLog(self.device, self.config.global_batch_tokens, rows)
         self.validation = cast(list[dict[str, Any]], state.validation.to_dict("records"))
+        self.health = HealthLog(self.device, state.health)
         self.step = self.resumed_at = state.step
         self.earlier_seconds = state.facts["wall_seconds"]
         self.started_utc = state.facts["started_utc"]
@@ -388,9 +407,9 @@ class Session:
 
 
 def _share_weights(model: GPT, weights: Mapping[str, Tensor] | None = None) -> GPT:
-    """A plain model over the same parameters, or over `weights` in their place."""
+    """A plain model over the same weights, or over `weights` in their place; it wants no gradients of its own."""
     with torch.device("meta"):
         twin = GPT(model.config)
     twin.load_state_dict(model.state_dict() if weights is None else weights, assign=True)
     twin.cos, twin.sin = model.cos, model.sin
-    return twin.eval()
+    return twin.eval().requires_grad_(False)

@@ -36,6 +36,7 @@ from fp8lab.data import Loader, TokenDataset, load_mixture
 from fp8lab.errors import UserError
 from fp8lab.events import EventFile
 from fp8lab.generation import generate
+from fp8lab.health import overflow_counts
 from fp8lab.metrics import spike_score
 from fp8lab.precision import FP8_MULTIPLE, uses_fp8
 from fp8lab.progress import Progress, ProgressFile
@@ -238,7 +239,7 @@ class Recorder:
     def _flush(self) -> None:
         self._next_flush = time.monotonic() + FLUSH_SECONDS
         session = self._session
-        session.log.flush(wait=session.step == session.steps)
+        session.flush(wait=session.step == session.steps)
         self._events.add_metrics(session.log.rows[self._rows_in_events :])
         self._rows_in_events = len(session.log.rows)
         self._report("training")
@@ -311,6 +312,7 @@ class Recorder:
         session, record = self._session, self.record
         metrics = session.log.table()
         step, layer = self._first_bad()
+        counts = overflow_counts(session.model)
         record.status, record.reason = status, reason
         record.steps, record.tokens = session.step, session.tokens
         record.flops = records.Flops(**flops.flops_record(session.config.model, session.tokens))
@@ -321,11 +323,16 @@ class Recorder:
             skipped_steps=int(session.guard.skipped),
             first_bad_step=step,
             first_bad_layer=layer,
+            saturated_steps=counts and counts.saturated,
+            underflowing_steps=counts and counts.underflowing,
         )
         record.speed = self._speed(metrics)
         folder = records.write(record, self._records_dir)
         records.write_table(folder, "metrics", metrics)
         records.write_table(folder, "validation", session.validation_table())
+        health = session.health.table()
+        if not health.empty:
+            records.write_table(folder, "health", health)
 
     def _write_failure(self, reason: str) -> None:
         """Record the failure as fully as what failed allows."""

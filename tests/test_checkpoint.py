@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from fp8lab import checkpoint, trainer
 from fp8lab.checkpoint import (
+    CHECKSUMS_FILE,
     CheckpointWriter,
     TrainingState,
     find_damage,
@@ -39,6 +40,7 @@ def some_state(step: int) -> TrainingState:
         trainer={"taken": torch.tensor(step)},
         metrics=pd.DataFrame({"step": range(step), "loss": [3.0] * step}),
         validation=pd.DataFrame({"step": [step]}),
+        health=pd.DataFrame({"step": [step]}),
         facts={"wall_seconds": 1.5},
     )
 
@@ -112,7 +114,9 @@ def test_the_previous_good_checkpoint_is_used_and_the_damage_reported(tmp_path, 
     with caplog.at_level(logging.WARNING):
         assert load_latest(tmp_path).step == 10
     assert len(caplog.records) == 1
-    assert f"step-00000020/{file}" in caplog.text
+    # A bit flipped in a checksum accuses the file that it is of.
+    accused = "" if file == CHECKSUMS_FILE else file
+    assert f"step-00000020/{accused}" in caplog.text
 
 
 def test_with_none_left_the_error_is_clear_and_nothing_is_overwritten(tmp_path, monkeypatch) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import signal
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +16,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torchao.float8.float8_scaling_utils import get_maybe_axiswise_dim, hp_tensor_to_float8_dynamic
 
-from fp8lab import health
+from fp8lab import health, records, trainer
 from fp8lab.config import RECIPES
 from fp8lab.errors import UserError
 from fp8lab.health import HealthProbe, Rounding, dynamic_rounding, kurtosis, losses, overflow_counts, rounding_sums
@@ -20,6 +25,7 @@ from fp8lab.kernels.scaling import DTYPES, QUANTISE, Slot
 from fp8lab.loss import training_loss
 from fp8lab.model import GPT
 from fp8lab.precision import TORCHAO_RECIPES, _torchao_config, convert
+from fp8lab.session import Session
 from tests import rule_data
 from tests.rule_data import tiny_config, tiny_model
 
@@ -252,3 +258,98 @@ def test_a_tensor_that_leaves_its_range_is_counted_under_its_name() -> None:
     assert counts.underflowing["blocks.0.attention.output weight"] == 1
     assert not [name for name in counts.saturated if name.endswith("weight") and "1.mlp.down" not in name]
     assert overflow_counts(prepared("tensorwise")[0]) is None
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "open_data", rule_data.open_data)
+
+    def run(run: str, **changes):
+        folders = {name: tmp_path / name for name in ("records_dir", "data_dir", "checkpoints_dir")}
+        return trainer.train(tiny_config(run=run, **changes), **folders)
+
+    return run
+
+
+def table_of(root: Path, run: str) -> pd.DataFrame:
+    return records.read_table(root / "records_dir" / "test" / run, "health")
+
+
+def weights_of(root: Path, run: str) -> bytes:
+    return (root / "checkpoints_dir" / "test" / run / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_run_that_is_measured_is_the_run_that_is_not(train, tmp_path, recipe) -> None:
+    measured = train("measured", recipe=recipe, health_interval=3)
+    alone = train("alone", recipe=recipe, health_interval=0)
+    assert weights_of(tmp_path, "measured") == weights_of(tmp_path, "alone")
+    assert measured.final == alone.final
+    assert not (tmp_path / "records_dir" / "test" / "alone" / "health.parquet").exists()
+    table = table_of(tmp_path, "measured")
+    assert table["step"].unique().tolist() == [3, 6, 9, 12, 15, 18]
+    assert len(table) == 6 * 8 * 3
+    assert not table.duplicated(["step", "layer", "tensor"]).any()
+    assert np.isfinite(table["amax"]).all()
+    rounded = table[["scale", "underflow_fraction", "saturation_fraction", "sqnr_db"]]
+    assert rounded.isna().all(axis=None) if recipe == "bf16" else rounded.notna().all(axis=None)
+    if recipe == "fused":
+        assert measured.stability.saturated_steps.keys() <= {f"{row.layer} {row.tensor}" for row in table.itertuples()}
+    else:
+        assert measured.stability.saturated_steps is None
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fused"])
+def test_an_interrupted_run_has_every_row_once(train, tmp_path, monkeypatch, recipe) -> None:
+    changes = {"recipe": recipe, "health_interval": 3, "health_layers": ("*.down",)}
+    train("whole", **changes)
+    real = Session.take_step
+
+    def take_step(self, batch):
+        real(self, batch)
+        if self.step in (7, 12) and self.step > self.resumed_at:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "take_step", take_step)
+        for step in (7, 12):
+            with pytest.raises(trainer.Interrupted):
+                train("parts", **changes)
+            assert table_of(tmp_path, "parts")["step"].max() == step // 3 * 3
+    train("parts", **changes)
+    pd.testing.assert_frame_equal(table_of(tmp_path, "parts"), table_of(tmp_path, "whole"), check_exact=True)
+
+
+def test_a_resumed_run_may_measure_other_layers(train, tmp_path) -> None:
+    train("run", tokens=10 * 128, health_interval=5, health_layers=("*.down",))
+    config = {"tokens": 10 * 128, "health_interval": 2, "health_layers": ("*.qkv",)}
+    train("run", **config)
+    assert set(table_of(tmp_path, "run")["layer"]) == {"blocks.0.mlp.down", "blocks.1.mlp.down"}
+
+
+def test_compiled_blocks_are_not_compiled_again(train, tmp_path, monkeypatch) -> None:
+    real = Session.take_step
+
+    def take_step(self, batch):
+        with torch.compiler.set_stance("default" if self.step == 0 else "fail_on_recompile"):
+            real(self, batch)
+
+    monkeypatch.setattr(Session, "take_step", take_step)
+    changes = {"recipe": "tensorwise", "compile": True, "tokens": 6 * 128, "model": tiny_model(n_layers=1)}
+    for interval in (0, 2):
+        train(f"every-{interval}", health_interval=interval, **changes)
+    assert weights_of(tmp_path, "every-0") == weights_of(tmp_path, "every-2")
+    assert table_of(tmp_path, "every-2")["step"].unique().tolist() == [2, 4, 6]
+
+
+def test_without_memory_for_a_probe_the_run_goes_on_and_says_so(train, tmp_path, monkeypatch, caplog) -> None:
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(health, "training_loss", no_memory)
+        assert train("run", health_interval=10).status == "finished"
+    assert {record.message for record in caplog.records} == {
+        "no memory for a health probe of run: this step is not measured"
+    }
+    assert not (tmp_path / "records_dir" / "test" / "run" / "health.parquet").exists()

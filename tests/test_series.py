@@ -43,11 +43,12 @@ def curves(root: Path) -> pd.DataFrame:
     return table[["run", "step", "tokens", "loss", "lr", "grad_norm", "skipped"]]
 
 
-def test_each_run_has_its_record_and_all_share_two_tables(tmp_path: Path) -> None:
-    ended = run_series(tmp_path, seeds(1, 2, 3, log_interval=5))
+def test_each_run_has_its_record_and_all_share_their_tables(tmp_path: Path) -> None:
+    ended = run_series(tmp_path, seeds(1, 2, 3, log_interval=5, health_interval=10))
     assert [record.status for record in ended] == ["finished"] * 3
     plan = tmp_path / "records_dir" / "test"
     assert sorted(str(path.relative_to(plan)) for path in plan.rglob("*") if path.is_file()) == [
+        "health.parquet",
         "metrics.parquet",
         "s1/record.json",
         "s2/record.json",
@@ -58,6 +59,7 @@ def test_each_run_has_its_record_and_all_share_two_tables(tmp_path: Path) -> Non
     assert ".safetensors" not in left
     runs = plan_runs(tmp_path / "records_dir", "test").runs
     assert [run.metrics["step"].tolist() for run in runs] == [[5, 10, 15, 20]] * 3
+    assert [run.health["step"].unique().tolist() for run in runs] == [[10, 20]] * 3
     assert len({run.metrics["loss"].iloc[-1] for run in runs}) == 3
     for run in runs:
         last = run.validation.set_index("domain")["loss"]
