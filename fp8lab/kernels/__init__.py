@@ -27,20 +27,28 @@ in backward. The map, for one block; d = d_model, f = d_ff, 8 = FP8, 16 = BF16::
     swiglu                  gate_up                            activated 8 (rows, f)
       GEMM down             activated, weight                  x 16 of the next block       kept
     backward
-    quantise_both           grad of x 16                       8 (rows, d) and (d, rows)
+    quantise_both           grad of the last block's output    8 (rows, d) and (d, rows); lower blocks: from above
       GEMM down             grad 8, weight_t                   grad of activated 16 (rows, f)
-    swiglu_backward         gate_up, grad of activated         8 (rows, 2f), (2f, rows); activated 8 (f, rows)
-      GEMMs down, gate_up   the transposed pairs               weight gradients FP32
-    rms_norm_transposed     x + projected, 1/rms               normed 8 (d, rows)
-    rms_norm_backward       grad of normed, x + projected      grad of x + projected 16
-    quantise_both           that gradient                      8 (rows, d) and (d, rows)
+    swiglu_backward         gate_up, grad of activated         8 (rows, 2f), (2f, rows); activated 8 (f, rows); dot
+      GEMM down             the transposed pair                weight gradient FP32
+      GEMM gate_up          grad 8, weight_t                   grad of normed 16 (rows, d)
+    rms_norm_backward       grad of normed, x + projected,     grad of x + projected 16, 8 (rows, d) and (d, rows);
+                            grad of x, 1/rms, dot              normed 8 (d, rows)
+      GEMM gate_up          the transposed pair                weight gradient FP32
     quantise_transposed     attended 16                        8 (d, rows)
-    norm_rotate_backward    grads of q, k, v 16, qkv           8 (rows, 3d) and (3d, rows)
-    rms_norm_transposed     x, 1/rms                           normed 8 (d, rows)
-    rms_norm_backward       grad of normed, x                  grad of x 16
+      GEMMs output          grad 8, and the transposed pair    grad of attended 16 (rows, d), weight gradient
+      attention             grad of attended, q, k, v          grads of q, k, v 16
+    norm_rotate_backward    those, qkv                         8 (rows, 3d) and (3d, rows); dot
+      GEMM qkv              grad 8, weight_t                   grad of normed 16 (rows, d)
+    rms_norm_backward       grad of normed, x,                 grad of x 16, 8 (rows, d) and (d, rows) for the block
+                            grad of x + projected, 1/rms, dot  below; normed 8 (d, rows)
+      GEMM qkv              the transposed pair                weight gradient FP32
     once a step
     quantise_both           each weight FP32                   8 (out, in) and (in, out)
     Fp8State.end_step       every amax                         every scale
+
+``dot`` is each row's sum of a Linear's output times its gradient: what RMSNorm's backward would otherwise have to
+sum over whole rows of the Linear's input (`fp8lab.kernels.reference.rms_norm_backward`).
 
 `fp8lab.kernels.reference` specifies each kernel in plain PyTorch, `fp8lab.kernels.triton_ops` implements it, and
 where there are no FP8 tensor cores the blocks run on the reference: emulated.
@@ -48,6 +56,7 @@ where there are no FP8 tensor cores the blocks run on the reference: emulated.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from fp8lab.errors import UserError
@@ -89,6 +98,9 @@ def convert_blocks(
         block = model.blocks[index]
         assert isinstance(block, Block), "converted already"
         model.blocks[index] = FusedBlock(block, model.fp8_state, position * len(SLOTS), emulate=emulate)
+    for below, above in itertools.pairwise(model.blocks):
+        if isinstance(below, FusedBlock) and isinstance(above, FusedBlock):
+            above.stack_on(below)
 
 
 def _stays_bf16(index: int, high_precision: Sequence[str]) -> bool:

@@ -43,6 +43,18 @@ class _QuantisedWeight:
     """Address and version of the weight that they are copies of."""
 
 
+@dataclass
+class _QuantisedGradient:
+    """FP8 copies of the gradient of a block's output, made by the block above while it had that gradient in hand."""
+
+    grad: Tensor
+    """What they are copies of, kept so that its address is nobody else's."""
+    version: int
+    """Of `grad`."""
+    rows: Tensor
+    transposed: Tensor
+
+
 class FusedBlock(nn.Module):
     """A `Block` whose GEMMs run in FP8: the same parameters, under the same names."""
 
@@ -62,6 +74,8 @@ class FusedBlock(nn.Module):
         self.operations = operations(emulate)
         self._first_slot = first_slot
         self._quantised: dict[str, _QuantisedWeight] = {}
+        self._handed_down: _QuantisedGradient | None = None
+        self._below: tuple[FusedBlock, ...] = ()
         # Not a submodule: the model owns the state, or a checkpoint would hold it once a block.
         self._state = (state,)
 
@@ -114,6 +128,35 @@ class FusedBlock(nn.Module):
     def end_step(self) -> None:
         """Drop the weights' FP8 copies: their scales are about to change."""
         self._quantised.clear()
+        self._handed_down = None
+
+    def stack_on(self, below: FusedBlock) -> None:
+        """Let this block quantise the gradient that `below`, whose output it reads, begins its backward with."""
+        self._below = (below,)
+
+    @property
+    def slot_below(self) -> Slot | None:
+        """Slot by which the block below quantises this block's gradient of x; None where there is no such block."""
+        if not self._below:
+            return None
+        (below,) = self._below
+        return below.state.slots(below._first_slot + SLOTS.index("grad_mlp"), 1, record=True)[0]
+
+    def hand_down(self, grad: Tensor, rows: Tensor, transposed: Tensor) -> None:
+        """Keep the FP8 copies of `grad`, the gradient of this block's x, for the block below."""
+        (below,) = self._below
+        below._handed_down = _QuantisedGradient(grad, grad._version, rows, transposed)
+
+    def quantised_gradient(self, grad: Tensor, slot: Slot) -> tuple[Tensor, Tensor]:
+        """FP8 copies of `grad`, the gradient of this block's output: those handed down, if they are of this tensor."""
+        handed_down, self._handed_down = self._handed_down, None
+        if (
+            handed_down is not None
+            and (handed_down.grad.data_ptr(), handed_down.grad.numel()) == (grad.data_ptr(), grad.numel())
+            and handed_down.version == grad._version
+        ):
+            return handed_down.rows, handed_down.transposed
+        return self.state.quantise(slot, self.operations.quantise_both, grad, slot)
 
 
 class _FusedBlock(torch.autograd.Function):
@@ -201,34 +244,36 @@ class _FusedBlock(torch.autograd.Function):
 
         # MLP
         grad = grad_out.contiguous().view(x.shape)
-        slot = slots["grad_mlp"]
-        grad_mlp, grad_mlp_t = quantise(slot, operations.quantise_both, grad, slot)
+        grad_mlp, grad_mlp_t = block.quantised_gradient(grad, slots["grad_mlp"])
         grad_activated = grad_input(grad_mlp, "grad_mlp", "down", down_weight)
         slot = slots["grad_gate_up"]
-        grad_gate_up, grad_gate_up_t, activated_t = quantise(
+        grad_gate_up, grad_gate_up_t, activated_t, dot = quantise(
             slot, operations.swiglu_backward, gate_up, grad_activated, slots["activated"], slot
         )
         del grad_activated
         grad_down_weight = grad_weight(grad_mlp_t, "grad_mlp", activated_t, "activated")
         del grad_mlp, grad_mlp_t, activated_t
         grad_normed = grad_input(grad_gate_up, "grad_gate_up", "gate_up", gate_up_weight)
-        normed_t = operations.rms_norm_transposed(middle, mlp_rstd, mlp_gain, slots["mlp_input"])
+        del grad_gate_up
+        slot = slots["grad_attention"]
+        output_gradient_in_fp8 = x.shape[1] >= settings.bf16_output_gradient_below
+        grad, grad_mlp_gain, normed_t, grad_attention, grad_attention_t = quantise(
+            slot, operations.rms_norm_backward, grad_normed, middle, mlp_rstd, mlp_gain, dot, grad,
+            slots["mlp_input"], slot, output_gradient_in_fp8,
+        )  # fmt: skip
+        del grad_normed
         grad_gate_up_weight = grad_weight(grad_gate_up_t, "grad_gate_up", normed_t, "mlp_input")
-        del grad_gate_up, grad_gate_up_t, normed_t
-        grad, grad_mlp_gain = operations.rms_norm_backward(grad_normed, middle, mlp_rstd, mlp_gain, grad)
+        del grad_gate_up_t, normed_t
 
         # Attention
-        slot = slots["grad_attention"]
-        if x.shape[1] < settings.bf16_output_gradient_below:
-            grad_attention = quantise(slot, operations.quantise, grad, slot)
-            grad_output_weight = bf16_grad_weight(grad, attended)
-        else:
-            grad_attention, grad_attention_t = quantise(slot, operations.quantise_both, grad, slot)
+        if output_gradient_in_fp8:
             attended_t = operations.quantise_transposed(attended, slots["attended"])
             grad_output_weight = grad_weight(grad_attention_t, "grad_attention", attended_t, "attended")
-            del grad_attention_t, attended_t
+            del attended_t
+        else:
+            grad_output_weight = bf16_grad_weight(grad, attended)
         grad_attended = grad_input(grad_attention, "grad_attention", "output", output_weight)
-        del grad_attention
+        del grad_attention, grad_attention_t
         q, k, v = _rotated(block, qkv, q_gain, k_gain, cos, sin, shape, rotated)
         grads = attention.backward(
             _as_heads(grad_attended, shape, q.shape[1]), q, k, v, _as_heads(attended, shape, q.shape[1]),
@@ -237,15 +282,23 @@ class _FusedBlock(torch.autograd.Function):
         del grad_attended, q, k, v, rotated
         slot = slots["grad_qkv"]
         epsilon = block.attention.q_norm.epsilon
-        grad_qkv, grad_qkv_t, grad_q_gain, grad_k_gain = quantise(
+        grad_qkv, grad_qkv_t, grad_q_gain, grad_k_gain, dot = quantise(
             slot, operations.norm_rotate_backward, qkv, grads, q_gain, k_gain, cos, sin, epsilon, slot
         )
         del grads
         grad_normed = grad_input(grad_qkv, "grad_qkv", "qkv", qkv_weight)
-        normed_t = operations.rms_norm_transposed(x, attention_rstd, attention_gain, slots["attention_input"])
+        del grad_qkv
+        arguments = (grad_normed, x, attention_rstd, attention_gain, dot, grad, slots["attention_input"])
+        slot_below = block.slot_below
+        if slot_below is None:
+            grad, grad_attention_gain, normed_t, *_ = operations.rms_norm_backward(*arguments, None, False)
+        else:
+            grad, grad_attention_gain, normed_t, rows, transposed = quantise(
+                slot_below, operations.rms_norm_backward, *arguments, slot_below, True
+            )
+            block.hand_down(grad, rows, transposed)
         grad_qkv_weight = grad_weight(grad_qkv_t, "grad_qkv", normed_t, "attention_input")
-        del grad_qkv, grad_qkv_t, normed_t
-        grad, grad_attention_gain = operations.rms_norm_backward(grad_normed, x, attention_rstd, attention_gain, grad)
+        del grad_qkv_t, normed_t
         return (
             grad.view(shape), None, None, grad_attention_gain, grad_q_gain, grad_k_gain, grad_mlp_gain,
             grad_qkv_weight, grad_output_weight, grad_gate_up_weight, grad_down_weight, None, None,

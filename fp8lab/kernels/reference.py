@@ -74,29 +74,45 @@ def rms_norm(
     return total, rstd, quantise(_norm(total, rstd, gain), slot)
 
 
-def rms_norm_transposed(x: Tensor, rstd: Tensor, gain: Tensor, slot: Slot) -> Tensor:
-    """The normed FP8 tensor of `rms_norm` again, as (d, rows); gathers no amax."""
-    return quantise_transposed(_norm(x, rstd, gain), slot)
-
-
 def rms_norm_backward(
-    grad_normed: Tensor, x: Tensor, rstd: Tensor, gain: Tensor, grad_residual: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradient through RMSNorm, plus the residual stream's own.
+    grad_normed: Tensor,
+    x: Tensor,
+    rstd: Tensor,
+    gain: Tensor,
+    dot: Tensor,
+    grad_residual: Tensor,
+    slot: Slot,
+    grad_slot: Slot | None,
+    transposed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradient through RMSNorm, plus the residual stream's own; and what the GEMMs on either side of it want.
+
+    RMSNorm's gradient needs the sum over a row of ``grad_normed * normed``. The Linear that reads the normed tensor
+    has the same sum over its output: normed . (W^T grad_output) = (W normed) . grad_output. The kernel that makes
+    that output's gradient has both in hand, so `dot` comes from there, and this one needs no whole rows.
 
     Args:
         grad_normed, x, grad_residual: (rows, d) BF16.
         rstd: (rows,) FP32.
         gain: (d,) FP32.
+        dot: (rows,) FP32, each row's sum of output times grad_output of the Linear that reads the normed tensor.
+        slot: the normed tensor's.
+        grad_slot: the slot by which the Linear below quantises the gradient of x, whose amax is gathered; None if
+            there is none.
+        transposed: quantise that gradient in both layouts.
 
     Returns:
-        Gradient of x (rows, d) BF16, and of gain (d,) FP32.
+        Gradient of x (rows, d) BF16, and of gain (d,) FP32; the normed tensor of `rms_norm` again in FP8 (d, rows);
+        the gradient of x in FP8, (rows, d) and (d, rows), or None.
     """
     grad = grad_normed.float()
     unit = x.float() * rstd[:, None]
-    scaled = grad * gain
-    grad_x = (scaled - unit * (scaled * unit).mean(-1, keepdim=True)) * rstd[:, None]
-    return (grad_x + grad_residual.float()).to(x.dtype), (grad * unit).sum(0)
+    mean = dot[:, None] / x.shape[1]
+    grad_x = ((grad * gain - unit * mean) * rstd[:, None] + grad_residual.float()).to(x.dtype)
+    normed_t = quantise_transposed(_norm(x, rstd, gain), slot)
+    quantised = None if grad_slot is None else quantise(grad_x, grad_slot)
+    quantised_t = None if quantised is None or not transposed else _transposed(quantised)
+    return grad_x, (grad * unit).sum(0), normed_t, quantised, quantised_t
 
 
 def swiglu(gate_up: Tensor, slot: Slot) -> Tensor:
@@ -105,7 +121,9 @@ def swiglu(gate_up: Tensor, slot: Slot) -> Tensor:
     return quantise(F.silu(gate) * up, slot)
 
 
-def swiglu_backward(gate_up: Tensor, grad: Tensor, slot: Slot, grad_slot: Slot) -> tuple[Tensor, Tensor, Tensor]:
+def swiglu_backward(
+    gate_up: Tensor, grad: Tensor, slot: Slot, grad_slot: Slot
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Backward of `swiglu`, with the transposed activation that down's weight gradient needs.
 
     Args:
@@ -114,15 +132,18 @@ def swiglu_backward(gate_up: Tensor, grad: Tensor, slot: Slot, grad_slot: Slot) 
         slot: the activation's; `grad_slot`: the gradient's, whose amax is gathered.
 
     Returns:
-        Gradient of gate_up in FP8 (rows, 2 d_ff) and (2 d_ff, rows), and the activation in FP8 (d_ff, rows).
+        Gradient of gate_up in FP8 (rows, 2 d_ff) and (2 d_ff, rows), the activation in FP8 (d_ff, rows), and each
+        row's sum of gate_up times its gradient (rows,) FP32, for `rms_norm_backward`.
     """
     gate, up = gate_up.float().chunk(2, dim=-1)
     grad = grad.float()
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
     grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
-    grad_gate_up, grad_gate_up_t = quantise_both(torch.cat((grad_gate, grad * silu), dim=-1), grad_slot)
-    return grad_gate_up, grad_gate_up_t, quantise_transposed(silu * up, slot)
+    grad_up = grad * silu
+    grad_gate_up, grad_gate_up_t = quantise_both(torch.cat((grad_gate, grad_up), dim=-1), grad_slot)
+    dot = (grad_gate * gate + grad_up * up).sum(-1)
+    return grad_gate_up, grad_gate_up_t, quantise_transposed(silu * up, slot), dot
 
 
 def _heads(qkv: Tensor, n_heads: int) -> Tensor:
@@ -166,7 +187,7 @@ def norm_rotate_backward(
     sin: Tensor,
     epsilon: float,
     slot: Slot,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Backward of `norm_rotate`, with v's gradient, into FP8; gathers the amax.
 
     Args:
@@ -174,7 +195,8 @@ def norm_rotate_backward(
         grads: gradients of q, k, v, each (batch, heads, seq, head_dim) BF16 with any strides.
 
     Returns:
-        Gradient of qkv in FP8 (rows, 3 d) and (3 d, rows), and of the two gains (head_dim,) FP32.
+        Gradient of qkv in FP8 (rows, 3 d) and (3 d, rows), and of the two gains (head_dim,) FP32; and each row's sum
+        of qkv times its gradient (rows,) FP32, for `rms_norm_backward`.
     """
     rows, n_heads = len(qkv), grads[0].shape[1]
     c, s = _angles(cos, rows), _angles(sin, rows)
@@ -187,8 +209,9 @@ def norm_rotate_backward(
         parts.append((scaled - unit * (scaled * unit).mean(-1, keepdim=True)) * rstd)
         gain_grads.append((grad_normed * unit).sum((0, 1)))
     parts.append(grads[2].transpose(1, 2).flatten(0, 1).float())
-    quantised, quantised_t = quantise_both(torch.stack(parts, dim=1).flatten(1), slot)
-    return quantised, quantised_t, gain_grads[0], gain_grads[1]
+    grad_qkv = torch.stack(parts, dim=1).flatten(1)
+    quantised, quantised_t = quantise_both(grad_qkv, slot)
+    return quantised, quantised_t, gain_grads[0], gain_grads[1], (grad_qkv * qkv.float()).sum(-1)
 
 
 def matmul(a: Tensor, b: Tensor, a_slot: Slot, b_slot: Slot, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
 All are limited by memory bandwidth, so each reads its inputs once where it can. Three shapes of kernel:
 
-- *rows*: a program holds whole rows in registers and reduces along them (RMSNorm, its backward);
+- *rows*: a program holds whole rows in registers and reduces along them (RMSNorm);
 - *tiles*: a program holds a tile of rows x columns and writes it in one layout or both;
 - *heads*: a tile of tokens of one attention head, whose dimension is reduced (QK-norm).
 
@@ -12,7 +12,6 @@ Triton 3.6 stores a wrong transposed copy if threads exchange FP8 bytes.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -36,25 +35,33 @@ class Tile(NamedTuple):
 
 FLAT = Tile(4, 512, 4)
 """Kernels that write no transposed copy: long rows, for coalescing."""
+SWIGLU = Tile(4, 512, 4)
 TRANSPOSED = Tile(64, 128, 8)
 """Kernels that write a transposed copy alone."""
 BOTH = Tile(64, 64, 4)
 """Kernels that write both layouts."""
+NORM_BACKWARD = Tile(64, 64, 8)
 SWIGLU_BACKWARD = Tile(64, 64, 8)
 LOGITS_GRADIENT = Tile(64, 128, 8)
-ROW_ELEMENTS, ROW_WARPS = 4096, 4
-"""Elements of whole rows that one program of a row kernel holds."""
-WIDE_ROW = 2048
-"""From this width on, RMSNorm's backward takes a row at a time, with twice the warps."""
-HEAD_TOKENS, HEAD_WARPS = 64, 4
-VOCABULARY_BLOCK, VOCABULARY_WARPS = 2048, 4
+ROWS = Tile(4096, 0, 4)
+"""Elements of whole rows that one program of a row kernel holds at most; columns are the tensor's own."""
+HEADS = Tile(64, 0, 4)
+"""Tokens of one attention head; columns are the head's own."""
+HEADS_BACKWARD = Tile(64, 0, 8)
+CROSS_ENTROPY = Tile(4, 4096, 16)
+"""Entries of one row of logits at a time, as so many times so many. Few warps a processor: its rows then fit in L2."""
+LOGSUMEXP = Tile(4, 1024, 4)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+"""The GPU's exponential is to base 2."""
 
 
 @triton.jit
 def _saturate(value, scale, limit):
     """Scaled, finite values saturated, the rest NaN; in BF16, from which every FP8 copy is cast."""
-    scaled = tl.minimum(tl.maximum(value * scale, -limit), limit)
-    return tl.where(tl.abs(value) < float("inf"), scaled, float("nan")).to(tl.bfloat16)
+    # value - value is 0, or NaN where the value is not finite: clamps drop a NaN unless told to keep it.
+    scaled = value * scale + (value - value)
+    return tl.clamp(scaled, -limit, limit, propagate_nan=tl.PropagateNan.ALL).to(tl.bfloat16)
 
 
 @triton.jit
@@ -68,10 +75,19 @@ def _transposed(value, out_ptr):
 def _observe(amax_ptr, value):
     """Raise the amax to that of a tile's finite values."""
     magnitude = tl.abs(value)
-    finite = tl.where(magnitude < float("inf"), magnitude, 0.0)
-    amax = tl.max(tl.max(finite, axis=1), axis=0)
+    # The maximum drops NaN; an infinity is rare, and only then are the finite values picked out.
+    amax = tl.max(magnitude)
+    if amax == float("inf"):
+        amax = tl.max(tl.where(magnitude < float("inf"), magnitude, 0.0))
     # Most tiles do not raise it: reading is cheaper than a contended atomic.
     tl.atomic_max(amax_ptr, amax, mask=amax > tl.load(amax_ptr))
+
+
+@triton.jit
+def _finite_magnitude(value):
+    """Absolute values, 0 for what is not finite."""
+    magnitude = tl.abs(value)
+    return tl.where(magnitude < float("inf"), magnitude, 0.0)
 
 
 @triton.jit
@@ -144,7 +160,7 @@ def _rms_norm_kernel(
         total = x.to(tl.bfloat16)
         tl.store(total_ptr + offset, total, mask=mask)
         x = total.to(tl.float32)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / d + epsilon)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / d + epsilon)
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
     gain = tl.load(gain_ptr + column, mask=column < d, other=0.0)
     normed = x * rstd[:, None] * gain[None, :]
@@ -155,7 +171,7 @@ def _rms_norm_kernel(
 def _row_blocks(d: int) -> tuple[int, int]:
     """Rows and columns of a row kernel's program."""
     block = triton.next_power_of_2(d)
-    return max(1, ROW_ELEMENTS // block), block
+    return max(1, ROWS.rows // block), block
 
 
 def rms_norm(
@@ -168,85 +184,84 @@ def rms_norm(
     block_rows, block = _row_blocks(d)
     _rms_norm_kernel[(triton.cdiv(rows, block_rows),)](
         x, x if branch is None else branch, gain, total, rstd, out, slot.scale, slot.amax, rows, d, epsilon,
-        slot.limit, HAS_BRANCH=branch is not None, BLOCK_ROWS=block_rows, BLOCK=block, num_warps=ROW_WARPS,
+        slot.limit, HAS_BRANCH=branch is not None, BLOCK_ROWS=block_rows, BLOCK=block, num_warps=ROWS.warps,
     )  # fmt: skip
     return total, rstd, out
 
 
 @triton.jit
-def _rms_norm_transposed_kernel(
-    x_ptr, rstd_ptr, gain_ptr, out_t_ptr, scale_ptr, rows, d, limit,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+def _rms_norm_backward_kernel(
+    grad_ptr, x_ptr, rstd_ptr, gain_ptr, dot_ptr, residual_ptr, grad_x_ptr, normed_t_ptr, out_ptr, out_t_ptr,
+    partial_ptr, scale_ptr, grad_scale_ptr, amax_ptr, rows, d, limit, grad_limit,
+    QUANTISE: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    mask = (row < rows)[:, None] & (column < d)[None, :]
-    x = tl.load(x_ptr + row[:, None] * d + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
-    gain = tl.load(gain_ptr + column, mask=column < d, other=0.0)
-    value = _saturate(x * rstd[:, None] * gain[None, :], tl.load(scale_ptr + 1), limit)
-    mask_t = (column < d)[:, None] & (row < rows)[None, :]
-    tl.store(out_t_ptr + column[:, None] * rows + row[None, :], _transposed(value, out_t_ptr), mask=mask_t)
-
-
-def rms_norm_transposed(x: Tensor, rstd: Tensor, gain: Tensor, slot: Slot) -> Tensor:
-    rows, d = x.shape
-    out_t = torch.empty(d, rows, dtype=slot.dtype, device=x.device)
-    _rms_norm_transposed_kernel[_grid(rows, d, TRANSPOSED)](
-        x, rstd, gain, out_t, slot.scale, rows, d, slot.limit,
-        BLOCK_ROWS=TRANSPOSED.rows, BLOCK_COLUMNS=TRANSPOSED.columns, num_warps=TRANSPOSED.warps,
-    )  # fmt: skip
-    return out_t
-
-
-@triton.jit
-def _rms_norm_backward_kernel(
-    grad_ptr, x_ptr, rstd_ptr, gain_ptr, residual_ptr, grad_x_ptr, partial_ptr, rows, d,
-    BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    column = tl.arange(0, BLOCK)
-    in_row = column < d
-    gain = tl.load(gain_ptr + column, mask=in_row, other=0.0)
-    grad_gain = tl.zeros((BLOCK,), dtype=tl.float32)
-    for first in range(tl.program_id(0) * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS):
-        row = first + tl.arange(0, BLOCK_ROWS).to(tl.int64)
-        mask = (row < rows)[:, None] & in_row[None, :]
-        offset = row[:, None] * d + column[None, :]
-        grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        residual = tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)[:, None]
-        unit = x * rstd
-        grad_gain += tl.sum(grad * unit, axis=0)
-        scaled = grad * gain[None, :]
-        mean = tl.sum(scaled * unit, axis=1) / d
-        grad_x = (scaled - unit * mean[:, None]) * rstd + residual
-        tl.store(grad_x_ptr + offset, grad_x.to(tl.bfloat16), mask=mask)
-    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * d + column, grad_gain, mask=in_row)
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    in_rows = row < rows
+    in_columns = column < d
+    mask = in_rows[:, None] & in_columns[None, :]
+    mask_t = in_columns[:, None] & in_rows[None, :]
+    offset = row[:, None] * d + column[None, :]
+    offset_t = column[:, None] * rows + row[None, :]
+    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    rstd = tl.load(rstd_ptr + row, mask=in_rows, other=0.0)
+    mean = tl.load(dot_ptr + row, mask=in_rows, other=0.0) / d
+    gain = tl.load(gain_ptr + column, mask=in_columns, other=0.0)
+    unit = x * rstd[:, None]
+    normed = _saturate(unit * gain[None, :], tl.load(scale_ptr + 1), limit)
+    tl.store(normed_t_ptr + offset_t, _transposed(normed, normed_t_ptr), mask=mask_t)
+    grad_gain = tl.sum(grad * unit, axis=0)
+    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * d + column, grad_gain, mask=in_columns)
+    grad_x = ((grad * gain[None, :] - unit * mean[:, None]) * rstd[:, None] + residual).to(tl.bfloat16)
+    tl.store(grad_x_ptr + offset, grad_x, mask=mask)
+    if QUANTISE:
+        # What is stored, so that the copies are those of the BF16 gradient.
+        stored = grad_x.to(tl.float32)
+        _observe(amax_ptr, stored)
+        value = _saturate(stored, tl.load(grad_scale_ptr + 1), grad_limit)
+        tl.store(out_ptr + offset, value.to(out_ptr.dtype.element_ty), mask=mask)
+        if TRANSPOSED:
+            tl.store(out_t_ptr + offset_t, _transposed(value, out_t_ptr), mask=mask_t)
 
 
 def rms_norm_backward(
-    grad_normed: Tensor, x: Tensor, rstd: Tensor, gain: Tensor, grad_residual: Tensor
-) -> tuple[Tensor, Tensor]:
+    grad_normed: Tensor,
+    x: Tensor,
+    rstd: Tensor,
+    gain: Tensor,
+    dot: Tensor,
+    grad_residual: Tensor,
+    slot: Slot,
+    grad_slot: Slot | None,
+    transposed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     rows, d = x.shape
-    block_rows, block = _row_blocks(d)
-    warps = ROW_WARPS
-    if block >= WIDE_ROW:
-        block_rows, warps = 1, 2 * ROW_WARPS
-    # Few programs, each over many rows: the gain's gradient is a sum over rows, kept in registers meanwhile.
-    programs = min(triton.cdiv(rows, block_rows), 4 * _processors(x.device))
+    tile = NORM_BACKWARD
+    grid = _grid(rows, d, tile)
     grad_x = torch.empty_like(x)
-    partial = torch.empty(programs, d, dtype=torch.float32, device=x.device)
-    _rms_norm_backward_kernel[(programs,)](
-        grad_normed, x, rstd, gain, grad_residual, grad_x, partial, rows, d,
-        BLOCK_ROWS=block_rows, BLOCK=block, num_warps=warps,
+    normed_t = torch.empty(d, rows, dtype=slot.dtype, device=x.device)
+    partial = torch.empty(grid[0], d, dtype=torch.float32, device=x.device)
+    out = out_t = None
+    if grad_slot is not None:
+        out = torch.empty(rows, d, dtype=grad_slot.dtype, device=x.device)
+        if transposed:
+            out_t = torch.empty(d, rows, dtype=grad_slot.dtype, device=x.device)
+    target = grad_slot or slot
+    _rms_norm_backward_kernel[grid](
+        grad_normed, x, rstd, gain, dot, grad_residual, grad_x, normed_t,
+        normed_t if out is None else out, normed_t if out_t is None else out_t,
+        partial, slot.scale, target.scale, target.amax, rows, d, slot.limit, target.limit,
+        QUANTISE=out is not None, TRANSPOSED=out_t is not None,
+        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
-    return grad_x, partial.sum(0)
+    return grad_x, partial.sum(0), normed_t, out, out_t
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
 
 
 @triton.jit
@@ -260,91 +275,107 @@ def _swiglu_kernel(
     pair = row[:, None] * (2 * d_ff) + column[None, :]
     gate = tl.load(gate_up_ptr + pair, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + pair + d_ff, mask=mask, other=0.0).to(tl.float32)
-    activated = gate * tl.sigmoid(gate) * up
+    activated = gate * _sigmoid(gate) * up
     _observe(amax_ptr, activated)
     value = _saturate(activated, tl.load(scale_ptr + 1), limit)
-    tl.store(out_ptr + row[:, None] * d_ff + column[None, :], value.to(out_ptr.dtype.element_ty), mask=mask)
+    offset = row[:, None] * d_ff + column[None, :]
+    tl.store(out_ptr + offset, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def swiglu(gate_up: Tensor, slot: Slot) -> Tensor:
     rows, d_ff = len(gate_up), gate_up.shape[1] // 2
     out = torch.empty(rows, d_ff, dtype=slot.dtype, device=gate_up.device)
-    _swiglu_kernel[_grid(rows, d_ff, FLAT)](
+    _swiglu_kernel[_grid(rows, d_ff, SWIGLU)](
         gate_up, out, slot.scale, slot.amax, rows, d_ff, slot.limit,
-        BLOCK_ROWS=FLAT.rows, BLOCK_COLUMNS=FLAT.columns, num_warps=FLAT.warps,
+        BLOCK_ROWS=SWIGLU.rows, BLOCK_COLUMNS=SWIGLU.columns, num_warps=SWIGLU.warps,
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _swiglu_backward_kernel(
-    gate_up_ptr, grad_ptr, out_ptr, out_t_ptr, activated_t_ptr, grad_scale_ptr, amax_ptr, scale_ptr, rows, d_ff,
-    grad_limit, limit, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    gate_up_ptr, grad_ptr, out_ptr, out_t_ptr, activated_t_ptr, dot_ptr, grad_scale_ptr, amax_ptr, scale_ptr,
+    rows, d_ff, grad_limit, limit, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    mask = (row < rows)[:, None] & (column < d_ff)[None, :]
-    mask_t = (column < d_ff)[:, None] & (row < rows)[None, :]
+    in_rows = row < rows
+    mask = in_rows[:, None] & (column < d_ff)[None, :]
+    mask_t = (column < d_ff)[:, None] & in_rows[None, :]
     pair = row[:, None] * (2 * d_ff) + column[None, :]
     gate = tl.load(gate_up_ptr + pair, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + pair + d_ff, mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + row[:, None] * d_ff + column[None, :], mask=mask, other=0.0).to(tl.float32)
     grad_scale = tl.load(grad_scale_ptr + 1)
-    sigmoid = tl.sigmoid(gate)
+    sigmoid = _sigmoid(gate)
     silu = gate * sigmoid
     column_t = column[:, None] * rows + row[None, :]
 
     activated = _saturate(silu * up, tl.load(scale_ptr + 1), limit)
     tl.store(activated_t_ptr + column_t, _transposed(activated, activated_t_ptr), mask=mask_t)
 
+    grad_up = grad * silu
     grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
-    _observe(amax_ptr, grad_gate)
+    dot = tl.sum(grad_gate * gate + grad_up * up, axis=1)
+    tl.store(dot_ptr + row * tl.num_programs(1) + tl.program_id(1), dot, mask=in_rows)
+    _observe(amax_ptr, tl.maximum(_finite_magnitude(grad_gate), _finite_magnitude(grad_up)))
     value = _saturate(grad_gate, grad_scale, grad_limit)
     tl.store(out_ptr + pair, value.to(out_ptr.dtype.element_ty), mask=mask)
     tl.store(out_t_ptr + column_t, _transposed(value, out_t_ptr), mask=mask_t)
-
-    grad_up = grad * silu
-    _observe(amax_ptr, grad_up)
     value = _saturate(grad_up, grad_scale, grad_limit)
     tl.store(out_ptr + pair + d_ff, value.to(out_ptr.dtype.element_ty), mask=mask)
     up_t = column_t + tl.cast(d_ff, tl.int64) * rows
     tl.store(out_t_ptr + up_t, _transposed(value, out_t_ptr), mask=mask_t)
 
 
-def swiglu_backward(gate_up: Tensor, grad: Tensor, slot: Slot, grad_slot: Slot) -> tuple[Tensor, Tensor, Tensor]:
+def swiglu_backward(
+    gate_up: Tensor, grad: Tensor, slot: Slot, grad_slot: Slot
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, d_ff = grad.shape
+    tile = SWIGLU_BACKWARD
+    grid = _grid(rows, d_ff, tile)
     out = torch.empty(rows, 2 * d_ff, dtype=grad_slot.dtype, device=grad.device)
     out_t = torch.empty(2 * d_ff, rows, dtype=grad_slot.dtype, device=grad.device)
     activated_t = torch.empty(d_ff, rows, dtype=slot.dtype, device=grad.device)
-    _swiglu_backward_kernel[_grid(rows, d_ff, SWIGLU_BACKWARD)](
-        gate_up, grad, out, out_t, activated_t, grad_slot.scale, grad_slot.amax, slot.scale, rows, d_ff,
-        grad_slot.limit, slot.limit, BLOCK_ROWS=SWIGLU_BACKWARD.rows, BLOCK_COLUMNS=SWIGLU_BACKWARD.columns,
-        num_warps=SWIGLU_BACKWARD.warps,
+    dot = torch.empty(rows, grid[1], dtype=torch.float32, device=grad.device)
+    _swiglu_backward_kernel[grid](
+        gate_up, grad, out, out_t, activated_t, dot, grad_slot.scale, grad_slot.amax, slot.scale, rows, d_ff,
+        grad_slot.limit, slot.limit, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
-    return out, out_t, activated_t
+    return out, out_t, activated_t, dot.sum(1)
+
+
+@triton.jit
+def _tokens(seq, BLOCK_TOKENS: tl.constexpr):
+    """Sequence of this program and its tokens in it: a block lies within one, or each row would cost a division."""
+    blocks = tl.cdiv(seq, BLOCK_TOKENS)
+    sequence = tl.program_id(0) // blocks
+    token = (tl.program_id(0) - sequence * blocks) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    return sequence.to(tl.int64), token.to(tl.int64)
 
 
 @triton.jit
 def _norm_rotate_kernel(
-    qkv_ptr, q_gain_ptr, k_gain_ptr, cos_ptr, sin_ptr, out_ptr, rows, seq, n_heads, epsilon,
+    qkv_ptr, q_gain_ptr, k_gain_ptr, cos_ptr, sin_ptr, out_ptr, seq, n_heads, epsilon,
     HALF: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    sequence, token = _tokens(seq, BLOCK_TOKENS)
+    row = sequence * seq + token
     head = tl.program_id(1)  # q's heads, then k's
     lane = tl.arange(0, BLOCK)
     in_half = lane < HALF
-    mask = (row < rows)[:, None] & in_half[None, :]
+    mask = (token < seq)[:, None] & in_half[None, :]
     source = row[:, None] * (3 * n_heads * 2 * HALF) + head * 2 * HALF + lane[None, :]
     first = tl.load(qkv_ptr + source, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(qkv_ptr + source + HALF, mask=mask, other=0.0).to(tl.float32)
-    square = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
-    rstd = (1.0 / tl.sqrt_rn(square / (2 * HALF) + epsilon))[:, None]
+    square = tl.sum(first * first + second * second, axis=1)
+    rstd = tl.rsqrt(square / (2 * HALF) + epsilon)[:, None]
     gain_ptr = q_gain_ptr
     if head >= n_heads:
         gain_ptr = k_gain_ptr
     first = first * rstd * tl.load(gain_ptr + lane, mask=in_half, other=0.0)[None, :]
     second = second * rstd * tl.load(gain_ptr + HALF + lane, mask=in_half, other=0.0)[None, :]
-    angle = (row % seq)[:, None] * HALF + lane[None, :]
+    angle = token[:, None] * HALF + lane[None, :]
     cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
     sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
     target = row[:, None] * (2 * n_heads * 2 * HALF) + head * 2 * HALF + lane[None, :]
@@ -357,54 +388,58 @@ def norm_rotate(
 ) -> Tensor:
     rows, half = len(qkv), cos.shape[1]
     out = torch.empty(rows, 2, n_heads, 2 * half, dtype=qkv.dtype, device=qkv.device)
-    _norm_rotate_kernel[(triton.cdiv(rows, HEAD_TOKENS), 2 * n_heads)](
-        qkv, q_gain, k_gain, cos, sin, out, rows, len(cos), n_heads, epsilon,
-        HALF=half, BLOCK_TOKENS=HEAD_TOKENS, BLOCK=triton.next_power_of_2(half), num_warps=HEAD_WARPS,
+    seq = len(cos)
+    _norm_rotate_kernel[(rows // seq * triton.cdiv(seq, HEADS.rows), 2 * n_heads)](
+        qkv, q_gain, k_gain, cos, sin, out, seq, n_heads, epsilon,
+        HALF=half, BLOCK_TOKENS=HEADS.rows, BLOCK=triton.next_power_of_2(half), num_warps=HEADS.warps,
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _norm_rotate_backward_kernel(
-    qkv_ptr, grad_ptr, gain_ptr, cos_ptr, sin_ptr, out_ptr, out_t_ptr, partial_ptr, scale_ptr, amax_ptr,
-    rows, seq, n_heads, first_column, batch_stride, head_stride, token_stride, epsilon, limit,
+    qkv_ptr, grad_ptr, gain_ptr, cos_ptr, sin_ptr, out_ptr, out_t_ptr, partial_ptr, dot_ptr, scale_ptr, amax_ptr,
+    rows, seq, n_heads, first_head, batch_stride, head_stride, token_stride, epsilon, limit,
     NORMED: tl.constexpr, HALF: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    sequence, token = _tokens(seq, BLOCK_TOKENS)
+    row = sequence * seq + token
     head = tl.program_id(1)
     lane = tl.arange(0, BLOCK)
     in_half = lane < HALF
-    in_rows = row < rows
+    in_rows = token < seq
     mask = in_rows[:, None] & in_half[None, :]
-    token = row % seq
-    source = (row // seq * batch_stride + token * token_stride)[:, None] + head * head_stride + lane[None, :]
+    source = sequence * batch_stride + token[:, None] * token_stride + head * head_stride + lane[None, :]
     first = tl.load(grad_ptr + source, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(grad_ptr + source + HALF, mask=mask, other=0.0).to(tl.float32)
-    column = first_column + head * 2 * HALF + lane
+    column = (first_head + head) * 2 * HALF + lane
     target = row[:, None] * (3 * n_heads * 2 * HALF) + column[None, :]
+    x_first = tl.load(qkv_ptr + target, mask=mask, other=0.0).to(tl.float32)
+    x_second = tl.load(qkv_ptr + target + HALF, mask=mask, other=0.0).to(tl.float32)
     if NORMED:
         angle = token[:, None] * HALF + lane[None, :]
         cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
         sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
+        square = tl.sum(x_first * x_first + x_second * x_second, axis=1)
+        rstd = tl.rsqrt(square / (2 * HALF) + epsilon)
+        x_first *= rstd[:, None]
+        x_second *= rstd[:, None]
         grad_first = first * cos + second * sin
         grad_second = second * cos - first * sin
-        x_first = tl.load(qkv_ptr + target, mask=mask, other=0.0).to(tl.float32)
-        x_second = tl.load(qkv_ptr + target + HALF, mask=mask, other=0.0).to(tl.float32)
-        square = tl.sum(x_first * x_first, axis=1) + tl.sum(x_second * x_second, axis=1)
-        rstd = (1.0 / tl.sqrt_rn(square / (2 * HALF) + epsilon))[:, None]
-        unit_first = x_first * rstd
-        unit_second = x_second * rstd
         partial = (tl.program_id(0).to(tl.int64) * n_heads + head) * 2 * HALF + lane
-        tl.store(partial_ptr + partial, tl.sum(grad_first * unit_first, axis=0), mask=in_half)
-        tl.store(partial_ptr + partial + HALF, tl.sum(grad_second * unit_second, axis=0), mask=in_half)
-        scaled_first = grad_first * tl.load(gain_ptr + lane, mask=in_half, other=0.0)[None, :]
-        scaled_second = grad_second * tl.load(gain_ptr + HALF + lane, mask=in_half, other=0.0)[None, :]
-        dot = tl.sum(scaled_first * unit_first, axis=1) + tl.sum(scaled_second * unit_second, axis=1)
-        mean = (dot / (2 * HALF))[:, None]
-        first = (scaled_first - unit_first * mean) * rstd
-        second = (scaled_second - unit_second * mean) * rstd
-    _observe(amax_ptr, first)
-    _observe(amax_ptr, second)
+        tl.store(partial_ptr + partial, tl.sum(grad_first * x_first, axis=0), mask=in_half)
+        tl.store(partial_ptr + partial + HALF, tl.sum(grad_second * x_second, axis=0), mask=in_half)
+        first = grad_first * tl.load(gain_ptr + lane, mask=in_half, other=0.0)[None, :]
+        second = grad_second * tl.load(gain_ptr + HALF + lane, mask=in_half, other=0.0)[None, :]
+        mean = tl.sum(first * x_first + second * x_second, axis=1) / (2 * HALF)
+        first = (first - x_first * mean[:, None]) * rstd[:, None]
+        second = (second - x_second * mean[:, None]) * rstd[:, None]
+        # A normed vector's gradient is orthogonal to it but for epsilon.
+        dot = mean * (2 * HALF - square * rstd * rstd)
+    else:
+        dot = tl.sum(first * x_first + second * x_second, axis=1)
+    tl.store(dot_ptr + row * (3 * n_heads) + first_head + head, dot, mask=in_rows)
+    _observe(amax_ptr, tl.maximum(_finite_magnitude(first), _finite_magnitude(second)))
     scale = tl.load(scale_ptr + 1)
     first_value = _saturate(first, scale, limit)
     second_value = _saturate(second, scale, limit)
@@ -426,25 +461,28 @@ def norm_rotate_backward(
     sin: Tensor,
     epsilon: float,
     slot: Slot,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, width = qkv.shape
     n_heads, half = grads[0].shape[1], cos.shape[1]
     out = torch.empty(rows, width, dtype=slot.dtype, device=qkv.device)
     out_t = torch.empty(width, rows, dtype=slot.dtype, device=qkv.device)
-    token_blocks = triton.cdiv(rows, HEAD_TOKENS)
+    dot = torch.empty(rows, 3 * n_heads, dtype=torch.float32, device=qkv.device)
+    tile = HEADS_BACKWARD
+    seq = len(cos)
+    token_blocks = rows // seq * triton.cdiv(seq, tile.rows)
     partial = torch.empty(2, token_blocks * n_heads, 2 * half, dtype=torch.float32, device=qkv.device)
     for index, (grad, gain) in enumerate(zip(grads, (q_gain, k_gain, k_gain), strict=True)):
         if grad.stride(3) != 1:
             grad = grad.contiguous()
         _norm_rotate_backward_kernel[(token_blocks, n_heads)](
-            qkv, grad, gain, cos, sin, out, out_t, partial[index % 2], slot.scale, slot.amax,
-            rows, len(cos), n_heads, index * n_heads * 2 * half,
+            qkv, grad, gain, cos, sin, out, out_t, partial[index % 2], dot, slot.scale, slot.amax,
+            rows, seq, n_heads, index * n_heads,
             grad.stride(0), grad.stride(1), grad.stride(2), epsilon, slot.limit,
-            NORMED=index < 2, HALF=half, BLOCK_TOKENS=HEAD_TOKENS, BLOCK=triton.next_power_of_2(half),
-            num_warps=HEAD_WARPS,
+            NORMED=index < 2, HALF=half, BLOCK_TOKENS=tile.rows, BLOCK=triton.next_power_of_2(half),
+            num_warps=tile.warps,
         )  # fmt: skip
     q_gain_grad, k_gain_grad = partial.sum(1)
-    return out, out_t, q_gain_grad, k_gain_grad
+    return out, out_t, q_gain_grad, k_gain_grad, dot.sum(1)
 
 
 def matmul(a: Tensor, b: Tensor, a_slot: Slot, b_slot: Slot, dtype: torch.dtype) -> Tensor:
@@ -455,52 +493,57 @@ def matmul(a: Tensor, b: Tensor, a_slot: Slot, b_slot: Slot, dtype: torch.dtype)
 
 @triton.jit
 def _cross_entropy_kernel(
-    logits_ptr, target_ptr, entropy_ptr, lse_ptr, vocabulary, z_loss, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
-):
+    logits_ptr, target_ptr, entropy_ptr, lse_ptr, vocabulary, z_loss,
+    GRADIENT: tl.constexpr, REPEAT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
+    entry = tl.arange(0, REPEAT)[:, None] * BLOCK + lane[None, :]
     logits_ptr += row * vocabulary
-    # One running maximum and sum a lane, so that the loop reduces across lanes only at its end.
+    # One running maximum and sum a lane, so that the loop reduces across lanes only at its end, and rescales its sum
+    # once in REPEAT entries: exponentials are what a row costs besides its bytes.
     largest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, vocabulary, BLOCK):
-        value = tl.load(logits_ptr + start + lane, mask=start + lane < vocabulary, other=float("-inf")).to(tl.float32)
-        higher = tl.where((value > largest) | (value != value), value, largest)
+    blocks = tl.cdiv(vocabulary, REPEAT * BLOCK)
+    for block in range(0, blocks):
+        index = block * (REPEAT * BLOCK) + entry
+        value = tl.load(logits_ptr + index, mask=index < vocabulary, other=float("-inf")).to(tl.float32)
+        # Maxima drop NaN; the sum keeps it.
+        higher = tl.maximum(largest, tl.max(value, axis=0))
         # A lane that has seen nothing but -inf would compute inf - inf.
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(largest - shift) + tl.exp(value - shift)
+        shift = tl.where(higher == float("-inf"), 0.0, higher) * LOG2_E
+        total = total * tl.exp2(largest * LOG2_E - shift) + tl.sum(tl.exp2(value * LOG2_E - shift[None, :]), axis=0)
         largest = higher
-    row_largest = tl.max(tl.where(largest == largest, largest, float("-inf")), axis=0)
+    row_largest = tl.max(largest, axis=0)
     lse = row_largest + tl.log(tl.sum(total * tl.exp(largest - row_largest), axis=0))
     target = tl.load(target_ptr + row)
+    target_logit = tl.load(logits_ptr + target).to(tl.float32)
     tl.store(lse_ptr + row, lse)
-    tl.store(entropy_ptr + row, lse - tl.load(logits_ptr + target).to(tl.float32))
+    tl.store(entropy_ptr + row, lse - target_logit)
     if GRADIENT:
         factor = 1 + 2 * z_loss * lse
         tl.debug_barrier()
-        # Read again: most of the row is still in L2.
-        for start in range(0, vocabulary, BLOCK):
-            mask = start + lane < vocabulary
-            value = tl.load(logits_ptr + start + lane, mask=mask, other=float("-inf")).to(tl.float32)
-            grad = tl.exp(value - lse) * factor - tl.where(start + lane == target, 1.0, 0.0)
-            tl.store(logits_ptr + start + lane, grad.to(tl.bfloat16), mask=mask)
+        # Read again, from the end: what was read last is still in L2.
+        for block in range(0, blocks):
+            index = (blocks - 1 - block) * (REPEAT * BLOCK) + entry
+            mask = index < vocabulary
+            value = tl.load(logits_ptr + index, mask=mask, other=float("-inf")).to(tl.float32)
+            grad = tl.exp2(value * LOG2_E - lse * LOG2_E) * factor
+            tl.store(logits_ptr + index, grad.to(tl.bfloat16), mask=mask)
+        tl.debug_barrier()
+        grad = tl.exp2(target_logit * LOG2_E - lse * LOG2_E) * factor - 1.0
+        tl.store(logits_ptr + target, grad.to(tl.bfloat16))
 
 
 def _run_cross_entropy(logits: Tensor, targets: Tensor, z_loss: float, *, gradient: bool) -> tuple[Tensor, Tensor]:
     rows, vocabulary = logits.shape
     entropy = torch.empty(rows, dtype=torch.float32, device=logits.device)
     lse = torch.empty_like(entropy)
+    tile = CROSS_ENTROPY if gradient else LOGSUMEXP
     _cross_entropy_kernel[(rows,)](
-        logits,
-        targets,
-        entropy,
-        lse,
-        vocabulary,
-        z_loss,
-        GRADIENT=gradient,
-        BLOCK=VOCABULARY_BLOCK,
-        num_warps=VOCABULARY_WARPS,
-    )
+        logits, targets, entropy, lse, vocabulary, z_loss,
+        GRADIENT=gradient, REPEAT=tile.rows, BLOCK=tile.columns, num_warps=tile.warps,
+    )  # fmt: skip
     return entropy, lse
 
 
@@ -522,7 +565,7 @@ def _logits_gradient_kernel(
     value = tl.load(logits_ptr + offset, mask=mask, other=float("-inf")).to(tl.float32)
     lse = tl.load(lse_ptr + row, mask=row < rows, other=0.0)
     target = tl.load(target_ptr + row, mask=row < rows, other=-1)
-    grad = tl.exp(value - lse[:, None]) * (1 + 2 * z_loss * lse)[:, None]
+    grad = tl.exp2(value * LOG2_E - (lse * LOG2_E)[:, None]) * (1 + 2 * z_loss * lse)[:, None]
     grad -= tl.where(column[None, :] == target[:, None], 1.0, 0.0)
     quantised = _saturate(grad, tl.load(scale_ptr + 1), limit)
     tl.store(out_ptr + offset, quantised.to(out_ptr.dtype.element_ty), mask=mask)

@@ -222,3 +222,31 @@ def test_compiled_kernels_agree_with_emulation() -> None:
     for name, gradient in emulated.items():
         # Sums in another order cross rounding boundaries here and there.
         assert relative_error(real[name].cpu(), gradient) < 0.1, name
+
+
+def test_a_block_takes_over_the_gradient_that_the_block_above_quantised(monkeypatch) -> None:
+    """The same bits as by a kernel of its own, and no such kernel runs for the blocks below the last."""
+    calls = []
+    quantise_both = reference.quantise_both
+    monkeypatch.setattr(reference, "quantise_both", lambda x, slot: calls.append(x.shape) or quantise_both(x, slot))
+    stacked, apart = model(fused=True), model(fused=True)
+    apart.blocks[1]._below = ()
+    counts = []
+    for gpt in (stacked, apart):
+        train(gpt, 2)
+        calls.clear()
+        counts.append((gradients(gpt, batch()), calls.count((64, CONFIG.d_model))))
+    (expected, alone), (actual, both) = counts[1], counts[0]
+    assert all(torch.equal(actual[name], gradient) for name, gradient in expected.items())
+    assert torch.equal(stacked.fp8_state.amax, apart.fp8_state.amax)
+    assert both == alone - 1
+
+
+def test_a_gradient_changed_on_its_way_down_is_quantised_again() -> None:
+    plain, scaled = model(fused=True), model(fused=True)
+    for gpt in (plain, scaled):
+        train(gpt, 1)
+    scaled.blocks[0].register_full_backward_pre_hook(lambda _, grads: (2 * grads[0],))
+    one, two = gradients(plain, batch()), gradients(scaled, batch())
+    name = "blocks.0.mlp.down.weight"
+    assert torch.allclose(two[name], 2 * one[name], rtol=0.05, atol=1e-6)

@@ -75,8 +75,7 @@ def gain(device: torch.device, size: int) -> Tensor:
 def rms_norm(ops: ModuleType, kind: str, device: torch.device) -> Case:
     s = slot(device)
     x, branch = values(kind, ROWS, D_MODEL).to(device), values("random", ROWS, D_MODEL, seed=2).to(device)
-    total, rstd, normed = ops.rms_norm(x, branch, gain(device, D_MODEL), 1e-6, s)
-    return Case((total, rstd, normed, ops.rms_norm_transposed(total, rstd, gain(device, D_MODEL), s)), s.amax)
+    return Case(ops.rms_norm(x, branch, gain(device, D_MODEL), 1e-6, s), s.amax)
 
 
 def rms_norm_alone(ops: ModuleType, kind: str, device: torch.device) -> Case:
@@ -84,10 +83,37 @@ def rms_norm_alone(ops: ModuleType, kind: str, device: torch.device) -> Case:
     return Case(ops.rms_norm(values(kind, ROWS, D_MODEL).to(device), None, gain(device, D_MODEL), 1e-6, s), s.amax)
 
 
-def rms_norm_backward(ops: ModuleType, kind: str, device: torch.device) -> Case:
+def _rms_norm_backward(
+    ops: ModuleType, kind: str, device: torch.device, grad_slot: Slot | None, *, transposed: bool
+) -> tuple[Tensor, ...]:
     grad, x, residual = (values(k, ROWS, D_MODEL, seed=i).to(device) for i, k in enumerate([kind, "random", "random"]))
     rstd = torch.rsqrt(x.float().square().mean(-1) + 1e-6)
-    return Case(ops.rms_norm_backward(grad, x, rstd, gain(device, D_MODEL), residual), torch.zeros(4))
+    g = gain(device, D_MODEL)
+    dot = (grad.float() * x.float() * rstd[:, None] * g).sum(-1)
+    outputs = ops.rms_norm_backward(grad, x, rstd, g, dot, residual, slot(device), grad_slot, transposed)
+    return tuple(output for output in outputs if output is not None)
+
+
+def rms_norm_backward(ops: ModuleType, kind: str, device: torch.device) -> Case:
+    s = slot(device, E5M2, 4.0)
+    return Case(_rms_norm_backward(ops, kind, device, s, transposed=True), s.amax)
+
+
+def rms_norm_backward_rows_alone(ops: ModuleType, kind: str, device: torch.device) -> Case:
+    s = slot(device)
+    return Case(_rms_norm_backward(ops, kind, device, s, transposed=False), s.amax)
+
+
+def rms_norm_backward_of_the_first_block(ops: ModuleType, kind: str, device: torch.device) -> Case:
+    return Case(_rms_norm_backward(ops, kind, device, None, transposed=True), torch.zeros(4))
+
+
+def normed_in_both_layouts(ops: ModuleType, kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """By the forward pass, and again by the backward one."""
+    x, g, s = values(kind, ROWS, D_MODEL).to(device), gain(device, D_MODEL), slot(device)
+    _, rstd, normed = ops.rms_norm(x, None, g, 1e-6, s)
+    zeros = torch.zeros_like(x)
+    return normed, ops.rms_norm_backward(zeros, x, rstd, g, torch.zeros_like(rstd), zeros, s, None, False)[2]
 
 
 def swiglu(ops: ModuleType, kind: str, device: torch.device) -> Case:
@@ -138,8 +164,9 @@ def cross_entropy_quantised(ops: ModuleType, kind: str, device: torch.device) ->
 
 
 CASES: list[Callable[[ModuleType, str, torch.device], Case]] = [
-    quantise, quantise_both, quantise_transposed, rms_norm, rms_norm_alone, rms_norm_backward, swiglu, swiglu_backward,
-    norm_rotate, norm_rotate_backward, cross_entropy, cross_entropy_quantised,
+    quantise, quantise_both, quantise_transposed, rms_norm, rms_norm_alone, rms_norm_backward,
+    rms_norm_backward_rows_alone, rms_norm_backward_of_the_first_block, swiglu, swiglu_backward, norm_rotate,
+    norm_rotate_backward, cross_entropy, cross_entropy_quantised,
 ]  # fmt: skip
 
 
@@ -180,7 +207,8 @@ def test_both_layouts_hold_the_same_bits(kind, device) -> None:
     pairs = [
         quantise_both(ops, kind, device).outputs,
         (quantise(ops, kind, device).outputs[0], quantise_transposed(ops, kind, device).outputs[0]),
-        rms_norm(ops, kind, device).outputs[2:],
+        normed_in_both_layouts(ops, kind, device),
+        rms_norm_backward(ops, kind, device).outputs[3:],
         swiglu_backward(ops, kind, device).outputs[:2],
         (swiglu(ops, kind, device).outputs[0], swiglu_backward(ops, kind, device).outputs[2]),
         norm_rotate_backward(ops, kind, device).outputs[:2],
