@@ -72,6 +72,7 @@ def run(
     replace: Annotated[
         bool, typer.Option("--replace", help="Run again where a finished run was made with another configuration.")
     ] = False,
+    nproc: Annotated[int, typer.Option(min=1, help="GPUs of this machine that each run takes.")] = 1,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once; on a CPU they share its cores.")] = 1,
     bf16_mfu: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of BF16's peak FLOP/s that --dry-run assumes.")
@@ -91,7 +92,7 @@ def run(
 
         console.print(
             f"{resolved.description}. Planned, not measured; hours assume {bf16_mfu:.0%} BF16-MFU, and on 8 GPUs "
-            f"{SCALING_EFFICIENCY:.0%} of 8 times one GPU's speed. The trainer uses one GPU so far."
+            f"{SCALING_EFFICIENCY:.0%} of 8 times one GPU's speed (run with --nproc 8)."
         )
         _print_frame(planned_runs(resolved, bf16_mfu))
         return
@@ -99,7 +100,7 @@ def run(
     for name in dict.fromkeys(config.mixture for config in resolved.runs):
         console.print(f"data: mixture {name}")
         _build_data(name, data_dir, records_dir, corpus, eval_data)
-    options = plans.Options(mixture=mixture, evaluation_data=eval_data, replace=replace, jobs=jobs)
+    options = plans.Options(mixture=mixture, evaluation_data=eval_data, replace=replace, nproc=nproc, jobs=jobs)
     unsuccessful = plans.run_plan(resolved, workspace, options, console)
     if unsuccessful:
         console.print(f"{unsuccessful} of {len(resolved.runs)} runs did not finish", style="red")

@@ -25,6 +25,7 @@ from fp8lab.schedule import decay_start, warmup_steps
 
 Recipe = Literal["bf16", "tensorwise", "rowwise", "rowwise_with_gw_hp", "fused"]
 Head = Literal["bf16", "fp8"]
+Sharding = Literal["ddp"]
 RECIPES: tuple[Recipe, ...] = get_args(Recipe)
 
 # A name becomes a folder: it must not be able to leave the folder it is given.
@@ -184,6 +185,8 @@ class RunConfig(Config):
     """Tokens an optimizer step, over all GPUs and micro-steps."""
     micro_batch: int = Field(gt=0)
     """Sequences a GPU holds at once."""
+    sharding: Sharding = "ddp"
+    """Of several GPUs, each holds all of the state (see `fp8lab.distributed`)."""
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     activation_checkpointing: bool = False
@@ -260,7 +263,15 @@ class RunConfig(Config):
         return self.steps - (self.parent.step if self.parent else 0)
 
 
-MAY_CHANGE = {"checkpoint_interval", "keep_checkpoints_at", "evaluation", "compact", "health_interval", "health_layers"}
+MAY_CHANGE = {
+    "checkpoint_interval",
+    "keep_checkpoints_at",
+    "evaluation",
+    "compact",
+    "health_interval",
+    "health_layers",
+    "sharding",
+}
 """Fields that change no result: a run may be resumed, or counts as finished, with other values of them."""
 
 

@@ -210,7 +210,7 @@ class HealthProbe:
                 objective, _ = training_loss(plain, hidden, tokens[:, 1:], config.optimizer.z_loss)
         finally:
             handle.remove()
-        torch.autograd.grad(objective * (len(tokens) / len(batch)), embedded)
+        torch.autograd.grad(objective * (len(tokens) * config.model.seq_len / config.global_batch_tokens), embedded)
 
     def _fused_roundings(self) -> dict[tuple[str, str], Rounding]:
         """How each tensor of a fused block is rounded in this step."""

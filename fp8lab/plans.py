@@ -75,6 +75,8 @@ class Options:
     """Folder of evaluation data, for machines without the hub."""
     replace: bool = False
     """Run again where a finished record was made with another configuration."""
+    nproc: int = 1
+    """Processes a run, one a GPU of this machine."""
     jobs: int = 1
     """Runs at once; on a CPU they share its cores."""
 
@@ -97,6 +99,9 @@ def run_plan(plan: Plan, workspace: Workspace, options: Options, console: Consol
         UserError: a finished record was made with another configuration and `options.replace` is off.
         Interrupted: SIGINT or SIGTERM arrived; the runs in progress have checkpoints.
     """
+    compact = next((config.run for config in plan.runs if config.compact), None)
+    if options.nproc > 1 and compact is not None:
+        raise UserError(f"--nproc: {compact} is a compact run; those share one process on one GPU")
     for config in plan.runs:
         _check_unchanged(config, workspace, replace=options.replace)
     labels = {
@@ -257,7 +262,7 @@ def _train_and_score(config: RunConfig, plan: Plan, options: Options, stage: _St
             # Its record, notebook and log are that process's to write.
             stage.print(f"{label}: another process is training it; see fp8lab status", style="red")
             return False
-        parameters = {"plan": str(plan.path), "run": config.run, "mixture": options.mixture}
+        parameters = {"plan": str(plan.path), "run": config.run, "mixture": options.mixture, "nproc": options.nproc}
         stage.execute("train", config, parameters, label)
         trained = finished_record(folder)
         if trained is None:

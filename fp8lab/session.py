@@ -24,10 +24,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fp8lab import checkpoint, records
+from fp8lab import checkpoint, distributed, records
 from fp8lab.averaging import WeightAverage
 from fp8lab.config import MAY_CHANGE, RunConfig, validate
 from fp8lab.data import TokenDataset
+from fp8lab.distributed import ALONE, World
 from fp8lab.errors import UserError
 from fp8lab.guard import StepGuard
 from fp8lab.health import HealthLog, HealthProbe
@@ -139,11 +140,27 @@ def first_non_finite_output(model: GPT, tokens: Tensor) -> str | None:
     return found[0] if found else None
 
 
-class Session:
-    """The state of one run on one device, and the step that advances it."""
+class Objective(nn.Module):
+    """The loss as a module, so that what wraps a model for several GPUs sees both uses of the tied weight."""
 
-    def __init__(self, config: RunConfig, dataset: TokenDataset, folder: Path) -> None:
+    def __init__(self, model: GPT, z_loss: float) -> None:
+        super().__init__()
+        self.model = model
+        self._z_loss = z_loss
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Objective and cross-entropy (see `training_loss`) of token ids (batch, seq + 1)."""
+        with torch.autocast(tokens.device.type, torch.bfloat16):
+            hidden = self.model.hidden(tokens[:, :-1])
+            return training_loss(self.model, hidden, tokens[:, 1:], self._z_loss)
+
+
+class Session:
+    """The state of one run on one device, and the step that advances it; with several GPUs, one rank's."""
+
+    def __init__(self, config: RunConfig, dataset: TokenDataset, folder: Path, world: World = ALONE) -> None:
         self.config = config
+        self.world = world
         self.dataset = dataset
         self.folder = folder
         self.device = training_device()
@@ -161,6 +178,7 @@ class Session:
         self.conversion = convert(self.model, config.recipe, config.head, config.high_precision)
         self.model.train()
         self.model.checkpoint_activations = config.activation_checkpointing
+        self._objective = distributed.share(Objective(self.model, config.optimizer.z_loss), config.sharding, world)
         self.optimizer = make_optimizer(self.model, config, self.device)
         self.guard = StepGuard(len(list(self.model.parameters())), config.optimizer.skip_outliers).to(self.device)
         self.average: WeightAverage | None = None
@@ -200,7 +218,11 @@ class Session:
         return self.earlier_seconds + time.perf_counter() - self.began
 
     def take_step(self, batch: Tensor) -> None:
-        """One optimizer step on `batch` (rows, seq_len + 1), logged; nothing here waits for the device."""
+        """One optimizer step, logged; nothing here waits for the device.
+
+        Args:
+            batch: (rows, seq_len + 1) token ids, this rank's rows of the global batch.
+        """
         config, optimizer = self.config, self.optimizer
         stopwatch = Stopwatch(self.device).start()
         lr = config.optimizer.peak_learning_rate * learning_rate_fraction(config.schedule, self.step, self.steps)
@@ -208,7 +230,7 @@ class Session:
             group["lr"] = lr
         batch = batch.to(self.device, non_blocking=True)
         try:
-            loss = self._accumulate_gradients(batch, config.micro_batch)
+            loss = self.world.sum(self._accumulate_gradients(batch, config.micro_batch))
         except torch.OutOfMemoryError:
             raise UserError(self._advise_micro_batch(batch)) from None
         parameters = list(self.model.parameters())
@@ -232,7 +254,7 @@ class Session:
     def _measure_health(self, batch: Tensor, gradient_norms: Tensor) -> None:
         """Every `health_interval` steps, before the optimizer changes the weights."""
         interval, step = self.config.health_interval, self.step + 1
-        if interval and step % interval == 0:
+        if interval and step % interval == 0 and self.world.leads:
             values = self._probe.measure(batch, gradient_norms)
             if values is not None:
                 self.health.add(step, self._probe.rows, values)
@@ -243,15 +265,19 @@ class Session:
         self.health.flush(wait=wait)
 
     def _accumulate_gradients(self, batch: Tensor, micro_batch: int) -> Tensor:
-        """Gradients of the mean loss over `batch`, `micro_batch` sequences at a time; returns that loss."""
+        """Gradients of the mean loss over all ranks' batches, `micro_batch` sequences at a time.
+
+        Returns:
+            This rank's part of that loss: the ranks' sum is the mean.
+        """
         micro_batches = batch.split(micro_batch)
+        count = len(micro_batches) * self.world.size
         total = torch.zeros((), device=self.device)
-        for tokens in micro_batches:
-            with torch.autocast(self.device.type, torch.bfloat16):
-                hidden = self.model.hidden(tokens[:, :-1])
-                objective, loss = training_loss(self.model, hidden, tokens[:, 1:], self.config.optimizer.z_loss)
-            (objective / len(micro_batches)).backward()
-            total += loss / len(micro_batches)
+        for index, tokens in enumerate(micro_batches, start=1):
+            with distributed.micro_step(self._objective, last=index == len(micro_batches)):
+                objective, loss = self._objective(tokens)
+                (objective / count).backward()
+            total += loss / count
         return total
 
     def _advise_micro_batch(self, batch: Tensor) -> str:
@@ -259,6 +285,9 @@ class Session:
         problem = (
             f"micro_batch: {self.config.micro_batch} sequences do not fit the memory of {device_name(self.device)}"
         )
+        if self.world.size > 1:
+            # One rank cannot try by itself.
+            return f"{problem}; take a smaller one" + (", or sharding: fsdp" if self.config.sharding == "ddp" else "")
         # Before the first step the optimizer has yet to take its share.
         moments = [] if self.optimizer.state else [torch.zeros_like(p) for p in self.model.parameters() for _ in "mv"]
         for micro_batch in range(self.config.micro_batch // 2, 0, -1):
@@ -293,10 +322,12 @@ class Session:
                 domain, self.config.model.seq_len, self.config.validation_tokens
             )
             nats = torch.zeros((), dtype=torch.float64, device=self.device)
-            for rows in torch.from_numpy(windows).split(self.config.micro_batch):
+            own = torch.from_numpy(windows[self.world.rank :: self.world.size])
+            for rows in own.split(self.config.micro_batch):
                 rows = rows.to(self.device)
                 with torch.autocast(self.device.type, torch.bfloat16):
                     nats += total_nats(model, model.hidden(rows[:, :-1]), rows[:, 1:])
+            self.world.sum(nats)
             predicted = windows.shape[0] * self.config.model.seq_len
             losses[domain] = DomainLoss(
                 loss=float(nats) / predicted, bits_per_byte=float(nats) / math.log(2) / text_bytes

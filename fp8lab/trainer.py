@@ -1,13 +1,15 @@
 """Training: a validated configuration in, a run record and trained weights out.
 
 `fp8lab.session` holds the run's state and takes its steps; this module drives it to its end, and keeps
-its record, whatever happens.
+its record, whatever happens. Of several ranks (`fp8lab.distributed`) each drives its own session through the
+same steps, validations and checkpoints, and the first keeps the record.
 
 A run stops and continues as if it had not stopped. Its state is checkpointed every
 `checkpoint_interval` steps and on SIGTERM and SIGINT; the batch at a step is a function of the step;
 and nothing else is random. On a CPU the continued run is bit-identical.
 
-``python -m fp8lab.trainer CONFIG.json`` trains without a notebook.
+``python -m fp8lab.trainer CONFIG.json`` trains without a notebook, ``torchrun -m fp8lab.trainer CONFIG.json``
+on as many GPUs and hosts as torchrun is told.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import collections
 import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
@@ -29,10 +32,12 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from fp8lab import checkpoint, flops, records
+from fp8lab import checkpoint, distributed, flops, records
 from fp8lab.config import RunConfig, read_run_config
 from fp8lab.data import Loader, TokenDataset, load_mixture
+from fp8lab.distributed import World
 from fp8lab.errors import UserError
 from fp8lab.events import EventFile
 from fp8lab.generation import generate
@@ -46,6 +51,8 @@ from fp8lab.session import Session, device_name, first_non_finite_output
 FLUSH_SECONDS = 1.0
 """Between readings of the device's metrics."""
 PREFETCH_BATCHES = 4
+DIVERGED = 255
+"""What a rank says to stop the run as diverged; no signal has this number."""
 DIVERGED_AFTER = 20
 """Skipped steps in a row after which a run has diverged."""
 FINAL_LOSS_ROWS = 20
@@ -84,7 +91,7 @@ def train(
     Writes the record to ``records_dir/<plan>/<run>/`` and weights to ``checkpoints_dir/<plan>/<run>/``.
 
     Returns:
-        The finished run's record.
+        The finished run's record; on a rank other than the first, one without results.
 
     Raises:
         UserError: bad data or configuration, a run that another process trains, or damaged checkpoints;
@@ -93,17 +100,23 @@ def train(
         Diverged: the loss or gradient stayed non-finite; the record's status is 'diverged'.
         Exception: anything else, after a record with status 'failed' and the reason.
     """
-    _check_batch(config)
-    dataset, loader = open_data(config, data_dir)
-    if dataset.encoding.n_vocab > config.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size: {config.model.vocab_size} is less than the {dataset.encoding.n_vocab} "
-            f"tokens of mixture {config.mixture}"
-        )
-    folder = checkpoints_dir / config.plan / config.run
-    session = Session(config, dataset, folder)
-    with checkpoint.lock(folder):
-        checkpoint.clean_up(folder)
+    world = distributed.meet()
+    with contextlib.ExitStack() as held:
+        _check_batch(config, world)
+        dataset, loader = open_data(config, data_dir)
+        if dataset.encoding.n_vocab > config.model.vocab_size:
+            raise UserError(
+                f"model.vocab_size: {config.model.vocab_size} is less than the {dataset.encoding.n_vocab} "
+                f"tokens of mixture {config.mixture}"
+            )
+        folder = checkpoints_dir / config.plan / config.run
+        session = Session(config, dataset, folder, world)
+
+        def take_folder() -> None:
+            held.enter_context(checkpoint.lock(folder))
+            checkpoint.clean_up(folder)
+
+        world.first(take_folder)
         session.resume()
         return Recorder(session, loader, records_dir, on_log).run()
 
@@ -120,8 +133,13 @@ def open_data(config: RunConfig, data_dir: Path) -> tuple[TokenDataset, Loader]:
     return dataset, Loader(dataset, seq_len=seq_len, seed=config.seed, global_batch_sequences=rows)
 
 
-def _check_batch(config: RunConfig) -> None:
+def _check_batch(config: RunConfig, world: World) -> None:
     tokens = config.micro_batch * config.model.seq_len
+    if config.global_batch_tokens % (tokens * world.size):
+        raise UserError(
+            f"global_batch_tokens: {config.global_batch_tokens} is not a multiple of processes x micro_batch x seq_len "
+            f"= {world.size} x {config.micro_batch} x {config.model.seq_len} = {tokens * world.size}"
+        )
     if uses_fp8(config.recipe, config.head) and tokens % FP8_MULTIPLE:
         raise UserError(
             f"micro_batch: {config.micro_batch} x seq_len {config.model.seq_len} = {tokens} tokens; "
@@ -130,20 +148,23 @@ def _check_batch(config: RunConfig) -> None:
 
 
 class Recorder:
-    """Drives a session to its end and keeps its record, whatever happens."""
+    """Drives a session to its end and, on the leading rank, keeps its record, whatever happens."""
 
     def __init__(self, session: Session, loader: Loader, records_dir: Path, on_log: OnLog | None) -> None:
         self._session = session
         self._loader = loader
         self._records_dir = records_dir
         self._on_log = on_log
+        self._leads = session.world.leads
         self._progress = ProgressFile(session.folder)
-        self._events = EventFile(session.folder, session.step)
+        self._events = EventFile(session.folder, session.step) if self._leads else None
         self._rows_in_events = len(session.log.rows)
         self.writer = checkpoint.CheckpointWriter(session.folder, session.config.keep_checkpoints_at)
         self._next_flush = 0.0
+        self._diverged = False
         self._bad_output: str | None = None
-        provenance = records.collect_provenance(device_name(session.device))
+        world = session.world
+        provenance = records.collect_provenance(device_name(session.device), world.size, world.hosts)
         provenance.data_sha256 = session.dataset.sha256
         provenance.tokenizer_sha256 = session.dataset.tokenizer_sha256
         session.started_utc = session.started_utc or provenance.started_utc
@@ -170,20 +191,19 @@ class Recorder:
             self._write_failure(_one_line(error))
             raise
         finally:
-            self._events.close()
+            if self._events is not None:
+                self._events.close()
         return self.record
 
     def _loop(self, received: list[int]) -> None:
         session, config = self._session, self._session.config
         self._report("training", now=True)
-        with _prefetched(self._loader, session.step, session.steps, session.device) as batches:
+        with _prefetched(self._loader, session) as batches:
             for batch in batches:
                 session.take_step(batch)
-                if received:
-                    self._save(wait=True)
-                    raise Interrupted(received[0], session.step)
                 if time.monotonic() >= self._next_flush or session.step == session.steps:
                     self._flush()
+                self._stop_if_asked(received)
                 if config.validation_interval and session.step % config.validation_interval == 0:
                     self._validate()
                 is_due = session.step % config.checkpoint_interval == 0 or session.step in config.keep_checkpoints_at
@@ -194,14 +214,26 @@ class Recorder:
         if not config.compact:
             self._save(wait=True)
 
+    def _stop_if_asked(self, received: list[int]) -> None:
+        """What one rank has seen, a signal or divergence, stops all of them after the same step."""
+        session = self._session
+        stop = session.world.largest(DIVERGED if self._diverged else received[0] if received else 0)
+        if stop == DIVERGED:
+            raise Diverged(self._divergence())
+        if stop:
+            self._save(wait=True)
+            raise Interrupted(stop, session.step)
+
     def _finish(self) -> None:
         session, record = self._session, self.record
+        averaged = session.validate_average()
+        if not self._leads:
+            return
         if not session.config.compact:
             checkpoint.save_final(session.folder, session.bf16_model, session.config)
             record.samples = self._samples()
         last = session.validation[-len(session.dataset.weights) :]
         by_domain = {row["domain"]: DomainLoss(loss=row["loss"], bits_per_byte=row["bits_per_byte"]) for row in last}
-        averaged = session.validate_average()
         record.final = FinalLosses(
             train_loss=float(session.log.table()["loss"].tail(FINAL_LOSS_ROWS).mean()),
             averaged=None if averaged is None else ValidationLosses(**self._weighted(averaged)),
@@ -224,7 +256,8 @@ class Recorder:
     def _validate(self) -> None:
         self._report("validating", now=True)
         self._session.validate()
-        self._events.add_validation(self._session.validation[-len(self._session.dataset.weights) :])
+        if self._events is not None:
+            self._events.add_validation(self._session.validation[-len(self._session.dataset.weights) :])
 
     def _save(self, *, wait: bool) -> None:
         """Checkpoint, and bring the record's tables up to date."""
@@ -232,34 +265,34 @@ class Recorder:
         state = self._session.state()
         # The tables first: beside gigabytes on their way to the same disk, syncing them would wait for those.
         self._write("running")
-        self.writer.save(state)
-        if wait:
-            self.writer.wait()
+        if self._leads:
+            self.writer.save(state)
+            if wait:
+                self.writer.wait()
 
     def _flush(self) -> None:
         self._next_flush = time.monotonic() + FLUSH_SECONDS
         session = self._session
         session.flush(wait=session.step == session.steps)
-        self._events.add_metrics(session.log.rows[self._rows_in_events :])
+        if self._events is not None:
+            self._events.add_metrics(session.log.rows[self._rows_in_events :])
         self._rows_in_events = len(session.log.rows)
         self._report("training")
         if self._on_log is not None:
             self._on_log(session.log.table, session.validation_table)
-        self._check_diverged()
-
-    def _check_diverged(self) -> None:
-        session = self._session
         rows = session.log.rows[-1:]
-        if not rows or not rows[0]["skipped"] or int(session.guard.skipped_in_a_row) < DIVERGED_AFTER:
-            return
+        if rows and rows[0]["skipped"]:
+            self._diverged = int(session.guard.skipped_in_a_row) >= DIVERGED_AFTER
+
+    def _divergence(self) -> str:
+        """Why the run has diverged, and where it began."""
+        session = self._session
         # The weights are still those of the first bad step: what fails now failed then.
         tokens = torch.from_numpy(self._loader.batch(session.step - 1)[: session.config.micro_batch, :-1])
         self._bad_output = first_non_finite_output(session.model, tokens.to(session.device))
         step, layer = self._first_bad()
-        raise Diverged(
-            f"{DIVERGED_AFTER} steps in a row were skipped"
-            + (f"; the first loss or gradient that is not finite was at step {step}, in {layer}" if step else "")
-        )
+        began = f"; the first loss or gradient that is not finite was at step {step}, in {layer}" if step else ""
+        return f"{DIVERGED_AFTER} steps in a row were skipped{began}"
 
     def _first_bad(self) -> tuple[int | None, str | None]:
         """Number of the first step with a loss or gradient that is not finite, and the layer where it arose."""
@@ -289,7 +322,8 @@ class Recorder:
         return texts
 
     def _report(self, stage: Any, *, now: bool = False) -> None:
-        self._progress.update(lambda: self._current(stage), now=now)
+        if self._leads:
+            self._progress.update(lambda: self._current(stage), now=now)
 
     def _current(self, stage: Any) -> Progress:
         session = self._session
@@ -304,11 +338,13 @@ class Recorder:
             tokens=session.tokens,
             loss=rows[-1]["loss"] if rows else None,
             tokens_per_second=speed,
-            bf16_mfu=flops.bf16_mfu(session.config.model, speed) if speed and on_gpu else None,
+            bf16_mfu=flops.bf16_mfu(session.config.model, speed, session.world.size) if speed and on_gpu else None,
             eta_seconds=left / speed if speed else None,
         )
 
     def _write(self, status: records.Status, reason: str | None = None) -> None:
+        if not self._leads:
+            return
         session, record = self._session, self.record
         metrics = session.log.table()
         step, layer = self._first_bad()
@@ -353,7 +389,7 @@ class Recorder:
         return Speed(
             tokens_per_second_median=median,
             tokens_per_second_end_to_end=session.own_tokens / session.wall_seconds,
-            bf16_mfu=flops.bf16_mfu(session.config.model, median) if on_gpu else None,
+            bf16_mfu=flops.bf16_mfu(session.config.model, median, session.world.size) if on_gpu else None,
             peak_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
             wall_seconds=session.wall_seconds,
         )
@@ -368,17 +404,17 @@ def _one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _prefetched(loader: Loader, first: int, last: int, device: torch.device) -> Iterator[Iterator[Tensor]]:
-    """Batches of steps `first` to `last` - 1, a few of them loaded ahead by a thread."""
+def _prefetched(loader: Loader, session: Session) -> Iterator[Iterator[Tensor]]:
+    """The rank's rows of the batches still to come, a few of them loaded ahead by a thread."""
 
     def load(step: int) -> Tensor:
-        batch = torch.from_numpy(loader.batch(step))
-        return batch.pin_memory() if device.type == "cuda" else batch
+        batch = torch.from_numpy(loader.batch(step, session.world.rank, session.world.size))
+        return batch.pin_memory() if session.device.type == "cuda" else batch
 
     def batches() -> Iterator[Tensor]:
         queue: collections.deque[Future[Tensor]] = collections.deque()
-        for step in range(first, last):
-            while len(queue) < PREFETCH_BATCHES and step + len(queue) < last:
+        for step in range(session.step, session.steps):
+            while len(queue) < PREFETCH_BATCHES and step + len(queue) < session.steps:
                 queue.append(executor.submit(load, step + len(queue)))
             yield queue.popleft().result()
 
@@ -421,6 +457,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoints-dir", type=Path, default=Path("checkpoints"))
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="fp8lab: %(message)s")
+    leads = os.environ.get("RANK", "0") == "0"
     try:
         record = train(
             read_run_config(options.config),
@@ -428,18 +465,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             data_dir=options.data_dir,
             checkpoints_dir=options.checkpoints_dir,
         )
-    except UserError as error:
-        print(f"fp8lab: {error}", file=sys.stderr)
-        return 2
-    except Interrupted as error:
-        print(f"fp8lab: stopped by {error}", file=sys.stderr)
-        return error.exit_code
-    except Diverged as error:
-        print(f"fp8lab: {error}", file=sys.stderr)
-        return 1
-    assert record.final is not None
-    print(f"{record.plan}/{record.run}: validation loss {record.final.validation_loss:.4f} nats")
+    except BaseException as error:
+        # torchrun tells of the first rank that failed, which need not be the leader.
+        get_error_handler().record_exception(error)
+        code = _exit_code(error)
+        if code is None:
+            raise
+        if leads:
+            print(f"fp8lab: {'stopped by ' if isinstance(error, Interrupted) else ''}{error}", file=sys.stderr)
+        return code
+    finally:
+        distributed.part()
+    if record.final is not None:
+        print(f"{record.plan}/{record.run}: validation loss {record.final.validation_loss:.4f} nats")
     return 0
+
+
+def _exit_code(error: BaseException) -> int | None:
+    """Of an error that is told in one line; None for one that wants a traceback."""
+    if isinstance(error, Interrupted):
+        return error.exit_code
+    return 2 if isinstance(error, UserError) else 1 if isinstance(error, Diverged) else None
 
 
 if __name__ == "__main__":

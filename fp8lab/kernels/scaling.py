@@ -9,7 +9,7 @@ memory, and gathers the amax for the next step on the way.
 Every tensor that is quantised has a *slot*: its row of flat buffers over the whole model. Moving all
 histories is then a handful of operations on one small tensor, once an optimizer step, however many
 micro-steps or recomputations it had: until `Fp8State.end_step` an amax only grows, and a repeated
-maximum changes nothing. With several ranks, `end_step` is where their amax would be reduced.
+maximum changes nothing. Of several ranks it takes the largest, so that all scale alike.
 
 The first step has no history. While `Fp8State.calibrating`, each quantising kernel runs twice, the
 first time only for its amax, so that the first step is scaled by its own tensors.
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 Format = Literal["e4m3", "e5m2"]
@@ -67,7 +68,7 @@ class Slot(NamedTuple):
     scale: Tensor
     """(4,) FP32: dequantise, quantise, two unused."""
     amax: Tensor
-    """(4,) FP32: largest finite magnitude since the last step, three unused."""
+    """(4,) FP32: largest finite magnitude since the last step; at the step's end that times the scale; two unused."""
     dtype: torch.dtype
     """FP8 format."""
 
@@ -169,9 +170,11 @@ class Fp8State(nn.Module):
     @torch.no_grad()
     def end_step(self) -> None:
         """Move every history on by one step and set the next step's scales."""
-        amax = self.amax[:, 0]
-        # Several ranks would reduce `amax` here: all_reduce(amax, MAX).
-        scaled = amax * self.scale[:, QUANTISE]
+        amax, scaled = self.amax[:, 0], self.amax[:, 1]
+        # Scaled before the ranks compare: in the first step each has scales of its own.
+        torch.mul(amax, self.scale[:, QUANTISE], out=scaled)
+        if dist.is_initialized():
+            dist.all_reduce(self.amax, dist.ReduceOp.MAX)
         self.saturated_steps += scaled > self.limit
         self.underflowing_steps += (amax > 0) & (scaled < self.smallest_normal)
         self.history[self._position()].copy_(amax)

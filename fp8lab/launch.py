@@ -1,0 +1,138 @@
+"""Starting one run's ranks from one process: what the notebook does where a run takes several GPUs.
+
+The ranks are the same workers that ``torchrun --nproc-per-node N -m fp8lab.trainer CONFIG.json`` starts, and it
+is torchrun's own launcher that starts them here. They write the run's record; this process waits, and
+hands out the record's tables as they grow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from fp8lab import records
+from fp8lab.config import RunConfig
+from fp8lab.errors import UserError
+from fp8lab.progress import Progress, ProgressFile
+from fp8lab.records import TrainRecord
+from fp8lab.trainer import Interrupted, OnLog
+
+WORKER = "fp8lab.trainer"
+"""Module that each rank runs."""
+WATCH_SECONDS = 2.0
+
+
+def launch(
+    config: RunConfig,
+    processes: int,
+    *,
+    records_dir: Path,
+    data_dir: Path,
+    checkpoints_dir: Path,
+    on_log: OnLog | None = None,
+) -> TrainRecord:
+    """`fp8lab.trainer.train` on `processes` GPUs of this machine (or, without GPUs, in as many processes).
+
+    Raises:
+        UserError: as `train`.
+        Interrupted: as `train`: a signal reached a rank, or this process, which passes it on and waits.
+        RuntimeError: a rank failed or diverged; the message is the first one's.
+    """
+    folder = records.record_dir(records_dir, config.plan, config.run)
+    work = checkpoints_dir / config.plan / config.run
+    work.mkdir(parents=True, exist_ok=True)
+    # Until a rank reports, signals to the run are this process's to pass on.
+    ProgressFile(work).update(lambda: Progress(stage="starting", steps=config.steps), now=True)
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        monitor_interval=0.5,
+    )
+    with tempfile.TemporaryDirectory() as temporary, _signal_handlers_kept(), _watched(folder, on_log):
+        path = Path(temporary) / "config.json"
+        path.write_text(config.model_dump_json())
+        arguments = ["-m", WORKER, str(path), "--records-dir", str(records_dir)]
+        arguments += ["--data-dir", str(data_dir), "--checkpoints-dir", str(checkpoints_dir)]
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        try:
+            elastic_launch(settings, sys.executable)(*arguments)
+        except SignalException as error:
+            raise Interrupted(error.sigval, _steps(folder)) from None
+        except ChildFailedError as error:
+            raise _what_happened(error, folder) from None
+    record = records.read(folder)
+    assert isinstance(record, TrainRecord)
+    return record
+
+
+def _what_happened(error: ChildFailedError, folder: Path) -> Exception:
+    """The first failure of a rank as the exception that `train` would have raised."""
+    rank, failure = error.get_first_failure()
+    if failure.exitcode in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+        return Interrupted(failure.exitcode - 128, _steps(folder))
+    message = failure.message["message"] if isinstance(failure.message, dict) else failure.message
+    if failure.exitcode == 2:
+        return UserError(message.removeprefix("UserError: "))
+    return RuntimeError(f"rank {rank}: {message}")
+
+
+def _steps(folder: Path) -> int:
+    """Steps of the record that the ranks left, if they got so far."""
+    if not (folder / "record.json").exists():
+        return 0
+    record = records.read(folder)
+    return record.steps if isinstance(record, TrainRecord) else 0
+
+
+@contextlib.contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Put back the handlers that the launcher replaces by its own."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    previous = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _watched(folder: Path, on_log: OnLog | None) -> Iterator[None]:
+    """Call `on_log`, from a thread, whenever the ranks have written the record's tables."""
+    done = threading.Event()
+    # The record writes it last.
+    path = folder / "validation.parquet"
+
+    def watch() -> None:
+        seen = stopping = 0
+        while not stopping:
+            stopping = done.wait(WATCH_SECONDS)
+            written = path.stat().st_mtime_ns if path.exists() else 0
+            if written != seen and on_log is not None:
+                seen = written
+                on_log(lambda: records.read_table(folder, "metrics"), lambda: records.read_table(folder, "validation"))
+
+    thread = threading.Thread(target=watch, name="watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
