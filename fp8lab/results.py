@@ -4,8 +4,8 @@
 one, else the demo's, never a mixture of both. `speed_runs` accepts GPU measurements only, since the
 speed of emulated FP8 says nothing about FP8.
 
-Differences between precisions carry an interval only where several seeds were trained: with one
-seed a difference is one draw, and callers are told so by `Gap.interval` being None.
+Differences between precisions are `fp8lab.comparison.Gap`s: they carry an interval only where several
+seeds were trained.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from scipy import stats
 
 from fp8lab import records
+from fp8lab.comparison import Deviation, Gap
 from fp8lab.config import RECIPES, Recipe
 from fp8lab.errors import UserError
 from fp8lab.records import BenchmarkRecord, DataRecord, SpeedRecord, TrainRecord
 
 MEASURED_PLANS = ("article", "ladder-h200", "pilot-h200")
 """Plans trained on GPUs that the article draws, the most complete first."""
+SEEDS_PLAN = "seeds-h200"
+"""Many seeds of the ladder's smallest sizes."""
 DEMO_PLAN = "demo"
 DEMO_COMMAND = "fp8lab run runs/plans/demo.yaml"
 SPEED_PLAN = "speed-h200"
@@ -70,6 +71,11 @@ class Run:
     @property
     def by_domain(self) -> dict[str, records.DomainLoss]:
         return self._final.by_domain
+
+    @property
+    def averaged(self) -> records.ValidationLosses | None:
+        """Losses of the moving average of the weights, where one was kept."""
+        return self._final.averaged
 
     @property
     def _final(self) -> records.FinalLosses:
@@ -158,12 +164,17 @@ class RunSet:
             run for run in self.runs if (size is None or run.size == size) and (recipe is None or run.recipe == recipe)
         ]
 
-    def gap(self, size: str, recipe: str) -> Gap:
-        """Validation loss of `recipe` minus BF16's at `size`, over all their seeds."""
-        return Gap.between(
-            [run.validation_loss for run in self.where(size=size, recipe=recipe)],
-            [run.validation_loss for run in self.where(size=size, recipe="bf16")],
+    def gap(self, size: str, recipe: str, value: Callable[[Run], float] | None = None) -> Gap:
+        """`recipe` minus BF16 at `size`, over all their seeds.
+
+        Args:
+            value: what is compared; the validation loss (nats/token) if left out.
+        """
+        value = value or (lambda run: run.validation_loss)
+        ours, baseline = (
+            {run.record.seed: value(run) for run in self.where(size=size, recipe=name)} for name in (recipe, "bf16")
         )
+        return Gap.by_seed(ours, baseline)
 
     def gaps(self) -> dict[tuple[str, str], Gap]:
         """`gap` for every size and FP8 recipe that has a BF16 run beside it."""
@@ -175,30 +186,34 @@ class RunSet:
         }
 
 
-@dataclass(frozen=True)
-class Gap:
-    """A difference of mean losses: FP8 minus BF16, nats a token."""
+def seed_deviation(sets: Iterable[RunSet], *, size: str | None = None, below: int | None = None) -> Deviation | None:
+    """Scatter of validation losses between runs alike but for their seed, pooled over plans, sizes and recipes.
 
-    mean: float
-    interval: tuple[float, float] | None
-    """95%, Welch's unequal-variance t; None unless both sides have two seeds."""
-    seeds: int
-    """Runs on the side that has fewer."""
+    Args:
+        size: only this model.
+        below: only models with fewer parameters.
 
-    @classmethod
-    def between(cls, ours: list[float], baseline: list[float]) -> Gap:
-        seeds = min(len(ours), len(baseline))
-        interval = None
-        if seeds > 1:
-            low, high = stats.ttest_ind(ours, baseline, equal_var=False).confidence_interval(0.95)
-            interval = (float(low), float(high))
-        return cls(float(np.mean(ours) - np.mean(baseline)), interval, seeds)
+    Returns:
+        None where no such runs have two seeds.
+    """
+    return Deviation.pooled(
+        [run.validation_loss for run in runs.where(size=name, recipe=recipe)]
+        for runs in sets
+        for name in runs.sizes
+        for recipe in runs.recipes
+        if size in (None, name) and (below is None or runs.where(size=name)[0].parameters < below)
+    )
 
-    def __str__(self) -> str:
-        if self.interval is None:
-            return f"{self.mean:+.4f} ({'one seed' if self.seeds == 1 else f'{self.seeds} seeds'})"
-        half_width = (self.interval[1] - self.interval[0]) / 2
-        return f"{self.mean:+.4f} ± {half_width:.4f} ({self.seeds} seeds)"
+
+def best_known_gaps(*sets: RunSet) -> dict[tuple[str, str], Gap]:
+    """For each size and FP8 recipe the gap of the plan that has the most seeds of it, the smallest size first."""
+    found: dict[tuple[str, str], Gap] = {}
+    sizes = {run.size: run.parameters for runs in sets for run in runs.runs}
+    for runs in sets:
+        for key, gap in runs.gaps().items():
+            if key not in found or gap.seeds > found[key].seeds:
+                found[key] = gap
+    return dict(sorted(found.items(), key=lambda item: (sizes[item[0][0]], RECIPES.index(item[0][1]))))
 
 
 def training_runs(

@@ -28,6 +28,11 @@ def signed_percent(share: float, digits: int = 1) -> str:
     return f"{share:+.{digits}%}".replace("-", "−")
 
 
+def p_value(value: float) -> str:
+    """A probability as statistics are reported: 0.034, <0.001."""
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
 def listing(items: Sequence[str]) -> str:
     """'a', 'a and b', 'a, b and c'."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

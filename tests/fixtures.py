@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from fp8lab.records import (
     SpeedRecord,
     Stability,
     TrainRecord,
+    ValidationLosses,
 )
 
 DOMAINS = ("prose", "python", "c", "science")
@@ -80,6 +82,10 @@ class Measured:
     """Of the training runs."""
     epochs: float = 0.5
     """How often every domain was seen."""
+    scatter_factor: float = 1.0
+    """Multiplies the scatter between seeds of the variance study."""
+    seeds: int = 5
+    """Of each cell of the variance study."""
     torchao: str = "0.18.0"
     day: str = "2026-01-02"
     hash_digit: str = "a"
@@ -100,6 +106,8 @@ OTHER = Measured(
     fp8_factor=1.03,
     tokens_per_second=6100.0,
     epochs=0.7,
+    scatter_factor=1.4,
+    seeds=6,
     torchao="0.17.5",
     day="2026-03-14",
     hash_digit="c",
@@ -412,3 +420,49 @@ def write_speed_records(records_dir: Path, occasion: str = "2026-01-02-a", *, me
     folder = records.write(record, records_dir)
     records.write_table(folder, "steps", pd.DataFrame(rows))
     return folder
+
+
+VARIANCE_DESIGNS: dict[str, tuple[float, float, float]] = {
+    "base": (0.008, 0.0, 0.0),
+    "low-rate": (0.004, 0.012, 0.0),
+    "long-decay": (0.006, 0.004, 0.97),
+}
+"""Scatter between seeds (nats), loss against the first, and how far FP8's seeds move with BF16's."""
+
+
+def write_variance_records(
+    records_dir: Path, model: ModelConfig = SIZES[0], *, measured: Measured = DEFAULT, device_name: str = "NVIDIA H200"
+) -> None:
+    """The variance study: several seeds of three designs in two recipes, records alone beside two shared tables."""
+    for design, (deviation, cost, move_together) in VARIANCE_DESIGNS.items():
+        shared = move_together**measured.scatter_factor
+        for recipe in ("bf16", "fused"):
+            for seed in range(11, 11 + measured.seeds):
+                folder = write_run(
+                    records_dir, "variance-h200", model, recipe, seed=seed, measured=measured, device_name=device_name
+                )
+                record = records.read(folder)
+                assert isinstance(record, TrainRecord)
+                assert record.final is not None
+                own, common = (
+                    np.random.default_rng([seed, *map(ord, name)]).normal(0, deviation * measured.scatter_factor)
+                    for name in (design + recipe, design)
+                )
+                shift = cost + float(shared * common + math.sqrt(1 - shared**2) * own) + RECIPE_GAP[recipe]
+                record.final = _shifted(
+                    record.final, 3 + measured.loss_shift + shift, averaging=0.4 * float(own) - 0.001
+                )
+                record.run += f"-{design}"
+                shutil.rmtree(folder)
+                records.write(record, records_dir)
+
+
+def _shifted(final: FinalLosses, loss: float, averaging: float) -> FinalLosses:
+    """Losses around `loss` with an average of the weights that ends `averaging` above them."""
+    by_domain = {
+        domain: DomainLoss(loss=loss + offset, bits_per_byte=(loss + offset) / math.log(2) / 3.1)
+        for domain, offset in zip(final.by_domain, (0.01, -0.02, 0.03, -0.04), strict=True)
+    }
+    plain = ValidationLosses(validation_loss=loss, bits_per_byte=loss / math.log(2) / 3.1, by_domain=by_domain)
+    averaged = plain.model_copy(update={"validation_loss": loss + averaging})
+    return FinalLosses(train_loss=loss, averaged=averaged, **plain.model_dump())

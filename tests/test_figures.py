@@ -12,10 +12,10 @@ from matplotlib import pyplot
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from fp8lab import figures, scaling
+from fp8lab import figures, scaling, variance
 from fp8lab.config import RECIPES
-from fp8lab.results import RunSet, data_record, speed_runs, training_runs
-from tests.fixtures import DOMAINS, SIZES, write_demo_records, write_run, write_speed_records
+from fp8lab.results import RunSet, data_record, plan_runs, speed_runs, training_runs
+from tests.fixtures import DOMAINS, SIZES, write_demo_records, write_run, write_speed_records, write_variance_records
 
 mpl.use("agg")
 
@@ -134,6 +134,35 @@ def test_gaps_are_drawn_at_their_size_with_their_interval(tmp_path: Path) -> Non
     drawn = sorted(float(values[0]) for values in in_colour(figure, "tensorwise"))
     assert drawn == pytest.approx(sorted(runs.gap(size, "tensorwise").mean for size in runs.sizes))
     assert len(figure.axes[0].collections) == len(runs.gaps())
+
+
+def test_single_seeds_have_a_dashed_bar_where_smaller_models_have_seeds(tmp_path: Path) -> None:
+    for recipe in ("bf16", "fused"):
+        for model in SIZES[:2]:
+            write_run(tmp_path, "ladder-h200", model, recipe, device_name="NVIDIA H200")
+        for seed in (1, 2, 3):
+            write_run(tmp_path, "seeds-h200", SIZES[0], recipe, seed=seed, device_name="NVIDIA H200")
+    figure = figures.loss_gaps(plan_runs(tmp_path, "ladder-h200"), plan_runs(tmp_path, "seeds-h200"))
+    solid, dashed = figure.axes[0].collections
+    assert solid.get_linestyle()[0][1] is None
+    assert dashed.get_linestyle()[0][1] is not None
+    assert "toy scale, CPU" not in texts(figure)
+
+
+def test_half_widths_shrink_with_runs_and_are_marked_where_there_are_runs(tmp_path: Path) -> None:
+    write_variance_records(tmp_path)
+    study = variance.study(tmp_path)
+    lines = variance.lines([], study)
+    figure = figures.pairs_needed(lines, toy=False)
+    curves = [line for line in figure.axes[0].lines if len(line.get_xdata()) > 10]
+    marks = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
+    assert len(curves) == len(marks) == len(lines)
+    for curve, mark in zip(curves, marks, strict=True):
+        assert (np.diff(np.asarray(curve.get_ydata(), float)) < 0).all()
+        pairs = list(curve.get_xdata())
+        assert curve.get_ydata()[pairs.index(mark.get_xdata()[0])] == mark.get_ydata()[0]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(lines)
+    assert_nothing_is_cut_off(figure)
 
 
 def test_scores_show_one_metric_a_task(runs: RunSet) -> None:

@@ -32,6 +32,7 @@ from tests.fixtures import (
     write_demo_records,
     write_run,
     write_speed_records,
+    write_variance_records,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +54,7 @@ def make_project(root: Path, measured: Measured = DEFAULT, sizes: tuple[ModelCon
     records_dir = root / "runs" / "records"
     write_demo_records(records_dir, sizes=sizes, measured=measured)
     write_speed_records(records_dir, measured=measured)
+    write_variance_records(records_dir, sizes[0], measured=measured)
     return records_dir
 
 
@@ -161,6 +163,7 @@ CONSTANTS = {
     *("125M", "350M", "1.5B", "1024", "1024,", "2048", "2048,"),  # names of the timed settings, which both sites share
     "1.000",  # BF16 relative to itself
     "95%",  # level of an interval
+    *("0.005", "0.01"),  # half-width and margin that claims are held against
     *("25%", "50%"),  # guessing among four and two choices
     *("0.076", "4%", "200", "1.40"),  # published, cited beside them
     *("2026", "3.11", "2.13"),  # year, and versions of Python and torch

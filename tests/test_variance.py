@@ -1,0 +1,141 @@
+"""The variance study from its records: scatter, price and choice of a design."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fp8lab import tables, variance
+from fp8lab.comparison import Gap
+from fp8lab.config import load_plan
+from fp8lab.results import SEEDS_PLAN, RunSet, best_known_gaps, plan_runs, seed_deviation
+from tests.fixtures import SIZES, VARIANCE_DESIGNS, Measured, write_run, write_variance_records
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> variance.Study:
+    write_variance_records(tmp_path, measured=Measured(seeds=8))
+    return variance.study(tmp_path)
+
+
+def test_every_design_has_a_cell_by_each_kind_of_weights(study: variance.Study) -> None:
+    assert {(cell.design, cell.averaged) for cell in study.cells} == {
+        (design, averaged) for design in VARIANCE_DESIGNS for averaged in (False, True)
+    }
+    assert {cell.seeds for cell in study.cells} == {8}
+    assert (study.base.design, study.base.averaged) == ("base", False)
+    for cell in study.cells:
+        assert set(cell.losses("bf16")) == set(cell.losses("fused")) == set(range(11, 19))
+        recorded = [run.averaged if cell.averaged else run.record.final for run in cell.runs]
+        assert sorted([*cell.losses("bf16").values(), *cell.losses("fused").values()]) == sorted(
+            losses.validation_loss for losses in recorded if losses is not None
+        )
+
+
+def test_scatter_is_within_recipes_and_what_they_differ_by_does_not_add_to_it(study: variance.Study) -> None:
+    for cell in study.cells:
+        variances = [np.var(list(cell.losses(recipe).values()), ddof=1) for recipe in ("bf16", "fused")]
+        assert cell.scatter.value == pytest.approx(math.sqrt(np.mean(variances)))
+        assert cell.scatter.degrees == 14
+        assert cell.gap == Gap.by_seed(cell.losses("fused"), cell.losses("bf16"))
+
+
+def test_a_design_costs_its_runs_times_their_measured_time(study: variance.Study) -> None:
+    for cell in study.cells:
+        speeds = [run.record.speed for run in cell.runs]
+        seconds = {speed.wall_seconds for speed in speeds if speed is not None}
+        # The fixture's runs all take as long.
+        (one,) = seconds
+        assert cell.pair_minutes == pytest.approx(2 * one / 60)
+        expected, low, high = cell.minutes_needed()
+        assert expected == pytest.approx(cell.comparison.pairs_needed() * 2 * one / 60)
+        assert low <= expected <= high
+    assert study.cheapest.minutes_needed()[0] == min(cell.minutes_needed()[0] for cell in study.cells)
+
+
+def test_pairs_count_only_where_seeds_correlate(study: variance.Study) -> None:
+    by_design = {cell.design: cell for cell in study.cells if not cell.averaged}
+    assert by_design["long-decay"].comparison.paired
+    assert by_design["long-decay"].comparison.deviation == by_design["long-decay"].differences
+    assert not by_design["base"].comparison.paired
+    assert by_design["base"].comparison.deviation == by_design["base"].scatter
+
+
+def test_tables_have_a_row_a_cell(study: variance.Study) -> None:
+    designs, gaps = tables.variance_designs(study), tables.variance_gaps(study)
+    assert len(designs) == len(gaps) == len(study.cells)
+    assert (designs["against base"] == "–").sum() == 1
+    for cell, pairs in zip(study.cells, designs["pairs for ±0.005"], strict=True):
+        low, high = cell.comparison.pairs_range()
+        assert pairs == f"{cell.comparison.pairs_needed()} ({low}–{high})"
+
+
+def test_lines_are_of_sizes_with_seeds_and_of_designs(tmp_path: Path, study: variance.Study) -> None:
+    for seed in (1, 2, 3):
+        write_run(tmp_path, SEEDS_PLAN, SIZES[0], "bf16", seed=seed)
+    write_run(tmp_path, SEEDS_PLAN, SIZES[1], "bf16")
+    lines = variance.lines([plan_runs(tmp_path, SEEDS_PLAN)], study)
+    designs = {f"0.4M, {design}" for design in VARIANCE_DESIGNS}
+    assert {"0.4M"} | designs <= set(lines) <= {"0.4M"} | designs | {f"{name}, averaged" for name in designs}
+    assert lines["0.4M"].seeds == 3
+    assert lines["0.4M, base"].seeds == 8
+
+
+def test_without_records_or_with_one_seed_there_is_no_study(tmp_path: Path) -> None:
+    assert not variance.study(tmp_path)
+    write_variance_records(tmp_path, measured=Measured(seeds=1))
+    assert not variance.study(tmp_path)
+
+
+def test_the_plan_and_the_study_agree_on_names() -> None:
+    plan = load_plan(ROOT / "runs" / "plans" / "variance-h200.yaml")
+    assert plan.name == variance.VARIANCE_PLAN
+    suffixes = {config.run.split("-", 3)[3] for config in plan.runs}
+    assert variance.BASE in suffixes
+    cells = {(suffix, recipe) for suffix in suffixes for recipe in ("bf16", "fused")}
+    for suffix, recipe in cells:
+        seeds = [config.seed for config in plan.runs if config.recipe == recipe and config.run.endswith(f"-{suffix}")]
+        assert len(seeds) == 8
+    assert all(config.average_half_life and config.compact for config in plan.runs)
+
+
+def test_the_plan_with_more_seeds_is_believed(tmp_path: Path) -> None:
+    for recipe in ("bf16", "fused"):
+        for model in SIZES[:2]:
+            write_run(tmp_path, "ladder-h200", model, recipe)
+        for seed in (1, 2, 3):
+            write_run(tmp_path, SEEDS_PLAN, SIZES[0], recipe, seed=seed)
+    ladder, seeds = plan_runs(tmp_path, "ladder-h200"), plan_runs(tmp_path, SEEDS_PLAN)
+    gaps = best_known_gaps(ladder, seeds)
+    assert list(gaps) == [("0.4M", "fused"), ("0.9M", "fused")]
+    assert gaps["0.4M", "fused"] == seeds.gap("0.4M", "fused")
+    assert gaps["0.9M", "fused"] == ladder.gap("0.9M", "fused")
+    table = tables.loss_gaps(ladder, seeds)
+    assert table["from"].tolist() == ["two groups", "assumed"]
+    assert table["so"].tolist()[1] == "cannot tell: one seed"
+
+
+def test_scatter_of_smaller_models_is_pooled_over_plans(tmp_path: Path) -> None:
+    losses: dict[str, list[float]] = {}
+    for plan, seeds in (("a", (1, 2)), ("b", (1, 2, 3))):
+        for seed in seeds:
+            folder = write_run(tmp_path, plan, SIZES[0], "bf16", seed=seed)
+            loss = 3 + 0.01 * seed**2 * len(seeds)
+            content = json.loads((folder / "record.json").read_text())
+            content["final"]["validation_loss"] = loss
+            (folder / "record.json").write_text(json.dumps(content))
+            losses.setdefault(plan, []).append(loss)
+        write_run(tmp_path, plan, SIZES[1], "bf16")
+    sets: list[RunSet] = [plan_runs(tmp_path, plan) for plan in ("a", "b")]
+    squares = sum(((np.array(values) - np.mean(values)) ** 2).sum() for values in losses.values())
+    deviation = seed_deviation(sets, below=sets[0].where(size="0.9M")[0].parameters)
+    assert deviation is not None
+    assert (deviation.value, deviation.degrees) == (pytest.approx(math.sqrt(squares / 3)), 3)
+    assert seed_deviation(sets, size="0.9M") is None
+    assert seed_deviation(sets, below=sets[0].where(size="0.4M")[0].parameters) is None
