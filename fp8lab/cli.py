@@ -207,8 +207,8 @@ def speed(
     name, occasion = speed_plan.name, occasion or new_occasion()
     if not re.fullmatch(NAME_PATTERN, occasion):
         raise UserError(f"--occasion: {occasion!r} is no name for a folder; accepted: letters, digits, '.', '_', '-'")
-    if speed_plan.mixture is not None:
-        _build_data(speed_plan.mixture, data_dir, records_dir, corpus, eval_data)
+    for mixture in speed_plan.mixtures:
+        _build_data(mixture, data_dir, records_dir, corpus, eval_data)
     workspace = plans.Workspace(records=records_dir, data=data_dir, checkpoints=checkpoints_dir)
     done = plans.measure_speed(plan, name, occasion, budget_seconds, workspace, console)
     folder = records.record_dir(records_dir, name, occasion)

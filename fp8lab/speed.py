@@ -10,6 +10,9 @@ the same batches; these warm-up losses show whether it learns as BF16 does, and 
 case also gets a profile of one step by category, and the time of its GEMMs alone, in BF16 and FP8: the
 speed of a recipe whose casts cost nothing.
 
+Peers are other projects' FP8 (Transformer Engine, nanochat), swapped into the same model by a module in
+``runs/peers/``. Such a module is loaded only when a plan names its recipe.
+
 A record is called an occasion. A time budget ends one after a whole round; measuring the same occasion
 again goes on with the cases that are missing.
 
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import itertools
 import statistics
 import time
@@ -28,6 +32,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import pandas as pd
@@ -57,6 +62,16 @@ TELEMETRY_SECONDS = 0.02
 MINIMUM_ROUNDS = 2
 
 
+PEERS = {
+    "te_bf16": "te_adapter",
+    "te_current": "te_adapter",
+    "te_delayed": "te_adapter",
+    "nanochat": "nanochat_adapter",
+}
+"""Names of peers in plans and records, and the module in ``runs/peers/`` that converts a model to each."""
+PEERS_DIR = Path(__file__).parents[1] / "runs" / "peers"
+
+
 def _named_model(value: Any) -> Any:
     if not isinstance(value, str):
         return value
@@ -68,8 +83,8 @@ def _named_model(value: Any) -> Any:
 class Contestant(Config):
     """One recipe in the comparison."""
 
-    recipe: Recipe | Literal["tensorwise_fast"]
-    """A recipe of `fp8lab.precision`, or a peer: tensorwise with fast accumulation in all three GEMMs."""
+    recipe: Recipe | Literal["tensorwise_fast", "te_bf16", "te_current", "te_delayed", "nanochat"]
+    """A recipe of `fp8lab.precision`; tensorwise with fast accumulation in all three GEMMs; or one of `PEERS`."""
     head: Head = "bf16"
     """Precision of the output head's GEMMs."""
 
@@ -87,6 +102,8 @@ class SpeedCase(Config):
     """Context length in tokens; the model's own if left out."""
     micro_batch: int = Field(gt=0)
     """Sequences a step."""
+    mixture: str | None = None
+    """Mixture whose training tokens are used, in place of the plan's: one whose vocabulary is the model's."""
     contestants: tuple[Contestant, ...] = Field(min_length=1)
     """In the order in which they take turns; ratios are to BF16."""
 
@@ -110,13 +127,15 @@ class SpeedPlan(Config):
     name: Name
     description: str
     mixture: str | None = None
-    """Mixture whose training tokens are used; random ids if left out."""
+    """Mixture whose training tokens are used; random ids if left out, or where its vocabulary exceeds the model's."""
     cases: tuple[SpeedCase, ...] = Field(min_length=1)
     """In order of importance: a time budget cuts the last."""
     rounds: int = Field(default=6, gt=0)
     """Turns of each contestant."""
     steps_per_round: int = Field(default=5, gt=0)
     """Timed steps a turn."""
+    heat_up_seconds: float = Field(default=0.0, ge=0)
+    """Untimed turns before the first round: at its power limit a GPU lowers its clock for a while."""
     warmup_steps: int = Field(default=10, gt=0)
     """Steps from the initial weights, untimed, whose losses are recorded."""
     learning_rate: float = Field(default=3e-4, gt=0)
@@ -125,6 +144,12 @@ class SpeedPlan(Config):
     """torch.compile what is not compiled already: the blocks of other recipes than fused, and the last norm."""
     seed: int = 1
     """Of the weights, and of the random ids."""
+
+    @property
+    def mixtures(self) -> list[str]:
+        """The mixtures that the cases use, each once."""
+        names = [case.mixture or self.mixture for case in self.cases]
+        return list(dict.fromkeys(name for name in names if name is not None))
 
 
 def load_speed_plan(path: Path) -> SpeedPlan:
@@ -250,19 +275,19 @@ Batches = Callable[[SpeedCase], list[Tensor]]
 
 def _batch_source(plan: SpeedPlan, data_dir: Path) -> tuple[Batches, str]:
     """A function from a case to its batches (micro_batch, seq_len + 1), and what the record calls their tokens."""
-    if plan.mixture is None:
+    datasets = {name: TokenDataset.open(load_mixture(name), data_dir) for name in plan.mixtures}
+    if not datasets:
         return lambda case: _random_batches(case, plan.seed), "random ids"
-    dataset = TokenDataset.open(load_mixture(plan.mixture), data_dir)
 
     def from_data(case: SpeedCase) -> list[Tensor]:
-        model = case.sized_model
-        if dataset.encoding.n_vocab > model.vocab_size:
-            # The mixture's tokenizer is the 50,304-entry one; a ladder model has ids of its own.
+        model, name = case.sized_model, case.mixture or plan.mixture
+        if name is None or datasets[name].encoding.n_vocab > model.vocab_size:
             return _random_batches(case, plan.seed)
-        loader = Loader(dataset, seq_len=model.seq_len, seed=plan.seed, global_batch_sequences=case.micro_batch)
+        loader = Loader(datasets[name], seq_len=model.seq_len, seed=plan.seed, global_batch_sequences=case.micro_batch)
         return [torch.from_numpy(loader.batch(step)) for step in range(DISTINCT_BATCHES)]
 
-    return from_data, f"mixture {plan.mixture} ({dataset.sha256[:12]}); random ids where its vocabulary does not fit"
+    used = ", ".join(f"{name} ({dataset.sha256[:12]})" for name, dataset in datasets.items())
+    return from_data, f"mixture {used}; random ids where its vocabulary does not fit"
 
 
 def _random_batches(case: SpeedCase, seed: int) -> list[Tensor]:
@@ -358,7 +383,8 @@ class _Measurement:
                 losses += [self._step(entrant.model, index) for index in range(1, self._plan.warmup_steps)]
                 entrant.warmup_losses = [loss.item() for loss in losses]
                 entrants.append(entrant)
-            except (RuntimeError, UserError) as error:
+            except Exception as error:
+                # A contestant may be another project's code, and whatever it raises must not end the others' turns.
                 self._results["errors"][contestant.name] = {
                     "error": _one_line(error),
                     "traceback": traceback.format_exc(),
@@ -370,8 +396,12 @@ class _Measurement:
         model = _sharing_weights(self._weights)
         if contestant.recipe == "tensorwise_fast":
             _convert_tensorwise_fast(model)
+        elif contestant.recipe in PEERS:
+            peer = load_peer(contestant.recipe)
+            peer.convert(model, contestant.recipe)
+            self._results.setdefault("peers", {})[contestant.recipe] = peer.version()
         else:
-            convert(model, contestant.recipe, contestant.head)
+            convert(model, contestant.recipe, contestant.head)  # type: ignore[arg-type]
         if self._plan.compile:
             compile_blocks(model, self._device)
         return model
@@ -382,6 +412,10 @@ class _Measurement:
 
     def _rounds(self, entrants: list[_Entrant]) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
+        heated = time.monotonic() + self._plan.heat_up_seconds
+        while time.monotonic() < heated:
+            for entrant in entrants:
+                self._turn(entrant, 0)
         for turn in range(self._plan.rounds):
             if turn >= MINIMUM_ROUNDS and time.monotonic() > self._deadline:
                 break
@@ -449,7 +483,7 @@ class _Measurement:
             "tokens_per_second": per_second,
             "bf16_mfu": flops.bf16_mfu(model, per_second) if on_gpu else None,
             "peak_memory_bytes": max(row["peak_memory_bytes"] for row in own) if on_gpu else None,
-            "fp8": uses_fp8(contestant.recipe, contestant.head),  # type: ignore[arg-type]
+            "fp8": contestant.recipe != "te_bf16" and uses_fp8(contestant.recipe, contestant.head),  # type: ignore[arg-type]
         }
 
     def _profile(self, entrant: _Entrant) -> dict[str, Any] | None:
@@ -583,6 +617,21 @@ def _sharing_weights(source: GPT) -> GPT:
         setattr(model.get_submodule(module), attribute, parameter)
     model.cos, model.sin = source.cos, source.sin
     return model
+
+
+def load_peer(recipe: str) -> ModuleType:
+    """The module that converts a model to a peer: ``convert(model, recipe)`` and ``version()``.
+
+    Raises:
+        UserError: it is not there: the package was installed without its repository.
+    """
+    path = PEERS_DIR / f"{PEERS[recipe]}.py"
+    spec = importlib.util.spec_from_file_location(f"fp8lab_peer_{path.stem}", path)
+    if spec is None or spec.loader is None or not path.exists():
+        raise UserError(f"{path}: not found; peers are measured from a checkout of the repository")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _convert_tensorwise_fast(model: GPT) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 
 from fp8lab import cli, records, speed
+from fp8lab.config import ModelConfig
 from fp8lab.errors import UserError
+from fp8lab.model import GPT
 
 TINY = {"name": "tiny", "d_model": 32, "n_layers": 1, "n_heads": 2, "d_ff": 96, "vocab_size": 128, "seq_len": 32}
 PLAN = {
@@ -122,6 +126,116 @@ def test_a_contestant_that_cannot_run_leaves_the_others(tmp_path) -> None:
     results = measure(write_plan(tmp_path, cases=cases), tmp_path).results["cases"]["tiny-T32-B2"]
     assert list(results["contestants"]) == ["bf16"]
     assert "whole blocks" in results["errors"]["fused"]["error"]
+
+
+def test_a_case_reads_the_tokens_of_its_own_mixture(tmp_path, monkeypatch) -> None:
+    opened = []
+
+    class Dataset:
+        def __init__(self, name: str) -> None:
+            self.encoding = SimpleNamespace(n_vocab=64 if name == "small" else 50_000)
+            self.sha256 = name * 4
+
+    def open_dataset(mixture: str, _: Path) -> Dataset:
+        opened.append(mixture)
+        return Dataset(mixture)
+
+    class Tokens:
+        def __init__(self, dataset: Dataset, **_: object) -> None:
+            self.vocabulary = dataset.encoding.n_vocab
+
+        def batch(self, _: int) -> np.ndarray:
+            return np.full((2, 33), self.vocabulary - 1)
+
+    monkeypatch.setattr(speed, "load_mixture", lambda name: name)
+    monkeypatch.setattr(speed.TokenDataset, "open", open_dataset)
+    monkeypatch.setattr(speed, "Loader", Tokens)
+    cases = [
+        {"model": TINY, "micro_batch": 2, "contestants": [{"recipe": "bf16"}]},
+        {"model": TINY, "micro_batch": 2, "mixture": "small", "contestants": [{"recipe": "bf16"}]},
+    ]
+    plan = speed.load_speed_plan(write_plan(tmp_path, mixture="large", cases=cases))
+    batches, source = speed._batch_source(plan, tmp_path)
+    assert opened == ["large", "small"]
+    assert (batches(plan.cases[1])[0] == 63).all()
+    random = batches(plan.cases[0])[0]
+    assert random.max() < TINY["vocab_size"], "the large vocabulary does not fit"
+    assert random.unique().numel() > 20
+    assert "large" in source
+    assert "small" in source
+
+
+def test_turns_before_the_first_round_leave_no_rows(tmp_path) -> None:
+    cases = PLAN["cases"][1:]
+    measure(write_plan(tmp_path, cases=cases, heat_up_seconds=0.2), tmp_path)
+    steps = records.read_table(tmp_path / "speed-test" / "first", "steps")
+    assert steps[["round", "step"]].to_numpy().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+
+
+PEER = """
+from torch import nn
+
+def version():
+    return "peer 1.2"
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+def convert(model, recipe):
+    assert recipe == "te_delayed"
+    for block in model.blocks:
+        down = block.mlp.down
+        block.mlp.down = Doubled(down.in_features, down.out_features, bias=False)
+        block.mlp.down.weight = down.weight
+"""
+
+
+def test_a_peer_is_loaded_only_when_a_plan_names_it(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(speed, "PEERS_DIR", tmp_path)
+    (tmp_path / "te_adapter.py").write_text(PEER)
+    (tmp_path / "nanochat_adapter.py").write_text("raise SystemExit('loaded')")
+    cases = [{"model": TINY, "micro_batch": 2, "contestants": [{"recipe": "bf16"}, {"recipe": "te_delayed"}]}]
+    results = measure(write_plan(tmp_path, cases=cases), tmp_path).results["cases"]["tiny-T32-B2"]
+    exact, peer = results["contestants"]["bf16"], results["contestants"]["te_delayed"]
+    assert peer["warmup_losses"] != exact["warmup_losses"], "it runs the peer's blocks"
+    assert peer["warmup_losses"] == pytest.approx(exact["warmup_losses"], abs=0.1), "on the same weights and batches"
+    assert peer["fp8"] is True
+    assert results["peers"] == {"te_delayed": "peer 1.2"}
+
+
+@pytest.mark.parametrize("recipe", ["te_current", "nanochat"])
+def test_a_peer_that_is_not_installed_says_what_it_needs(tmp_path, recipe, monkeypatch) -> None:
+    monkeypatch.delenv("NANOCHAT", raising=False)
+    cases = [{"model": TINY, "micro_batch": 2, "contestants": [{"recipe": "bf16"}, {"recipe": recipe}]}]
+    results = measure(write_plan(tmp_path, cases=cases), tmp_path).results["cases"]["tiny-T32-B2"]
+    assert list(results["contestants"]) == ["bf16"]
+    needed = {"te_current": "Transformer Engine is not installed", "nanochat": "NANOCHAT: should name a checkout"}
+    assert needed[recipe] in results["errors"][recipe]["error"]
+
+
+def test_nanochats_linear_is_taken_from_a_checkout(tmp_path, monkeypatch) -> None:
+    (tmp_path / "nanochat").mkdir()
+    (tmp_path / "nanochat" / "fp8.py").write_text(
+        "def convert_to_float8_training(module):\n    module.converted = True\n"
+    )
+    (tmp_path / "COMMIT").write_text("abc123\n")
+    monkeypatch.setenv("NANOCHAT", str(tmp_path))
+    peer = speed.load_peer("nanochat")
+    assert peer.version() == "nanochat abc123"
+    model = GPT(ModelConfig(**TINY))
+    peer.convert(model, "nanochat")
+    assert model.blocks.converted
+    assert not hasattr(model, "converted"), "the head is not its business"
+
+
+@pytest.mark.parametrize("plan", sorted(Path("runs/plans").glob("speed-*.yaml")), ids=lambda path: path.stem)
+def test_the_committed_plans_can_run(plan) -> None:
+    loaded = speed.load_speed_plan(plan)
+    assert loaded.name == plan.stem
+    for case in loaded.cases:
+        assert case.contestants[0].name == "bf16", "ratios are to BF16"
+        assert len({contestant.name for contestant in case.contestants}) == len(case.contestants)
 
 
 @pytest.mark.parametrize(
