@@ -38,18 +38,21 @@ FLAT = Tile(4, 512, 4)
 SWIGLU = Tile(4, 512, 4)
 TRANSPOSED = Tile(64, 128, 8)
 """Kernels that write a transposed copy alone."""
-BOTH = Tile(64, 64, 4)
+BOTH = Tile(128, 64, 8)
 """Kernels that write both layouts."""
-NORM_BACKWARD = Tile(64, 64, 8)
-SWIGLU_BACKWARD = Tile(64, 64, 8)
+NORM_BACKWARD = Tile(64, 64, 4)
+SWIGLU_BACKWARD = Tile(64, 128, 8)
 LOGITS_GRADIENT = Tile(64, 128, 8)
 ROWS = Tile(4096, 0, 4)
 """Elements of whole rows that one program of a row kernel holds at most; columns are the tensor's own."""
 HEADS = Tile(64, 0, 4)
 """Tokens of one attention head; columns are the head's own."""
-HEADS_BACKWARD = Tile(64, 0, 8)
+HEADS_BACKWARD = Tile(64, 0, 4)
 CROSS_ENTROPY = Tile(4, 4096, 16)
-"""Entries of one row of logits at a time, as so many times so many. Few warps a processor: its rows then fit in L2."""
+"""Entries of one row of logits at a time, as so many times so many. Few programs a processor: their rows fit in L2."""
+CROSS_ENTROPY_SHORT = Tile(4, 2048, 8)
+"""Rows that fit in L2 anyway."""
+SHORT_VOCABULARY = 16_384
 LOGSUMEXP = Tile(4, 1024, 4)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -539,7 +542,9 @@ def _run_cross_entropy(logits: Tensor, targets: Tensor, z_loss: float, *, gradie
     rows, vocabulary = logits.shape
     entropy = torch.empty(rows, dtype=torch.float32, device=logits.device)
     lse = torch.empty_like(entropy)
-    tile = CROSS_ENTROPY if gradient else LOGSUMEXP
+    tile = LOGSUMEXP
+    if gradient:
+        tile = CROSS_ENTROPY_SHORT if vocabulary <= SHORT_VOCABULARY else CROSS_ENTROPY
     _cross_entropy_kernel[(rows,)](
         logits, targets, entropy, lse, vocabulary, z_loss,
         GRADIENT=gradient, REPEAT=tile.rows, BLOCK=tile.columns, num_warps=tile.warps,

@@ -220,8 +220,9 @@ def test_part_of_a_block_cannot_stay_in_bf16() -> None:
 def test_compiled_kernels_agree_with_emulation() -> None:
     emulated, real = gradients(model(fused=True), batch()), gradients(model(fused=True, device="cuda"), batch())
     for name, gradient in emulated.items():
-        # Sums in another order cross rounding boundaries here and there.
-        assert relative_error(real[name].cpu(), gradient) < 0.1, name
+        # Sums in another order cross rounding boundaries here and there, and a boundary is 1/16 wide: a norm's gain,
+        # whose gradient is a sum of such terms over all tokens, is off by 0.10 with either processor in the right.
+        assert relative_error(real[name].cpu(), gradient) < 0.15, name
 
 
 def test_a_block_takes_over_the_gradient_that_the_block_above_quantised(monkeypatch) -> None:
