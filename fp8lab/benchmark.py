@@ -63,6 +63,7 @@ class _PacedSession(Session):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self.validation_seconds: list[float] = []
+        self.health_seconds: list[float] = []
         self.save_seconds: list[float] = []
         """What each save kept the loop from the next step."""
         self._save_began: float | None = None
@@ -79,6 +80,13 @@ class _PacedSession(Session):
         began = self.now()
         super().validate()
         self.validation_seconds.append(self.now() - began)
+
+    def _measure_health(self, batch: Tensor, gradient_norms: Tensor) -> None:
+        if not self.config.health_interval or (self.step + 1) % self.config.health_interval:
+            return
+        began = self.now()
+        super()._measure_health(batch, gradient_norms)
+        self.health_seconds.append(self.now() - began)
 
     def state(self) -> Any:
         # Waits for the steps under way: those are not the save's time.
@@ -120,17 +128,25 @@ class _BareStep:
 def measure_overhead(
     config: RunConfig, *, data_dir: Path, scratch: Path, rounds: int, steps_per_round: int
 ) -> dict[str, Any]:
-    """Rounds of the trainer and of the bare step in turns; a round of the trainer ends with one validation.
+    """Rounds of the trainer and of the bare step in turns; a round of the trainer has one validation and health probe.
 
-    Data, logging, health, progress and event files are in the trainer's steps. Its validation is timed apart,
-    because the plan validates less often than these rounds do.
+    Data, logging, progress and event files are in the trainer's steps. Validation and health are timed apart, because
+    the plan asks for them at intervals of its own.
 
     Returns:
-        seconds a step of both (`trainer_step_seconds` without validation), `validation_seconds`, and round by round the
-        overhead (trainer / bare - 1) without validation and with the plan's.
+        seconds a step of both (`trainer_step_seconds` without validation and health), `validation_seconds` and
+        `health_seconds`, and round by round, as shares of the bare step: what the trainer adds to each step
+        (`loop_share`), what validation and health add at the plan's intervals (None where it has none), and the sum.
     """
     session, recorder, loader = _paced(
-        _short(config, steps_per_round * (rounds + 1) + 1, validation_interval=steps_per_round), data_dir, scratch
+        _short(
+            config,
+            steps_per_round * (rounds + 1) + 1,
+            validation_interval=steps_per_round,
+            health_interval=steps_per_round if config.health_interval else 0,
+        ),
+        data_dir,
+        scratch,
     )
     bare = _BareStep(session, loader, distinct_batches=steps_per_round)
     ours: list[float] = []
@@ -144,7 +160,8 @@ def measure_overhead(
         if step == steps_per_round:
             bare.seconds(steps_per_round)  # compiles, as this first round of the trainer did
         else:
-            ours.append((session.now() - began - session.validation_seconds[-1]) / steps_per_round)
+            apart = session.validation_seconds[-1] + sum(session.health_seconds[-1:])
+            ours.append((session.now() - began - apart) / steps_per_round)
         if len(ours) == rounds:
             raise _Enough
         theirs.append(bare.seconds(steps_per_round) / steps_per_round)
@@ -152,23 +169,29 @@ def measure_overhead(
 
     session.between = between
     _drive(recorder)
-    validations = session.validation_seconds[1:]
-    without = [own / other - 1 for own, other in zip(ours, theirs, strict=True)]
-    results = {
+    loop = [own / other - 1 for own, other in zip(ours, theirs, strict=True)]
+    steps = config.global_batch_tokens / _tokens_a_step(config)
+    validation = _shares(session.validation_seconds[1:], theirs, steps * config.validation_interval)
+    health = _shares(session.health_seconds[1:], theirs, steps * config.health_interval)
+    parts = [part for part in (loop, validation, health) if part]
+    return {
         "steps_per_round": steps_per_round,
         "bare_step_seconds": summary(theirs),
         "trainer_step_seconds": summary(ours),
-        "validation_seconds": summary(validations),
-        "overhead_without_validation": summary(without),
+        "validation_seconds": summary(session.validation_seconds[1:]),
+        "health_seconds": summary(session.health_seconds[1:]) if health else None,
+        "loop_share": summary(loop),
+        "validation_share": summary(validation) if validation else None,
+        "health_share": summary(health) if health else None,
+        "overhead": summary([sum(shares) for shares in zip(*parts, strict=True)]),
     }
-    if config.validation_interval:
-        between_validations = config.validation_interval * config.global_batch_tokens / _tokens_a_step(config)
-        shares = [own / (between_validations * other) for own, other in zip(validations, theirs, strict=True)]
-        overheads = [sum(parts) for parts in zip(without, shares, strict=True)]
-        results |= {"validation_share": summary(shares), "overhead": summary(overheads)}
-    else:
-        results |= {"validation_share": None, "overhead": results["overhead_without_validation"]}
-    return results
+
+
+def _shares(seconds: Sequence[float], step_seconds: Sequence[float], steps: float) -> list[float]:
+    """What something that takes so long every so many steps adds to each; empty where it never happens."""
+    if not steps:
+        return []
+    return [own / (steps * other) for own, other in zip(seconds, step_seconds, strict=True)]
 
 
 def measure_checkpoint(
@@ -325,8 +348,10 @@ def _short(config: RunConfig, steps: int, **changes: Any) -> RunConfig:
         "tokens": steps * _tokens_a_step(config),
         "global_batch_tokens": _tokens_a_step(config),
         "validation_interval": 0,
+        "health_interval": 0,
         "checkpoint_interval": 10 * steps,
         "keep_checkpoints_at": [],
+        "compact": False,
         "parent": None,
         "evaluation": "none",
     }

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from fp8lab import benchmark, records, trainer
 from fp8lab.checkpoint import CheckpointWriter
+from fp8lab.health import HealthProbe
 from fp8lab.session import Session
 from tests import rule_data
 from tests.rule_data import tiny_config, tiny_model
@@ -49,18 +50,32 @@ def test_overhead_is_what_the_trainer_adds_to_the_bare_step(tmp_path: Path, cloc
     clock.takes(benchmark, "optimizer_step", 0.10)
     clock.takes(Session, "take_step", 0.11)
     clock.takes(Session, "validate", 2.0)
+    clock.takes(HealthProbe, "measure", 0.4)
     # A step of the plan is two micro-batches, so it validates every 40 of the benchmark's steps.
-    config = tiny_config(validation_interval=20, global_batch_tokens=256)
+    config = tiny_config(validation_interval=20, health_interval=5, global_batch_tokens=256)
     results = benchmark.measure_overhead(config, data_dir=tmp_path, scratch=tmp_path, rounds=2, steps_per_round=3)
     measured = {name: value["rounds"] for name, value in results.items() if isinstance(value, dict)}
     assert measured == {
         "bare_step_seconds": pytest.approx([0.10, 0.10]),
         "trainer_step_seconds": pytest.approx([0.11, 0.11]),
         "validation_seconds": pytest.approx([2.0, 2.0]),
-        "overhead_without_validation": pytest.approx([0.10, 0.10]),
+        "health_seconds": pytest.approx([0.4, 0.4]),
+        "loop_share": pytest.approx([0.10, 0.10]),
         "validation_share": pytest.approx([0.5, 0.5]),
-        "overhead": pytest.approx([0.6, 0.6]),
+        "health_share": pytest.approx([0.4, 0.4]),
+        "overhead": pytest.approx([1.0, 1.0]),
     }
+
+
+def test_what_a_plan_does_not_ask_for_adds_nothing(tmp_path: Path, clock: Clock) -> None:
+    clock.takes(benchmark, "optimizer_step", 0.10)
+    clock.takes(Session, "take_step", 0.11)
+    clock.takes(Session, "validate", 2.0)
+    config = tiny_config(validation_interval=0, health_interval=0)
+    results = benchmark.measure_overhead(config, data_dir=tmp_path, scratch=tmp_path, rounds=1, steps_per_round=3)
+    assert results["validation_share"] is None
+    assert results["health_share"] is None
+    assert results["overhead"]["median"] == results["loop_share"]["median"] == pytest.approx(0.10)
 
 
 def test_the_cost_of_a_checkpoint_is_what_rounds_with_one_take_longer(tmp_path: Path, clock: Clock) -> None:
