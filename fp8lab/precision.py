@@ -44,6 +44,7 @@ from fp8lab.config import RECIPES, Head, Recipe
 from fp8lab.errors import UserError
 from fp8lab.kernels import Fp8TiedHead, convert_blocks
 from fp8lab.model import GPT
+from fp8lab.units import ranges
 
 if TYPE_CHECKING:
     from torchao.float8 import Float8LinearConfig
@@ -120,19 +121,8 @@ def conversion_table(rows: Sequence[dict[str, str]]) -> Table:
         groups.setdefault((kind, row["shape"], row["precision"], row["reason"]), []).append(block)
     table = Table("Linear", "blocks", "shape (out x in)", "precision", "reason")
     for (kind, shape, precision, reason), blocks in groups.items():
-        table.add_row(kind, _ranges(blocks), shape, precision, reason)
+        table.add_row(kind, ranges(int(block) for block in blocks if block), shape, precision, reason)
     return table
-
-
-def _ranges(blocks: list[str]) -> str:
-    """'0-3, 5' of ['0', '1', '2', '3', '5']; empty for a Linear outside the blocks."""
-    spans: list[list[int]] = []
-    for number in sorted(int(block) for block in blocks if block):
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 
 def _linear_row(name: str, linear: nn.Linear, recipe: Recipe, high_precision: Sequence[str]) -> dict[str, str]:

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fp8lab import estimate, flops
+from fp8lab import diagnosis, estimate, flops
 from fp8lab.comparison import EQUIVALENCE_MARGIN, LEVEL, TARGET_HALF_WIDTH, Deviation, Gap
 from fp8lab.config import Plan, parameter_count
 from fp8lab.errors import UserError
 from fp8lab.records import BenchmarkRecord, DataRecord
 from fp8lab.results import Run, RunSet, SpeedRun, best_known_gaps, seed_deviation, unique
-from fp8lab.units import number, p_value, scientific, signed, signed_percent
+from fp8lab.units import number, p_value, ranges, scientific, signed, signed_percent
 from fp8lab.variance import Study
 
 RANDOM_GUESS = {
@@ -412,6 +412,54 @@ def _heading(task: str) -> str:
 def usual_metric(task: str) -> str:
     """The accuracy that a task is usually quoted in."""
     return "acc_norm" if task.partition(" (")[0] in ("hellaswag", "arc_challenge", "openbookqa", "piqa") else "acc"
+
+
+def health(runs: Sequence[Run]) -> pd.DataFrame:
+    """What rounding does to each kind of Linear in FP8 `runs`: medians of the second half, the worst of all blocks."""
+    rows = []
+    for run in runs:
+        table = diagnosis.settled(run)
+        grown = diagnosis.amax_growth(run)
+        for (kind, tensor), group in table.groupby(["kind", "tensor"], observed=True, sort=False):
+            growth = grown[(grown["kind"] == kind) & (grown["tensor"] == tensor)]["growth"].max()
+            rows.append(
+                {
+                    "recipe": run.recipe,
+                    "Linear": str(kind).rpartition(".")[2],
+                    "operand": tensor,
+                    "underflow": _small_share(group["underflow_fraction"].max()),
+                    "saturation": _small_share(group["saturation_fraction"].max()),
+                    "SQNR (dB)": f"{group['sqnr_db'].min():.1f}",
+                    "largest amax, × first": f"{growth:.2f}",
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def rounding_losses(runs: Sequence[Run]) -> pd.DataFrame:
+    """The operands of FP8 `runs` that pass a limit of `fp8lab.diagnosis`, a row a kind of Linear; maybe empty."""
+    rows = []
+    for run in runs:
+        found = diagnosis.violations(run)
+        for (kind, tensor, reason), group in found.groupby(["kind", "tensor", "reason"], observed=True, sort=False):
+            values = group[diagnosis.COLUMN_OF[str(reason)]]
+            worst = f"{values.min():.1f} dB" if reason == "SQNR" else _small_share(values.max())
+            rows.append(
+                {
+                    "recipe": run.recipe,
+                    "Linear": str(kind).rpartition(".")[2],
+                    "operand": tensor,
+                    "blocks": ranges(group["block"]),
+                    "passes the limit of": reason,
+                    "worst": worst,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _small_share(value: float) -> str:
+    """0, or a percentage with two digits that count."""
+    return "0" if value == 0 else f"{100 * value:.2g}%"
 
 
 def data_composition(record: DataRecord) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def number(value: float) -> str:
@@ -31,6 +31,17 @@ def signed_percent(share: float, digits: int = 1) -> str:
 def p_value(value: float) -> str:
     """A probability as statistics are reported: 0.034, <0.001."""
     return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """'0-3, 5' of 0, 1, 2, 3 and 5, in any order; empty for none."""
+    spans: list[list[int]] = []
+    for value in sorted(set(numbers)):
+        if spans and value == spans[-1][1] + 1:
+            spans[-1][1] = value
+        else:
+            spans.append([value, value])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 
 def listing(items: Sequence[str]) -> str:

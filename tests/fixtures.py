@@ -6,6 +6,7 @@ that changes one argument sees only what depends on it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -68,6 +69,8 @@ class Measured:
     """Of the domains."""
     gradient_factor: float = 1.0
     """Multiplies every gradient norm."""
+    health_factor: float = 1.0
+    """Multiplies amax, its growth, kurtosis and what rounding loses."""
     spike_score: float = 0.0
     skipped_steps: int = 1
     score_shift: float = 0.0
@@ -98,6 +101,7 @@ OTHER = Measured(
     document_factor=3,
     weights=(0.57, 0.21, 0.13, 0.09),
     gradient_factor=1.7,
+    health_factor=1.37,
     spike_score=0.013,
     skipped_steps=2,
     score_shift=0.11,
@@ -208,6 +212,8 @@ def write_run(
                 skipped_steps=measured.skipped_steps,
                 first_bad_step=None,
                 first_bad_layer=None,
+                saturated_steps={"blocks.0.mlp.down input": 3} if recipe == "fused" else None,
+                underflowing_steps={} if recipe == "fused" else None,
             ),
             "speed": Speed(
                 tokens_per_second_median=1.1 * measured.tokens_per_second,
@@ -223,6 +229,7 @@ def write_run(
     folder = records.write(record, records_dir)
     records.write_table(folder, "metrics", metrics)
     records.write_table(folder, "validation", validation)
+    records.write_table(folder, "health", _health(config, measured))
     (folder / "eval.json").write_text(json.dumps(evaluation(config, measured)))
     return folder
 
@@ -266,6 +273,42 @@ def _validation(config: RunConfig, measured: Measured) -> pd.DataFrame:
             loss = mean + offset
             rows.append((step, step * config.tokens // STEPS, domain, loss, loss / math.log(2) / 3.1))
     return pd.DataFrame(rows, columns=["step", "tokens", "domain", "loss", "bits_per_byte"])
+
+
+LINEARS = ("attention.qkv", "attention.output", "mlp.gate_up", "mlp.down")
+
+
+def _health(config: RunConfig, measured: Measured) -> pd.DataFrame:
+    """Six measurements of every Linear; the last block's `down` has outliers that its input loses small values to."""
+    factor, last = measured.health_factor, config.model.n_layers - 1
+    rows = []
+    for step, block, (index, linear), (operand, tensor) in itertools.product(
+        range(10, STEPS + 1, 10),
+        range(config.model.n_layers),
+        enumerate(LINEARS, start=1),
+        enumerate(("input", "weight", "grad_output")),
+    ):
+        outlier = linear == "mlp.down" and block == last
+        amax = (8.0, 0.3, 4e-5)[operand] * index * (1 + 0.01 * step * factor * (10 if outlier else 1))
+        loss = factor * index * (1 + block) * (2e-4 if outlier and tensor == "input" else 1e-6) * (1 + step / STEPS)
+        rows.append(
+            {
+                "step": step,
+                "layer": f"blocks.{block}.{linear}",
+                "tensor": tensor,
+                "amax": amax,
+                "scale": 448 / amax,
+                "underflow_fraction": 10 * loss,
+                "saturation_fraction": 0.01 * loss if config.recipe == "fused" else 0.0,
+                "sqnr_db": 31.5 - factor * 0.3 * index * (operand + 1),
+                "kurtosis": 3 + factor * (50 if outlier else index) * step / STEPS if tensor == "input" else math.nan,
+                "gradient_norm": factor * 0.01 * index if tensor == "weight" else math.nan,
+            }
+        )
+    table = pd.DataFrame(rows)
+    if config.recipe == "bf16":
+        table[["scale", "underflow_fraction", "saturation_fraction", "sqnr_db"]] = math.nan
+    return table
 
 
 def _conversion(model: ModelConfig, recipe: Recipe) -> list[dict[str, str]]:

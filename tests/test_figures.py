@@ -14,10 +14,15 @@ from matplotlib.figure import Figure
 
 from fp8lab import figures, scaling, variance
 from fp8lab.config import RECIPES
-from fp8lab.results import RunSet, data_record, plan_runs, speed_runs, training_runs
+from fp8lab.results import Run, RunSet, data_record, plan_runs, speed_runs, training_runs
 from tests.fixtures import DOMAINS, SIZES, write_demo_records, write_run, write_speed_records, write_variance_records
 
 mpl.use("agg")
+
+
+def fp8_run(runs: RunSet) -> Run:
+    return next(run for run in runs.where(size=runs.sizes[-1]) if run.recipe != "bf16")
+
 
 WEIGHTS = dict(zip(DOMAINS, (0.65, 0.15, 0.10, 0.10), strict=True))
 TRAINING_FIGURES: dict[str, Callable[[RunSet], Figure]] = {
@@ -30,6 +35,10 @@ TRAINING_FIGURES: dict[str, Callable[[RunSet], Figure]] = {
     "gaps_by_domain": lambda runs: figures.gaps_by_domain(runs, runs.sizes[0]),
     "gradient_norms": lambda runs: figures.gradient_norms(runs, runs.sizes[-1]),
     "benchmark_scores": figures.benchmark_scores,
+    "underflow": lambda runs: figures.health_map(fp8_run(runs), "underflow_fraction", runs.toy),
+    "amax_growth": lambda runs: figures.health_map(fp8_run(runs), "growth", runs.toy),
+    "swiglu_outliers": lambda runs: figures.swiglu_outliers(runs.where(size=runs.sizes[0]), runs.toy),
+    "activation_kurtosis": lambda runs: figures.activation_kurtosis(runs.where(size=runs.sizes[0]), runs.toy),
 }
 
 

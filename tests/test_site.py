@@ -164,6 +164,7 @@ CONSTANTS = {
     "1.000",  # BF16 relative to itself
     "95%",  # level of an interval
     *("0.005", "0.01"),  # half-width and margin that claims are held against
+    *("1%", "0.01%"),  # limits of underflow and saturation
     *("25%", "50%"),  # guessing among four and two choices
     *("0.076", "4%", "200", "1.40"),  # published, cited beside them
     *("2026", "3.11", "2.13"),  # year, and versions of Python and torch
