@@ -4,8 +4,9 @@ An FP8 GEMM has three operands to lose information in: a Linear's input, its wei
 each: the largest magnitude (amax), the recipe's scale, and what is lost by rounding at that scale,
 
 - *underflow*: the share of nonzero values that become zero;
-- *saturation*: the share of values clipped at the format's largest number. Scales that follow the very
-  tensor (torchao's) leave none; delayed ones (`fused`) do where a tensor outgrows its history;
+- *saturation*: the share of values clipped, those farther above the format's largest number than rounding
+  goes. Scales that follow the very tensor (torchao's) leave none; delayed ones (`fused`) do where a tensor
+  outgrows its history;
 - *SQNR*: the signal's power over the rounding error's, in dB. E4M3 has about 31.5, E5M2 25.5, whatever the
   scale, until much is lost at either end. Alone it is blind: an outlier that inflates the amax a thousand
   times leaves the rest of a Gaussian tensor at 31.6 dB while its underflow rises from 0.001% to almost 1%.
@@ -38,6 +39,7 @@ What that means for the numbers:
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -108,6 +110,16 @@ def dynamic_rounding(recipe: Recipe, tensor: TensorName, x: Tensor) -> Rounding:
     return Rounding(scale, dtype)
 
 
+def _clipped_above(dtype: torch.dtype) -> float:
+    """Halfway from the format's largest number to the one that would come next, had it one: 464 for E4M3.
+
+    A scale taken from the amax may exceed its aim by a last bit, and that clips nothing.
+    """
+    finfo = torch.finfo(dtype)
+    _, exponent = math.frexp(finfo.max)
+    return finfo.max + math.ldexp(finfo.eps, exponent - 1) / 2
+
+
 def rounding_sums(x: Tensor, rounding: Rounding) -> tuple[Tensor, ...]:
     """What `losses` needs of `x` (rows, features) FP32: six scalars.
 
@@ -127,7 +139,7 @@ def rounding_sums(x: Tensor, rounding: Rounding) -> tuple[Tensor, ...]:
         scale,
         torch.count_nonzero(x),
         torch.count_nonzero(stored),
-        (scaled.abs() > torch.finfo(rounding.dtype).max).mean(dtype=torch.float32),
+        (scaled.abs() > _clipped_above(rounding.dtype)).mean(dtype=torch.float32),
         torch.linalg.vector_norm(signal),
         torch.linalg.vector_norm(noise),
     )
