@@ -28,6 +28,8 @@ MEASURED_PLANS = ("article", "ladder-h200", "pilot-h200")
 """Plans trained on GPUs that the article draws, the most complete first."""
 SEEDS_PLAN = "seeds-h200"
 """Many seeds of the ladder's smallest sizes."""
+LARGER_PLAN = "125m-h200"
+"""A size above the ladder, in another vocabulary."""
 DEMO_PLAN = "demo"
 DEMO_COMMAND = "fp8lab run runs/plans/demo.yaml"
 SPEED_PLAN = "speed-h200"
@@ -127,6 +129,8 @@ class RunSet:
     plan: str
     runs: tuple[Run, ...]
     unfinished: tuple[Run, ...] = ()
+    branches: tuple[Run, ...] = ()
+    """Finished decay branches: shorter budgets that share a run's stable part and so are no runs of their own."""
 
     def __bool__(self) -> bool:
         return bool(self.runs)
@@ -235,17 +239,22 @@ def training_runs(
 
 
 def plan_runs(records_dir: Path, plan: str) -> RunSet:
-    """Every training run of one plan, decay branches left out: they share their parent's curve."""
-    runs = sorted(
+    """Every training run of one plan, and the decay branches apart from them."""
+    found = sorted(
         (
             Run(folder, record)
             for folder, record in records.read_plan(records_dir, plan)
-            if isinstance(record, TrainRecord) and record.parent is None
+            if isinstance(record, TrainRecord)
         ),
-        key=lambda run: (run.parameters, RECIPES.index(run.recipe), run.record.seed),
+        key=lambda run: (run.parameters, RECIPES.index(run.recipe), run.record.seed, run.record.tokens),
     )
-    finished = tuple(run for run in runs if run.record.status == "finished")
-    return RunSet(plan, finished, tuple(run for run in runs if run.record.status != "finished"))
+    runs = [run for run in found if run.record.parent is None]
+    return RunSet(
+        plan,
+        runs=tuple(run for run in runs if run.record.status == "finished"),
+        unfinished=tuple(run for run in runs if run.record.status != "finished"),
+        branches=tuple(run for run in found if run.record.parent is not None and run.record.status == "finished"),
+    )
 
 
 def data_record(records_dir: Path, runs: RunSet) -> DataRecord | None:
@@ -257,6 +266,21 @@ def data_record(records_dir: Path, runs: RunSet) -> DataRecord | None:
             if isinstance(record, DataRecord):
                 return record
     return None
+
+
+def bytes_per_token(record: DataRecord) -> float:
+    """Bytes of training text that a token stands for, the domains in the shares that training draws them in.
+
+    Raises:
+        UserError: a domain or field is missing.
+    """
+    try:
+        return sum(
+            record.config["domains"][domain]["weight"] * values["train"]["text_bytes"] / values["train"]["tokens"]
+            for domain, values in record.results["domains"].items()
+        )
+    except KeyError as error:
+        raise UserError(f"{record.plan}/{record.run}/record.json: {error.args[0]}: missing") from None
 
 
 def data_benchmarks(records_dir: Path) -> list[BenchmarkRecord]:

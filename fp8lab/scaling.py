@@ -9,8 +9,15 @@ and Chinchilla's (Hoffmann et al., 2203.15556, approach 3)::
     L(N, D) = E + A / N ** alpha + B / D ** beta
 
 fitted as there (appendix D.2): the Huber loss of log-loss residuals, *summed* over runs (averaging
-stops the optimiser early: Besiroglu et al., 2404.10102), log-sum-exp for the three terms, BFGS from
-a grid of starts. Intervals come from resampling runs.
+stops the optimiser early: Besiroglu et al., 2404.10102), log-sum-exp for the three terms, L-BFGS from
+many starts.
+
+What FP8 costs is one number of the same fit. All precisions share one law, and a run in FP8 counts as
+a BF16 run on a share m of its tokens, L(N, m D), or of its parameters, L(m N, D). A loss gap grows or
+shrinks with size by itself; if m does not depend on size, FP8 costs the same share of a budget everywhere.
+
+Intervals come from refits to runs drawn with replacement. A stable run and the branches that decay
+from it share most of their training, so they are drawn together.
 
 Runs with tokens in proportion to parameters, D = k N, trace a single curve in (N, D): any split of
 the loss between the two terms fits it as well, so alpha and beta cannot be told apart however many
@@ -20,17 +27,27 @@ runs there are. `unidentified` says so instead of letting a fit look like knowle
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import minimize
-from scipy.special import logsumexp
+from scipy.optimize import minimize, nnls
 
 from fp8lab.errors import UserError
 
 Floats = NDArray[np.float64]
+Budget = Literal["tokens", "parameters"]
+"""What an FP8 run makes less of."""
+
+HUBER_DELTA = 1e-3
+"""Residuals in log loss beyond this count linearly."""
+EXPONENTS = (0.05, 0.1, 0.2, 0.3, 0.45, 0.7, 1.0)
+"""Grid of starts for alpha and beta."""
+KEPT_STARTS = 8
+"""Best of the grid that the optimiser goes on from."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +80,69 @@ class Chinchilla:
         left = loss - self.E - self.A / parameters**self.alpha
         return float((self.B / left) ** (1 / self.beta)) if left > 0 else float("inf")
 
+    @property
+    def size_exponent(self) -> float:
+        """a of N ~ C ** a for the size that makes the most of a compute C = 6 N D (2203.15556, eq. 4)."""
+        return self.beta / (self.alpha + self.beta)
 
+
+@dataclass(frozen=True)
+class Kaplan:
+    """L(N, D) = ((N_c / N) ** (alpha_N / alpha_D) + D_c / D) ** alpha_D, N without embeddings (2001.08361, eq. 1.5)."""
+
+    N_c: float
+    D_c: float
+    alpha_N: float
+    alpha_D: float
+
+    def __call__(self, non_embedding: ArrayLike, tokens: ArrayLike) -> Floats:
+        n, d = np.asarray(non_embedding, dtype=float), np.asarray(tokens, dtype=float)
+        return ((self.N_c / n) ** (self.alpha_N / self.alpha_D) + self.D_c / d) ** self.alpha_D
+
+
+KAPLAN = Kaplan(N_c=6.4e13, D_c=1.8e13, alpha_N=0.076, alpha_D=0.103)
+"""The constants of 2001.08361, table 2."""
 HOFFMANN = Chinchilla(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
 """The constants of 2203.15556."""
 BESIROGLU = Chinchilla(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)
 """The same data fitted again (2404.10102)."""
+
+PUBLISHED: dict[str, Kaplan | Chinchilla] = {
+    "Kaplan et al.": KAPLAN,
+    "Hoffmann et al.": HOFFMANN,
+    "Besiroglu et al.": BESIROGLU,
+}
+"""Laws of other data and tokenizers: their differences between sizes may be compared with ours, not their losses."""
+
+
+def published_loss(name: str, parameters: ArrayLike, non_embedding: ArrayLike, tokens: ArrayLike) -> Floats:
+    """Loss by one of the `PUBLISHED` laws, each in its own convention of N."""
+    law = PUBLISHED[name]
+    return law(non_embedding if isinstance(law, Kaplan) else parameters, tokens)
+
+
+@dataclass(frozen=True)
+class JointLaw:
+    """One law for all precisions: a run in FP8 is a BF16 run on a share of its tokens or of its parameters."""
+
+    bf16: Chinchilla
+    multipliers: dict[str, float]
+    """The share by FP8 recipe; below 1 where FP8 costs something."""
+    on: Budget = "tokens"
+
+    def __call__(self, parameters: ArrayLike, tokens: ArrayLike, recipe: str = "bf16") -> Floats:
+        share = self.multipliers.get(recipe, 1.0)
+        n, d = np.asarray(parameters, dtype=float), np.asarray(tokens, dtype=float)
+        return self.bf16(n * share, d) if self.on == "parameters" else self.bf16(n, d * share)
+
+    def covers(self, recipe: str) -> bool:
+        """True if runs of `recipe` were among those that the law was fitted to."""
+        return recipe == "bf16" or recipe in self.multipliers
+
+    def of(self, points: pd.DataFrame) -> Floats:
+        """The law's loss at each row of `points`."""
+        rows = zip(points["parameters"], points["tokens"], points["recipe"], strict=True)
+        return np.array([float(self(n, d, recipe)) for n, d, recipe in rows])
 
 
 def fit_power_law(x: ArrayLike, loss: ArrayLike) -> PowerLaw:
@@ -83,102 +158,165 @@ def fit_power_law(x: ArrayLike, loss: ArrayLike) -> PowerLaw:
     return PowerLaw(scale=float(np.exp(-intercept / slope)), exponent=float(-slope))
 
 
-def fit_chinchilla(parameters: ArrayLike, tokens: ArrayLike, loss: ArrayLike, huber_delta: float = 1e-3) -> Chinchilla:
+def fit_chinchilla(parameters: ArrayLike, tokens: ArrayLike, loss: ArrayLike) -> Chinchilla:
     """Approach 3 of 2203.15556 from a grid of starts; the best optimum.
 
     Args:
         parameters, tokens, loss: one entry a run (N, D, nats a token).
-        huber_delta: residuals in log loss beyond this count linearly.
 
     Raises:
-        UserError: fewer than five runs, the number of constants.
+        UserError: fewer than five different pairs of N and D, the number of constants.
     """
-    n, d, loss = (np.asarray(values, dtype=float) for values in (parameters, tokens, loss))
-    if len(loss) < 5:
-        raise UserError(f"Chinchilla's law has five constants and cannot be fitted to {len(loss)} runs")
-    starts = itertools.product((0.0, 8.0, 16.0), (0.0, 8.0, 16.0), (-1.0, 0.0, 1.0), (0.2, 0.8), (0.2, 0.8))
-    return _best_fit(n, d, loss, huber_delta, [np.array(start) for start in starts])
+    points = pd.DataFrame({"parameters": parameters, "tokens": tokens, "loss": loss, "recipe": "bf16"})
+    return fit_joint(points).bf16
 
 
-def _best_fit(n: Floats, d: Floats, loss: Floats, delta: float, starts: list[Floats]) -> Chinchilla:
-    log_n, log_d, log_loss = np.log(n), np.log(d), np.log(loss)
+def fit_joint(points: pd.DataFrame, on: Budget = "tokens", near: JointLaw | None = None) -> JointLaw:
+    """One law through the runs of all precisions, and the share of its budget that each FP8 recipe makes use of.
+
+    Args:
+        points: a row a final loss; columns parameters, tokens, loss (nats a token), recipe.
+        on: which budget the share is of.
+        near: start from this law alone: for resampled runs, whose optimum is near.
+
+    Raises:
+        UserError: fewer than five different pairs of N and D, the number of constants, or no run in BF16.
+    """
+    pairs = len(points[["parameters", "tokens"]].drop_duplicates())
+    if pairs < 5:
+        raise UserError(f"Chinchilla's law has five constants and cannot be fitted to {pairs} runs")
+    if "bf16" not in set(points["recipe"]):
+        raise UserError("the precisions' joint law needs runs in bf16")
+    recipes = [recipe for recipe in points["recipe"].unique() if recipe != "bf16"]
+    is_recipe = (points["recipe"].to_numpy()[:, None] == np.array(recipes, dtype=object)).astype(float)
+    log_n, log_d, log_loss = (np.log(points[name].to_numpy(float)) for name in ("parameters", "tokens", "loss"))
+    # Around their means, so that a change of an exponent is not mostly a change of A or B.
+    mean_n, mean_d = log_n.mean(), log_d.mean()
+    log_n, log_d = log_n - mean_n, log_d - mean_d
+    if near is None:
+        starts = [np.append(start, np.zeros(len(recipes))) for start in _starts(log_n, log_d, log_loss)]
+    else:
+        law = near.bf16
+        a, b = np.log(law.A) - law.alpha * mean_n, np.log(law.B) - law.beta * mean_d
+        shares = [np.log(near.multipliers.get(recipe, 1.0)) for recipe in recipes]
+        starts = [np.array([a, b, np.log(law.E), law.alpha, law.beta, *shares])]
+    objective = _huber(log_n, log_d, log_loss, is_recipe, on)
+    fits = [minimize(objective, start, jac=True, method="L-BFGS-B", options=TOLERANCES) for start in starts]
+    a, b, e, alpha, beta, *shares = min(fits, key=lambda fit: fit.fun).x
+    law = Chinchilla(
+        E=float(np.exp(e)),
+        A=float(np.exp(a + alpha * mean_n)),
+        B=float(np.exp(b + beta * mean_d)),
+        alpha=float(alpha),
+        beta=float(beta),
+    )
+    return JointLaw(law, {recipe: float(np.exp(share)) for recipe, share in zip(recipes, shares, strict=True)}, on)
+
+
+TOLERANCES = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-13, "gtol": 1e-9}
+
+
+def _starts(log_n: Floats, log_d: Floats, log_loss: Floats) -> list[Floats]:
+    """Starts of (log A, log B, log E, alpha, beta): with the exponents given, the law is linear in A, B and E."""
+    loss = np.exp(log_loss)
+    found = []
+    for alpha, beta in itertools.product(EXPONENTS, EXPONENTS):
+        terms = np.stack([np.exp(-alpha * log_n), np.exp(-beta * log_d), np.ones_like(loss)], axis=1)
+        factors, residual = nnls(terms / loss[:, None], np.ones_like(loss))
+        # A term that least squares leaves out starts small: of zero there is no logarithm.
+        found.append((residual, np.array([*np.log(np.maximum(factors, 1e-3)), alpha, beta])))
+    return [start for _, start in sorted(found, key=lambda pair: pair[0])[:KEPT_STARTS]]
+
+
+def _huber(
+    log_n: Floats, log_d: Floats, log_loss: Floats, is_recipe: Floats, on: Budget
+) -> Callable[[Floats], tuple[float, Floats]]:
+    """Summed Huber loss and its gradient in (log A, log B, log E, alpha, beta, log share of each FP8 recipe)."""
 
     def objective(theta: Floats) -> tuple[float, Floats]:
-        """Summed Huber loss and its gradient in (a, b, e, alpha, beta) = (log A, log B, log E, alpha, beta)."""
-        a, b, e, alpha, beta = theta
-        terms = np.stack([a - alpha * log_n, b - beta * log_d, np.full_like(log_n, e)])
-        predicted = logsumexp(terms, axis=0)
-        residual = predicted - log_loss
-        clipped = np.clip(residual, -delta, delta)
-        value = np.sum(clipped * (residual - clipped / 2))
-        share = np.exp(terms - predicted)
-        weighted = clipped * share
-        gradient = np.array(
-            [
-                weighted[0].sum(),
-                weighted[1].sum(),
-                weighted[2].sum(),
-                -(weighted[0] * log_n).sum(),
-                -(weighted[1] * log_d).sum(),
-            ]
-        )
+        a, b, e, alpha, beta = theta[:5]
+        shift = is_recipe @ theta[5:]
+        n, d = (log_n + shift, log_d) if on == "parameters" else (log_n, log_d + shift)
+        terms = np.stack([a - alpha * n, b - beta * d, np.full_like(n, e)])
+        highest = terms.max(axis=0)
+        powers = np.exp(terms - highest)
+        total = powers.sum(axis=0)
+        residual = highest + np.log(total) - log_loss
+        clipped = np.clip(residual, -HUBER_DELTA, HUBER_DELTA)
+        of_n, of_d, of_e = clipped * powers / total
+        of_shift = alpha * of_n if on == "parameters" else beta * of_d
+        gradient = [of_n.sum(), of_d.sum(), of_e.sum(), -of_n @ n, -of_d @ d, *(-of_shift @ is_recipe)]
         # Residuals of 1e-3 make a sum of 1e-6: scaled up, so that the optimiser's tolerances do not end it.
-        return float(value) / delta**2, gradient / delta**2
+        return float(clipped @ (residual - clipped / 2)) / HUBER_DELTA**2, np.array(gradient) / HUBER_DELTA**2
 
-    fits = [minimize(objective, start, jac=True, method="BFGS", options={"maxiter": 2000}) for start in starts]
-    a, b, e, alpha, beta = min(fits, key=lambda fit: fit.fun).x
-    return Chinchilla(E=float(np.exp(e)), A=float(np.exp(a)), B=float(np.exp(b)), alpha=float(alpha), beta=float(beta))
-
-
-def refit(law: Chinchilla, parameters: ArrayLike, tokens: ArrayLike, loss: ArrayLike) -> Chinchilla:
-    """`fit_chinchilla` started from `law` alone: for resampled runs, whose optimum is near."""
-    start = np.array([np.log(law.A), np.log(law.B), np.log(law.E), law.alpha, law.beta])
-    n, d, loss = (np.asarray(values, dtype=float) for values in (parameters, tokens, loss))
-    return _best_fit(n, d, loss, 1e-3, [start])
+    return objective
 
 
 def bootstrap(
-    fit: Callable[..., PowerLaw | Chinchilla], *columns: ArrayLike, samples: int = 200, seed: int = 0
-) -> Floats:
-    """Refit to runs drawn with replacement.
+    points: pd.DataFrame,
+    fit: Callable[[pd.DataFrame], JointLaw],
+    *,
+    noise: float = 0.0,
+    samples: int = 200,
+    seed: int = 0,
+) -> list[JointLaw]:
+    """Refits to whole runs drawn with replacement, as many of each precision as there are.
 
     Args:
-        fit: function of `columns` that returns a law.
-        columns: one entry a run each: N, loss or N, D, loss.
-
-    Returns:
-        (samples, constants): the constants of each refit, in the order of the law's fields. Draws that
-        cannot be fitted (too few different runs) are drawn again, at most ten times as often as asked.
+        points: as in `fit_joint`, with a column run: the stable run that a final loss belongs to. A run and its
+            branches are drawn together.
+        noise: standard deviation between seeds (nats a token), added to the drawn losses: half of its variance to a
+            run and its branches alike, since they share their stable part, half to each apart. Resampling alone
+            would miss it where a size has one seed.
+        samples: refits. Draws that cannot be fitted (too few different runs) are drawn again, at most ten times as
+            often as asked.
     """
     rng = np.random.default_rng(seed)
-    arrays = [np.asarray(column, dtype=float) for column in columns]
-    count = len(arrays[0])
-    draws: list[tuple[float, ...]] = []
+    rows = points.reset_index(drop=True)
+    by_recipe = [
+        [group.index.to_numpy() for _, group in of_recipe.groupby("run", sort=False)]
+        for _, of_recipe in rows.groupby("recipe", sort=False)
+    ]
+    laws: list[JointLaw] = []
     for _ in range(10 * samples):
-        chosen = rng.integers(0, count, count)
+        runs = [runs[choice] for runs in by_recipe for choice in rng.integers(0, len(runs), len(runs))]
+        shared = np.repeat(rng.normal(size=len(runs)), [len(run) for run in runs])
+        drawn = rows.loc[np.concatenate(runs)]
+        shift = noise * (shared + rng.normal(size=len(drawn))) / np.sqrt(2)
         try:
-            draws.append(astuple(fit(*(array[chosen] for array in arrays))))
+            laws.append(fit(drawn.assign(loss=drawn["loss"] + shift)))
         except UserError:
             continue
-        if len(draws) == samples:
+        if len(laws) == samples:
             break
-    return np.array(draws)
+    return laws
 
 
-def interval(draws: Floats, confidence: float = 0.95) -> tuple[Floats, Floats]:
-    """Lower and upper ends of the central interval of each constant over `bootstrap` draws."""
+def fit_with_draws(
+    points: pd.DataFrame, on: Budget = "tokens", *, noise: float = 0.0, samples: int = 200
+) -> tuple[JointLaw, list[JointLaw]]:
+    """`fit_joint`, and its refits to the runs that `bootstrap` draws."""
+    law = fit_joint(points, on)
+    draws = bootstrap(points, lambda drawn: fit_joint(drawn, on, near=law), noise=noise, samples=samples)
+    return law, draws
+
+
+def interval(draws: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
+    """Ends of the central interval of a quantity over the laws of a `bootstrap`."""
     tail = (1 - confidence) / 2
-    low, high = np.quantile(draws, (tail, 1 - tail), axis=0)
-    return low, high
+    low, high = np.quantile(np.asarray(draws, dtype=float), (tail, 1 - tail))
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A law fitted to the smaller sizes and asked for the largest."""
+    """A law fitted to the smaller sizes and asked for a larger."""
 
     fitted_sizes: int
     predicted: float
     measured: float
+    interval: tuple[float, float] | None = None
+    """95% of `error`: of the prediction and of the measured run's own seed."""
 
     @property
     def error(self) -> float:
@@ -199,6 +337,47 @@ def predict_largest(parameters: ArrayLike, loss: ArrayLike) -> HeldOut:
         raise UserError(f"holding out the largest size leaves {sizes}; a power law needs two")
     law = fit_power_law(n[smaller], loss[smaller])
     return HeldOut(sizes, float(law(n.max())), float(loss[~smaller].mean()))
+
+
+def predict(
+    law: JointLaw, draws: Sequence[JointLaw], fitted: pd.DataFrame, held_out: pd.DataFrame, noise: float, seed: int = 0
+) -> list[HeldOut]:
+    """What a law says of runs that it was not fitted to, one row of `held_out` after the other.
+
+    Args:
+        draws: refits of `law`'s runs by `bootstrap`.
+        fitted: the runs that the law was fitted to.
+        noise: standard deviation between seeds (nats a token).
+    """
+    sizes = fitted["parameters"].nunique()
+    measured = held_out["loss"].to_numpy(float)
+    predictions = np.array([drawn.of(held_out) for drawn in draws])
+    predictions += noise * np.random.default_rng(seed).normal(size=predictions.shape)
+    errors = predictions / measured - 1
+    return [
+        HeldOut(sizes, float(value), float(loss), interval(of_run))
+        for value, loss, of_run in zip(law.of(held_out), measured, errors.T, strict=True)
+    ]
+
+
+def frontier(compute: ArrayLike, loss: ArrayLike) -> NDArray[np.intp]:
+    """Which points lie on the lower convex hull of log loss against log compute, left to right, while it falls.
+
+    No mixture of budgets that were measured does better than the lines between them.
+    """
+    x, y = np.log(np.asarray(compute, dtype=float)), np.log(np.asarray(loss, dtype=float))
+    hull: list[int] = []
+    for point in np.lexsort((y, x)):
+        while len(hull) > 1 and _turns_down(x, y, hull[-2], hull[-1], point):
+            hull.pop()
+        if not hull or y[point] < y[hull[-1]]:
+            hull.append(int(point))
+    return np.array(hull, dtype=np.intp)
+
+
+def _turns_down(x: Floats, y: Floats, first: int, middle: int, last: int) -> bool:
+    """True if `middle` lies on or above the line from `first` to `last`."""
+    return bool((x[last] - x[first]) * (y[middle] - y[first]) >= (y[last] - y[first]) * (x[middle] - x[first]))
 
 
 def unidentified(parameters: ArrayLike, tokens: ArrayLike) -> list[str]:

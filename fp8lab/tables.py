@@ -6,19 +6,20 @@ carry; frames that figures draw have plain column names and raw numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from fp8lab import diagnosis, estimate, flops
+from fp8lab import diagnosis, estimate, flops, scaling
 from fp8lab.comparison import EQUIVALENCE_MARGIN, LEVEL, TARGET_HALF_WIDTH, Deviation, Gap
-from fp8lab.config import Plan, parameter_count
+from fp8lab.config import MODELS, RECIPES, Plan, parameter_count
 from fp8lab.errors import UserError
 from fp8lab.records import BenchmarkRecord, DataRecord
 from fp8lab.results import Run, RunSet, SpeedRun, best_known_gaps, seed_deviation, unique
+from fp8lab.scaling import HeldOut, JointLaw
 from fp8lab.units import number, p_value, ranges, scientific, signed, signed_percent
 from fp8lab.variance import Study
 
@@ -65,6 +66,277 @@ def run_table(runs: RunSet) -> pd.DataFrame:
         }
         for run in runs.runs
     ]
+    return pd.DataFrame(rows)
+
+
+def final_losses(runs: RunSet) -> pd.DataFrame:
+    """Every final validation loss, those of decay branches included, as scaling laws are fitted to them.
+
+    Returns:
+        Columns: size, recipe, seed, run (the stable run; its branches share it), is_branch, budget (tokens a
+        parameter), parameters (N, total), non_embedding, matmul, tokens, loss (nats a token), bits_per_byte, and
+        training FLOPs by convention: flops_6n, flops_matmul_attention, flops_causal.
+    """
+    rows = []
+    for run in (*runs.runs, *runs.branches):
+        record = run.record
+        rows.append(
+            {
+                "size": run.size,
+                "recipe": run.recipe,
+                "seed": record.seed,
+                "run": record.parent.run if record.parent else record.run,
+                "is_branch": record.parent is not None,
+                "budget": round(record.tokens / run.parameters, 1),
+                "parameters": run.parameters,
+                "non_embedding": record.parameters.non_embedding,
+                "matmul": record.parameters.matmul,
+                "tokens": record.tokens,
+                "loss": run.validation_loss,
+                "bits_per_byte": run.bits_per_byte,
+                "flops_6n": record.flops.per_token_6n * record.tokens,
+                "flops_matmul_attention": record.flops.per_token_matmul_attention * record.tokens,
+                "flops_causal": record.flops.per_token_matmul_attention_causal * record.tokens,
+            }
+        )
+    table = pd.DataFrame(rows)
+    return table.sort_values(["parameters", "recipe", "seed", "tokens"], key=_in_order, ignore_index=True)
+
+
+def _in_order(column: pd.Series) -> pd.Series:
+    """Recipes as `config.RECIPES` has them; anything else as it is."""
+    return column.map(RECIPES.index) if column.name == "recipe" else column
+
+
+def budget_table(points: pd.DataFrame) -> pd.DataFrame:
+    """`final_losses` for reading: a row a size and recipe, a column a budget; means over seeds."""
+    losses = points.pivot_table(index=["parameters", "size", "recipe"], columns="budget", values="loss", sort=False)
+    budgets = sorted(losses.columns)
+    table = losses.reset_index()
+    columns = {"model": table["size"], "N": table["parameters"].map(number), "recipe": table["recipe"]}
+    return pd.DataFrame(
+        columns | {f"{budget:g} tokens/N": table[budget].map("{:.4f}".format, na_action="ignore") for budget in budgets}
+    )
+
+
+EXTRAPOLATED = ("125M", "250M", "350M", "1.5B")
+"""Sizes of the source article, which our runs do not reach at full length."""
+
+
+def extrapolated(points: pd.DataFrame, law: JointLaw, draws: Sequence[JointLaw], budget: float) -> pd.DataFrame:
+    """What a law says of sizes beyond those it was fitted to, in BF16: extrapolated, never measured.
+
+    Args:
+        points: what the law was fitted to, as `final_losses` gives them.
+        draws: refits, for the intervals.
+        budget: tokens a parameter.
+
+    Returns:
+        A row a model, the largest measured one first. Columns: size, parameters, non_embedding, tokens, factor (N over
+        the largest measured N), loss, low, high (95%, nats a token), drop, drop_low, drop_high (loss at the largest
+        measured size minus loss here) and for each published law its own drop, under its name.
+    """
+    largest = points.iloc[int(points["parameters"].to_numpy().argmax())]
+    counts = {name: flops.parameters(MODELS[name]) for name in EXTRAPOLATED}
+    rows = [(str(largest["size"]), float(largest["parameters"]), float(largest["non_embedding"]))]
+    rows += [(name, float(count.total), float(count.non_embedding)) for name, count in counts.items()]
+    table = pd.DataFrame(rows, columns=["size", "parameters", "non_embedding"])
+    table = table[table["parameters"] >= table["parameters"].iloc[0]].reset_index(drop=True)
+    n = table["parameters"].to_numpy()
+    table["tokens"], table["factor"] = budget * n, n / n[0]
+    table["loss"] = law(n, budget * n)
+    drawn = np.array([other(n, budget * n) for other in draws])
+    table["low"], table["high"] = np.quantile(drawn, (0.025, 0.975), axis=0)
+    table["drop"] = table["loss"].iloc[0] - table["loss"]
+    table["drop_low"], table["drop_high"] = np.quantile(drawn[:, :1] - drawn, (0.025, 0.975), axis=0)
+    for name in scaling.PUBLISHED:
+        loss = scaling.published_loss(name, n, table["non_embedding"], table["tokens"])
+        table[name] = loss[0] - loss
+    return table
+
+
+def extrapolation_table(table: pd.DataFrame) -> pd.DataFrame:
+    """`extrapolated` for reading, without its measured row."""
+    beyond = table.iloc[1:]
+    columns = {
+        "model": beyond["size"],
+        "N over the largest measured": beyond["factor"].map("{:.1f}×".format),
+        "tokens": beyond["tokens"].map(number),
+        "loss, extrapolated (nats/token)": beyond["loss"].map("{:.3f}".format),
+        "95% interval": [_range(low, high, 2) for low, high in zip(beyond["low"], beyond["high"], strict=True)],
+        "its drop from the largest measured": beyond["drop"].map("{:.3f}".format),
+        "95% interval of the drop": [
+            _range(low, high, 2) for low, high in zip(beyond["drop_low"], beyond["drop_high"], strict=True)
+        ],
+    }
+    return pd.DataFrame(columns | {f"drop by {name}": beyond[name].map("{:.3f}".format) for name in scaling.PUBLISHED})
+
+
+def _range(low: float, high: float, digits: int) -> str:
+    return f"{low:.{digits}f} to {high:.{digits}f}".replace("-", "−")
+
+
+def law_table(fits: Mapping[str, tuple[JointLaw, Sequence[JointLaw]]]) -> pd.DataFrame:
+    """Constants of fitted laws with 95% intervals.
+
+    Args:
+        fits: name -> the law and its refits to drawn runs.
+    """
+    constants: dict[str, tuple[Callable[[JointLaw], float], int]] = {
+        "E (nats/token)": (lambda law: law.bf16.E, 2),
+        "α": (lambda law: law.bf16.alpha, 3),
+        "β": (lambda law: law.bf16.beta, 3),
+        "a of N ∝ Cᵃ": (lambda law: law.bf16.size_exponent, 2),
+    }
+    rows = []
+    for name, (law, draws) in fits.items():
+        row: dict[str, object] = {"fit": name}
+        for constant, (value, digits) in constants.items():
+            row[constant] = _with_interval(value, law, draws, digits)
+        row |= {"A": scientific(law.bf16.A), "B": scientific(law.bf16.B)}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _with_interval(
+    value: Callable[[JointLaw], float], law: JointLaw, draws: Sequence[JointLaw], digits: int = 3
+) -> str:
+    low, high = scaling.interval([value(drawn) for drawn in draws])
+    return f"{value(law):.{digits}f} ({_range(low, high, digits)})"
+
+
+def multiplier_table(
+    tokens: tuple[JointLaw, Sequence[JointLaw]], parameters: tuple[JointLaw, Sequence[JointLaw]], n: float, d: float
+) -> pd.DataFrame:
+    """What each FP8 recipe makes of its budget, and what that is in loss at one size.
+
+    Args:
+        tokens, parameters: the joint law on each budget, and its refits.
+        n, d: parameters and tokens at which the loss gap is given.
+    """
+
+    def row(recipe: str) -> dict[str, object]:
+        def share(law: JointLaw) -> float:
+            return law.multipliers[recipe]
+
+        def gap(law: JointLaw) -> float:
+            return float(law(n, d, recipe) - law(n, d))
+
+        return {
+            "recipe": recipe,
+            "share of its tokens": _with_interval(share, *tokens),
+            "share of its parameters": _with_interval(share, *parameters),
+            "loss gap (nats/token)": _with_interval(gap, *tokens, digits=4),
+        }
+
+    return pd.DataFrame([row(recipe) for recipe in tokens[0].multipliers])
+
+
+def gap_by_budget(points: pd.DataFrame, law: JointLaw, scatter: Deviation | None) -> pd.DataFrame:
+    """Measured loss of each FP8 recipe minus BF16's at the same sizes, by budget, and the joint law's.
+
+    Args:
+        points: what the law was fitted to, as `final_losses` gives them.
+        scatter: of seeds (nats a token), for the 95% intervals.
+    """
+    points = points.assign(law=law.of(points))
+    measured, fitted = (
+        points.pivot_table(index=["budget", "size"], columns="recipe", values=column) for column in ("loss", "law")
+    )
+    rows = []
+    for recipe in law.multipliers:
+        row: dict[str, object] = {"recipe": recipe}
+        gaps = (measured[recipe] - measured["bf16"]).dropna()
+        for budget in gaps.index.unique("budget"):
+            at_budget = gaps[budget].to_numpy()
+            interval = f" ± {scatter.reach(len(at_budget)):.4f}" if scatter else ""
+            row[f"{budget:g} tokens/N"] = signed(at_budget.mean()) + interval
+            by_law = (fitted[recipe] - fitted["bf16"])[budget].dropna()
+            row[f"{budget:g}, by the law"] = signed(by_law.to_numpy().mean())
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def held_out_table(held_out: pd.DataFrame, predictions: Sequence[HeldOut], unit: str, digits: int = 3) -> pd.DataFrame:
+    """Predicted and measured losses of runs that a law was not fitted to.
+
+    Args:
+        held_out: their rows of `final_losses`.
+        predictions: one a row.
+        unit: of the losses.
+    """
+    rows = []
+    for (_, run), prediction in zip(held_out.iterrows(), predictions, strict=True):
+        low, high = prediction.interval or (np.nan, np.nan)
+        rows.append(
+            {
+                "model": run["size"],
+                "recipe": run["recipe"],
+                "tokens / N": f"{run['budget']:g}",
+                f"predicted ({unit})": f"{prediction.predicted:.{digits}f}",
+                f"measured ({unit})": f"{prediction.measured:.{digits}f}",
+                "error": signed_percent(prediction.error, 2),
+                "95% interval": f"{signed_percent(low, 2)} to {signed_percent(high, 2)}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+PARAMETER_CONVENTIONS = {
+    "total, the tied embedding once (ours)": "parameters",
+    "without the embedding": "non_embedding",
+}
+FLOP_CONVENTIONS = {
+    "6·N_matmul + 6·L·d·T, causal (ours)": "flops_causal",
+    "6·N_matmul + 12·L·d·T": "flops_matmul_attention",
+    "6·N": "flops_6n",
+    "6·N without the embedding": "flops_6n_non_embedding",
+}
+
+
+def exponents_by_parameters(points: pd.DataFrame, near: JointLaw) -> pd.DataFrame:
+    """The joint law under each convention of N.
+
+    Args:
+        points: as `final_losses` gives them.
+        near: the law under ours.
+    """
+    rows = []
+    for name, column in PARAMETER_CONVENTIONS.items():
+        law = scaling.fit_joint(points.assign(parameters=points[column].astype(float)), near.on)
+        rows.append(
+            {
+                "N counts parameters": name,
+                "E (nats/token)": f"{law.bf16.E:.2f}",
+                "α": f"{law.bf16.alpha:.3f}",
+                "β": f"{law.bf16.beta:.3f}",
+                "a of N ∝ Cᵃ": f"{law.bf16.size_exponent:.2f}",
+            }
+            | {f"{recipe}, share of its {near.on}": f"{share:.3f}" for recipe, share in law.multipliers.items()}
+        )
+    return pd.DataFrame(rows)
+
+
+def exponents_by_flops(points: pd.DataFrame) -> pd.DataFrame:
+    """The power law of the efficient frontier, L = (C_c / C) ** γ, under each convention of compute.
+
+    Args:
+        points: final losses of one precision.
+    """
+    points = points.assign(flops_6n_non_embedding=6.0 * points["non_embedding"] * points["tokens"])
+    rows = []
+    for name, column in FLOP_CONVENTIONS.items():
+        efficient = points.iloc[scaling.frontier(points[column], points["loss"])]
+        law = scaling.fit_power_law(efficient[column], efficient["loss"])
+        rows.append(
+            {
+                "FLOPs a token": name,
+                "compute of the largest run": scientific(points[column].max()),
+                "over ours": f"{points[column].max() / points['flops_causal'].max():.3f}",
+                "γ": f"{law.exponent:.4f}",
+                "runs on the frontier": len(efficient),
+            }
+        )
     return pd.DataFrame(rows)
 
 

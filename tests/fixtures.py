@@ -12,17 +12,28 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 
 from fp8lab import flops, records
-from fp8lab.config import ModelConfig, OptimizerConfig, Recipe, RunConfig, parameter_count
+from fp8lab.config import (
+    MODELS,
+    ModelConfig,
+    OptimizerConfig,
+    ParentConfig,
+    Recipe,
+    RunConfig,
+    ScheduleConfig,
+    parameter_count,
+)
 from fp8lab.records import (
     DataRecord,
     DomainLoss,
     FinalLosses,
     Flops,
+    Parent,
     Provenance,
     Speed,
     SpeedRecord,
@@ -30,6 +41,7 @@ from fp8lab.records import (
     TrainRecord,
     ValidationLosses,
 )
+from fp8lab.scaling import Chinchilla, JointLaw
 
 DOMAINS = ("prose", "python", "c", "science")
 SIZES = (
@@ -169,14 +181,26 @@ def write_run(
     seed: int = 1,
     measured: Measured = DEFAULT,
     device_name: str = "CPU (2 cores)",
+    budget: float = 2,
+    branch_of: str | None = None,
+    final_loss: float | None = None,
 ) -> Path:
-    """One finished training run with its tables and scores."""
+    """One finished training run with its tables, and with scores and FP8 health unless its final loss is given.
+
+    Args:
+        budget: tokens a parameter, before `measured` changes them.
+        branch_of: the stable run that a decay branch leaves.
+        final_loss: its training loss in the end (nats); by `_final_loss` if left out.
+    """
     on_cpu = device_name.startswith("CPU")
     global_batch_tokens = 8 * model.seq_len
-    tokens = int(2 * parameter_count(model) * measured.token_factor)
+    tokens = int(budget * parameter_count(model) * measured.token_factor)
+    steps = -(-tokens // global_batch_tokens)
     config = RunConfig(
         plan=plan,
-        run=f"{model.name}-{recipe}-s{seed}",
+        run=f"{branch_of}-d{budget:g}" if branch_of else f"{model.name}-{recipe}-s{seed}",
+        schedule=ScheduleConfig(kind="wsd", decay_fraction=0.2),
+        parent=ParentConfig(run=branch_of, step=steps * 3 // 4) if branch_of else None,
         model=model,
         recipe=recipe,
         seed=seed,
@@ -187,8 +211,9 @@ def write_run(
         optimizer=OptimizerConfig(peak_learning_rate=3e-3),
     )
     weights = dict(zip(DOMAINS, measured.weights, strict=True))
-    metrics = _metrics(config, measured)
-    validation = _validation(config, measured)
+    loss = _final_loss(config, measured) if final_loss is None else final_loss
+    metrics = _metrics(config, measured, loss)
+    validation = _validation(config, loss)
     last = validation[validation["step"] == STEPS].set_index("domain")
     by_domain = {
         domain: DomainLoss(loss=float(last.loss[domain]), bits_per_byte=float(last.bits_per_byte[domain]))
@@ -198,6 +223,7 @@ def write_run(
     record: TrainRecord = started.model_copy(
         update={
             "status": "finished",
+            "parent": Parent(**config.parent.model_dump()) if config.parent else None,
             "tokens": tokens,
             "steps": STEPS,
             "flops": Flops(**flops.flops_record(model, tokens)),
@@ -229,9 +255,57 @@ def write_run(
     folder = records.write(record, records_dir)
     records.write_table(folder, "metrics", metrics)
     records.write_table(folder, "validation", validation)
-    records.write_table(folder, "health", _health(config, measured))
-    (folder / "eval.json").write_text(json.dumps(evaluation(config, measured)))
+    if final_loss is None:
+        records.write_table(folder, "health", _health(config, measured))
+        (folder / "eval.json").write_text(json.dumps(evaluation(config, measured)))
     return folder
+
+
+LADDER = tuple(MODELS[name] for name in ("7M", "13M", "19M", "28M", "48M"))
+OTHER_LADDER = tuple(
+    model.model_copy(update={"name": name, "vocab_size": 9216, "n_layers": model.n_layers + more})
+    for more, (model, name) in enumerate(zip(LADDER, ("7.2M", "14M", "23M", "35M", "67M"), strict=True))
+)
+LADDER_LAW = JointLaw(Chinchilla(E=1.25, A=120.0, B=250.0, alpha=0.29, beta=0.28), {"tensorwise": 0.93, "fused": 0.97})
+"""What the fixtures' ladder obeys, up to the noise of its seeds."""
+OTHER_LADDER_LAW = JointLaw(
+    Chinchilla(E=1.6, A=55.0, B=480.0, alpha=0.25, beta=0.33), {"tensorwise": 0.88, "fused": 0.91}
+)
+SEED_NOISE = 0.005
+"""Standard deviation between the ladder's seeds (nats a token)."""
+
+
+def write_ladder_records(
+    records_dir: Path,
+    *,
+    sizes: tuple[ModelConfig, ...] = LADDER,
+    law: JointLaw = LADDER_LAW,
+    noise: float = SEED_NOISE,
+    measured: Measured = DEFAULT,
+) -> None:
+    """Five sizes in three precisions with branches at 5 and 10 tokens a parameter, and seeds of the smallest size."""
+    rng = np.random.default_rng(len(sizes[0].name) + sizes[0].vocab_size)
+    on_gpu: dict[str, Any] = {"device_name": "NVIDIA H200", "measured": measured}
+    for model, recipe in itertools.product(sizes, ("bf16", *law.multipliers)):
+        shared = rng.normal()
+        for budget in (20, 10, 5):
+            tokens = budget * parameter_count(model) * measured.token_factor
+            loss = float(law(parameter_count(model), tokens, recipe)) + measured.loss_shift
+            loss += noise * float(shared + rng.normal()) / math.sqrt(2)
+            stable_run = None if budget == 20 else f"{model.name}-{recipe}-s1"
+            write_run(
+                records_dir, "ladder-h200", model, cast(Recipe, recipe),
+                budget=budget, branch_of=stable_run, final_loss=loss, **on_gpu,
+            )  # fmt: skip
+    for recipe in ("bf16", "fused"):
+        larger = MODELS["125M"]
+        tokens = 5 * parameter_count(larger) * measured.token_factor
+        loss = float(law(parameter_count(larger), tokens, recipe)) + measured.loss_shift
+        write_run(records_dir, "125m-h200", larger, cast(Recipe, recipe), budget=5, final_loss=loss, **on_gpu)
+    write_data_record(records_dir, measured=measured)
+    for seed in range(1, 5):
+        loss = float(law(parameter_count(sizes[0]), 20 * parameter_count(sizes[0]))) + rng.normal(0, noise)
+        write_run(records_dir, "seeds-h200", sizes[0], "bf16", seed=seed, budget=20, final_loss=loss, **on_gpu)
 
 
 def _final_loss(config: RunConfig, measured: Measured) -> float:
@@ -242,13 +316,13 @@ def _final_loss(config: RunConfig, measured: Measured) -> float:
     return 1.8 + 70 / n**0.3 + 90 / d**0.3 + RECIPE_GAP[config.recipe] + float(noise) + shift
 
 
-def _metrics(config: RunConfig, measured: Measured) -> pd.DataFrame:
+def _metrics(config: RunConfig, measured: Measured, final: float) -> pd.DataFrame:
     steps = np.arange(1, STEPS + 1)
-    final, first = _final_loss(config, measured), math.log(config.model.vocab_size)
+    first = math.log(config.model.vocab_size)
     rng = np.random.default_rng(config.seed)
     loss = final + (first - final) * np.exp(-steps / 12) + rng.normal(0, 0.02, STEPS)
     loss += 0.002 * np.random.default_rng(len(config.recipe)).normal(size=STEPS)
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "step": steps,
             "tokens": (steps * config.tokens / STEPS).astype(int),
@@ -260,15 +334,15 @@ def _metrics(config: RunConfig, measured: Measured) -> pd.DataFrame:
             "skipped": False,
         }
     )
+    return table if config.parent is None else table[table["step"] > 3 * STEPS // 4]
 
 
-def _validation(config: RunConfig, measured: Measured) -> pd.DataFrame:
+def _validation(config: RunConfig, final: float) -> pd.DataFrame:
     offsets = {"prose": 0.10, "python": -0.15, "c": -0.25, "science": 0.05}
     first = math.log(config.model.vocab_size)
     rows = []
     for step in (STEPS // 4, STEPS // 2, STEPS):
-        mean = _final_loss(config, measured)
-        mean += (first - mean) * math.exp(-step / 12)
+        mean = final + (first - final) * math.exp(-step / 12)
         for domain, offset in offsets.items():
             loss = mean + offset
             rows.append((step, step * config.tokens // STEPS, domain, loss, loss / math.log(2) / 3.1))

@@ -12,10 +12,19 @@ from matplotlib import pyplot
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from fp8lab import figures, scaling, variance
+from fp8lab import figures, scaling, tables, variance
 from fp8lab.config import RECIPES
 from fp8lab.results import Run, RunSet, data_record, plan_runs, speed_runs, training_runs
-from tests.fixtures import DOMAINS, SIZES, write_demo_records, write_run, write_speed_records, write_variance_records
+from tests.fixtures import (
+    DOMAINS,
+    LADDER_LAW,
+    SIZES,
+    write_demo_records,
+    write_ladder_records,
+    write_run,
+    write_speed_records,
+    write_variance_records,
+)
 
 mpl.use("agg")
 
@@ -29,8 +38,7 @@ TRAINING_FIGURES: dict[str, Callable[[RunSet], Figure]] = {
     "loss_curves": lambda runs: figures.loss_curves(runs, runs.sizes[-1]),
     "validation_curves": lambda runs: figures.validation_curves(runs, runs.sizes[-1], WEIGHTS),
     "loss_against_compute": figures.loss_against_compute,
-    "loss_against_parameters": figures.loss_against_parameters,
-    "loss_against_tokens": figures.loss_against_tokens,
+    "scaling_panels": figures.scaling_panels,
     "loss_gaps": figures.loss_gaps,
     "gaps_by_domain": lambda runs: figures.gaps_by_domain(runs, runs.sizes[0]),
     "gradient_norms": lambda runs: figures.gradient_norms(runs, runs.sizes[-1]),
@@ -113,17 +121,55 @@ def test_every_recipe_has_a_colour_and_a_marker_of_its_own() -> None:
     assert len(set(figures.RECIPE_MARKERS.values())) == len(figures.RECIPE_MARKERS)
 
 
-def test_final_losses_are_drawn_where_the_records_say(runs: RunSet) -> None:
-    figure = figures.loss_against_parameters(runs)
-    (drawn,) = in_colour(figure, "bf16")
-    assert drawn.tolist() == [run.validation_loss for run in runs.where(recipe="bf16")]
+def ladder(folder: Path) -> tuple[RunSet, scaling.JointLaw]:
+    write_ladder_records(folder)
+    return training_runs(folder), LADDER_LAW
 
 
-def test_a_fitted_law_is_drawn_in_its_recipes_colour(runs: RunSet) -> None:
-    bf16 = runs.where(recipe="bf16")
-    law = scaling.fit_power_law([run.parameters for run in bf16], [run.validation_loss for run in bf16])
-    curves = in_colour(figures.loss_against_parameters(runs, {"bf16": law}), "bf16")
-    assert max(map(len, curves)) > len(bf16)
+def test_every_final_loss_is_in_every_panel_of_scaling(tmp_path: Path) -> None:
+    runs, law = ladder(tmp_path)
+    points = tables.final_losses(runs)
+    for axes, column in zip(
+        figures.scaling_panels(runs, law).axes, ("flops_causal", "parameters", "tokens"), strict=True
+    ):
+        markers = [line for line in axes.lines if line.get_marker() not in ("None", None, "")]
+        drawn = {(x, y) for line in markers for x, y in zip(*line.get_data(), strict=True)}
+        assert drawn == set(zip(points[column], points["loss"], strict=True))
+
+
+def test_the_law_is_drawn_over_what_was_measured_and_no_further(tmp_path: Path) -> None:
+    runs, law = ladder(tmp_path)
+    compute, *panels = figures.scaling_panels(runs, law).axes
+    points = tables.final_losses(runs)
+    for axes, column in zip(panels, ("parameters", "tokens"), strict=True):
+        lines = [line for line in axes.lines if line.get_marker() in ("None", None, "")]
+        # A line a recipe and budget, and a line a recipe and size.
+        assert len(lines) == {"parameters": 9, "tokens": 15}[column]
+        ends = [line.get_xdata() for line in lines]
+        assert min(map(np.min, ends)) == pytest.approx(points[column].min())
+        assert max(map(np.max, ends)) == pytest.approx(points[column].max())
+    # A curve a run or branch, and a frontier a precision.
+    assert len([line for line in compute.lines if line.get_marker() in ("None", None, "")]) == len(points) + 3
+
+
+def test_what_is_extrapolated_is_dashed_and_named(tmp_path: Path) -> None:
+    runs, law = ladder(tmp_path)
+    points = tables.final_losses(runs)
+    at_budget = points[(points["recipe"] == "bf16") & ~points["is_branch"]]
+    beyond = tables.extrapolated(points, law, [law, law], 20)
+    figure = figures.extrapolation(at_budget, law, [law, law], beyond)
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    largest = points["parameters"].max()
+    assert max(lines["fitted"].get_xdata()) <= largest * 1.001
+    assert lines["fitted"].get_linestyle() == "-"
+    assert min(lines["extrapolated"].get_xdata()) >= largest * 0.999
+    assert lines["extrapolated"].get_linestyle() == "--"
+    assert set(lines["measured"].get_xdata()) == set(at_budget["parameters"])
+    assert {"125M", "250M", "350M", "1.5B"} < set(texts(figure))
+    assert_nothing_is_cut_off(figure)
+    for name in scaling.PUBLISHED:
+        assert lines[name].get_ydata()[0] == pytest.approx(lines["extrapolated"].get_ydata()[0])
+        assert lines[name].get_linestyle() != "-"
 
 
 def test_the_lower_panel_is_fp8_minus_bf16(runs: RunSet) -> None:

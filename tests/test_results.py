@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from fp8lab.results import Gap, data_record, plan_runs, speed_runs, training_runs
-from tests.fixtures import SIZES, write_demo_records, write_run, write_speed_records
+from fp8lab.errors import UserError
+from fp8lab.results import (
+    Gap,
+    bytes_per_token,
+    data_record,
+    plan_runs,
+    speed_runs,
+    training_runs,
+)
+from tests.fixtures import SIZES, write_demo_records, write_ladder_records, write_run, write_speed_records
 
 
 def test_runs_of_a_gpu_replace_the_demos_and_are_never_mixed_with_them(tmp_path: Path) -> None:
@@ -43,6 +51,30 @@ def test_runs_are_in_order_of_size_and_recipe(tmp_path: Path) -> None:
     assert runs.sizes == [model.name for model in SIZES]
     assert runs.recipes == ["bf16", "tensorwise", "rowwise", "rowwise_with_gw_hp"]
     assert runs.ladder_recipes == ["bf16", "tensorwise"]
+
+
+def test_branches_are_no_runs_of_their_own(tmp_path: Path) -> None:
+    write_ladder_records(tmp_path)
+    runs = training_runs(tmp_path)
+    assert (len(runs.runs), len(runs.branches)) == (15, 30)
+    assert all(run.record.parent is None for run in runs.runs)
+    assert {run.record.parent.run for run in runs.branches if run.record.parent} == {
+        run.record.run for run in runs.runs
+    }
+
+
+def test_bytes_of_a_token_are_weighted_as_training_draws_them(tmp_path: Path) -> None:
+    write_demo_records(tmp_path)
+    record = data_record(tmp_path, training_runs(tmp_path))
+    assert record is not None
+    for values in record.results["domains"].values():
+        values["train"] |= {"text_bytes": 3000, "tokens": 1000}
+    assert bytes_per_token(record) == pytest.approx(3.0)
+    record.results["domains"]["prose"]["train"]["text_bytes"] = 4000
+    assert bytes_per_token(record) == pytest.approx(3.65)
+    del record.results["domains"]["prose"]["train"]["tokens"]
+    with pytest.raises(UserError, match="tokens: missing"):
+        bytes_per_token(record)
 
 
 def test_a_gap_is_fp8_minus_bf16_with_welchs_interval() -> None:

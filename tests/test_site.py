@@ -24,12 +24,17 @@ from fp8lab.config import ModelConfig
 from fp8lab.publish import execute_stale_chapters, publish, read_book
 from tests.fixtures import (
     DEFAULT,
+    LADDER,
+    LADDER_LAW,
     OTHER,
+    OTHER_LADDER,
+    OTHER_LADDER_LAW,
     OTHER_SIZES,
     SAMPLE,
     SIZES,
     Measured,
     write_demo_records,
+    write_ladder_records,
     write_run,
     write_speed_records,
     write_variance_records,
@@ -217,6 +222,32 @@ def test_measurements_on_a_gpu_take_the_demos_place(tmp_path: Path) -> None:
         text = "\n".join(displayed(tmp_path / "build" / "executed" / f"{name}.ipynb"))
         assert "Measured on NVIDIA H200" in text
         assert not re.search("toy scale|`rowwise", text, re.IGNORECASE)
+
+
+def test_every_number_and_figure_of_scaling_follows_a_ladder_with_branches(tmp_path: Path) -> None:
+    executed = []
+    ladders = (LADDER, LADDER_LAW, 0.005, DEFAULT), (OTHER_LADDER, OTHER_LADDER_LAW, 0.025, OTHER)
+    for name, (sizes, law, noise, measured) in zip(("one", "other"), ladders, strict=True):
+        (tmp_path / name).mkdir()
+        records_dir = make_project(tmp_path / name, measured)
+        write_ladder_records(records_dir, sizes=sizes, law=law, noise=noise, measured=measured)
+        keep_chapters(tmp_path / name, "scaling")
+        chapter = tmp_path / name / "chapters" / "scaling.ipynb"
+        assert chapter.read_text().count("refits = 200") == 1
+        chapter.write_text(chapter.read_text().replace("refits = 200", f"refits = {7 if name == 'one' else 8}"))
+        execute_stale_chapters(tmp_path / name, records_dir)
+        executed.append(tmp_path / name / "build" / "executed" / "scaling.ipynb")
+    known = CONSTANTS | {"250M"}  # a size that neither measured
+    labels = {"law", "multipliers", "gap-by-budget", "held-out", "larger-parameters", "extrapolation", "by-flops"}
+    for before, after in zip(*map(displayed, executed), strict=True):
+        pairs = list(zip(NUMBER.findall(before), NUMBER.findall(after), strict=True))
+        same = {number for number, other in pairs if number == other and not COUNT.fullmatch(number)}
+        assert same <= known, f"typed by hand? {before[:300]}"
+        labels -= set(re.findall(r"\{#tbl-([a-z-]+)\}", before))
+    assert labels == set()
+    pictures = [re.findall(r"data:image/svg\+xml;base64,[^)]*", path.read_text()) for path in executed]
+    assert [len(found) for found in pictures] == [2, 2]
+    assert not set(pictures[0]) & set(pictures[1])
 
 
 def test_only_chapters_whose_inputs_changed_are_executed(site: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,10 +8,20 @@ import pandas as pd
 import pytest
 
 from fp8lab import records, tables
+from fp8lab.comparison import Deviation
 from fp8lab.config import load_plan
 from fp8lab.errors import UserError
 from fp8lab.results import RunSet, SpeedRun, data_benchmarks, speed_runs, training_runs
-from tests.fixtures import OTHER, provenance, write_demo_records, write_speed_records
+from fp8lab.scaling import HOFFMANN
+from fp8lab.units import signed
+from tests.fixtures import (
+    LADDER_LAW,
+    OTHER,
+    provenance,
+    write_demo_records,
+    write_ladder_records,
+    write_speed_records,
+)
 
 
 @pytest.fixture
@@ -31,6 +41,51 @@ def test_the_run_table_has_every_runs_own_losses(runs: RunSet) -> None:
     table = tables.run_table(runs)
     assert table["validation loss (nats/token)"].tolist() == [f"{run.validation_loss:.4f}" for run in runs.runs]
     assert table["recipe"].tolist() == [run.recipe for run in runs.runs]
+
+
+def test_final_losses_hold_branches_beside_their_runs_in_every_convention(tmp_path: Path) -> None:
+    write_ladder_records(tmp_path)
+    runs = training_runs(tmp_path)
+    points = tables.final_losses(runs)
+    assert points["is_branch"].sum() == len(runs.branches)
+    assert set(points["run"].value_counts()) == {3}
+    for run in (*runs.runs, *runs.branches):
+        (row,) = points[(points["parameters"] == run.parameters) & (points["loss"] == run.validation_loss)].to_dict(
+            "records"
+        )
+        assert row["tokens"] == run.record.tokens
+        assert row["flops_causal"] == pytest.approx(run.record.flops.total)
+        assert row["flops_6n"] == 6 * row["parameters"] * row["tokens"]
+    table = tables.budget_table(points)
+    assert table["model"].tolist() == [size for size in runs.sizes for _ in runs.recipes]
+    assert list(table.columns[3:]) == ["5 tokens/N", "10 tokens/N", "20 tokens/N"]
+    assert table["20 tokens/N"].tolist() == [f"{run.validation_loss:.4f}" for run in runs.runs]
+
+
+def test_gaps_by_budget_are_means_over_sizes(tmp_path: Path) -> None:
+    write_ladder_records(tmp_path)
+    points = tables.final_losses(training_runs(tmp_path))
+    scatter = Deviation(0.005, degrees=10)
+    table = tables.gap_by_budget(points, LADDER_LAW, scatter).set_index("recipe")
+    losses = points.pivot_table(index=["budget", "size"], columns="recipe", values="loss")
+    for recipe in ("tensorwise", "fused"):
+        for budget in (5, 10, 20):
+            gap = (losses[recipe] - losses["bf16"]).loc[float(budget)].mean()
+            assert table.loc[recipe, f"{budget} tokens/N"] == f"{signed(gap)} ± {scatter.reach(5):.4f}"
+
+
+def test_an_extrapolation_starts_at_the_largest_measured_size(tmp_path: Path) -> None:
+    write_ladder_records(tmp_path)
+    points = tables.final_losses(training_runs(tmp_path))
+    beyond = tables.extrapolated(points, LADDER_LAW, [LADDER_LAW], 20)
+    assert beyond["size"].tolist() == ["48M", "125M", "250M", "350M", "1.5B"]
+    assert beyond["factor"].iloc[0] == 1
+    assert beyond["loss"].to_numpy() == pytest.approx(LADDER_LAW(beyond["parameters"], 20 * beyond["parameters"]))
+    assert (beyond["drop"].diff().dropna() > 0).all()
+    assert beyond.loc[4, "Hoffmann et al."] == pytest.approx(
+        float(HOFFMANN(48_527_680, 20 * 48_527_680) - HOFFMANN(1_541_792_768, 20 * 1_541_792_768))
+    )
+    assert tables.extrapolation_table(beyond)["model"].tolist() == ["125M", "250M", "350M", "1.5B"]
 
 
 def test_gaps_are_signed_with_a_true_minus(runs: RunSet) -> None:
