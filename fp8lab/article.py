@@ -12,12 +12,14 @@ import base64
 import html
 import io
 import re
+from typing import Any
 
 import pandas as pd
 from IPython.display import Markdown, display
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
+from fp8lab.publish.chart import chart_html
 from fp8lab.results import DEMO_COMMAND, RunSet
 
 
@@ -33,6 +35,11 @@ def show_figure(figure: Figure, label: str, caption: str) -> None:
     pyplot.close(figure)
     encoded = base64.b64encode(buffer.getvalue()).decode()
     display(Markdown(f"![{caption}](data:image/svg+xml;base64,{encoded}){{#fig-{label}}}"))
+
+
+def show_chart(spec: dict[str, Any]) -> None:
+    """Make the picture of figure ``spec["figure"]``, displayed before, interactive (`publish.chart`)."""
+    display(Markdown(f"```{{=html}}\n{chart_html(spec)}\n```"))
 
 
 def show_table(table: pd.DataFrame, label: str, caption: str) -> None:

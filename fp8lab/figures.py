@@ -637,6 +637,102 @@ def throughput(speeds: Sequence[SpeedRun]) -> Figure:
     return figure
 
 
+CHART_PANELS = {
+    "speed": ("Speed of FP8 against BF16", "width (d_model)", "tokens/s, × BF16", 1.0),
+    "loss": ("Loss of every run against BF16", "parameters N", "loss − BF16 (nats/token)", 0.0),
+}
+"""Panels of the first page's chart: title, axes, and BF16's place on the second."""
+
+
+def switch_chart(points: pd.DataFrame, toy: bool) -> Figure:
+    """Timed settings by width, and trained runs by size, against BF16: what `switch_chart_spec` makes interactive.
+
+    Args:
+        points: `decision.chart_points`.
+        toy: whether the trained runs are the demo's.
+    """
+    panels = [panel for panel in CHART_PANELS if panel in set(points["panel"])]
+    figure, grid = plt.subplots(len(panels), 1, figsize=(WIDTH, 0.6 + 2.7 * len(panels)), squeeze=False)
+    for axes, panel in zip(grid[:, 0], panels, strict=True):
+        rows = points[points["panel"] == panel]
+        _, label, quantity, reference = CHART_PANELS[panel]
+        recipes = [recipe for recipe in RECIPE_COLOURS if recipe in set(rows["series"])]
+        for index, recipe in enumerate(recipes):
+            offset = 1.035 ** (index - (len(recipes) - 1) / 2)
+            for _, row in rows[rows["series"] == recipe].iterrows():
+                style = _point_style(recipe) | {"markersize": 6.5}
+                if row["hollow"]:
+                    style |= {
+                        "markerfacecolor": "white",
+                        "markeredgecolor": RECIPE_COLOURS[recipe],
+                        "markeredgewidth": 1.5,
+                    }
+                axes.vlines(row["x"] * offset, row["low"], row["high"], color=RECIPE_COLOURS[recipe], linewidth=2)
+                axes.plot(row["x"] * offset, row["y"], linestyle="none", **style)
+        axes.axhline(reference, color=RECIPE_COLOURS["bf16"], linewidth=1.2)
+        axes.set_xscale("log")
+        axes.set_xlim(rows["x"].min() / 1.3, rows["x"].max() * 1.3)
+        axes.set_xticks(*zip(*_chart_ticks(rows), strict=True))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(axis="x", which="minor", bottom=False)
+        axes.set_xlabel(label)
+        axes.set_ylabel(quantity)
+    shown = [recipe for recipe in RECIPE_COLOURS if recipe in set(points["series"])]
+    _finish(figure, grid[-1, 0], shown, toy and "loss" in panels)
+    return figure
+
+
+def _chart_ticks(rows: pd.DataFrame) -> list[tuple[float, str]]:
+    """The widths or sizes themselves, but for those that would run into the one before."""
+    names = dict(sorted(zip(rows["x"], rows["tick"], strict=True)))
+    room = max(1.18, (max(names) / min(names)) ** 0.09)
+    ticks: list[tuple[float, str]] = []
+    for value, name in names.items():
+        if not ticks or value / ticks[-1][0] > room:
+            ticks.append((value, name))
+    return ticks
+
+
+def switch_chart_spec(points: pd.DataFrame, toy: bool, label: str) -> dict[str, Any]:
+    """The same for `publish.chart`, whose reader chooses recipes and sees the facts of each record.
+
+    Args:
+        label: of the figure that `switch_chart` is displayed as.
+    """
+    panels = []
+    for panel, (title, x_label, quantity, reference) in CHART_PANELS.items():
+        rows = points[points["panel"] == panel]
+        if rows.empty:
+            continue
+        drawn = [
+            {
+                "series": row["series"],
+                "hollow": bool(row["hollow"]),
+                **{
+                    axis: None if row[axis] != row[axis] else round(float(row[axis]), 6)
+                    for axis in ("x", "y", "low", "high")
+                },
+                "title": row["title"],
+                "facts": list(row["facts"].items()),
+            }
+            for _, row in rows.iterrows()
+        ]
+        panels.append(
+            {
+                "title": title + (" (toy scale, CPU)" if toy and panel == "loss" else ""),
+                "x": {"label": x_label, "ticks": _chart_ticks(rows)},
+                "y": {"label": quantity, "reference": reference},
+                "points": drawn,
+            }
+        )
+    series = [
+        {"name": recipe, "colour": RECIPE_COLOURS[recipe], "marker": RECIPE_MARKERS[recipe]}
+        for recipe in RECIPE_COLOURS
+        if recipe in set(points["series"])
+    ]
+    return {"figure": f"fig-{label}", "series": series, "panels": panels}
+
+
 def step_breakdown(milliseconds: Mapping[str, Mapping[str, float]]) -> Figure:
     """Where a step's time goes.
 

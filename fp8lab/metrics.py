@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -25,25 +24,6 @@ COLUMN_TYPES = {
     "tokens_per_s": "float64",
     "skipped": "bool",
 }
-SPIKE_WINDOW = 1_000
-SPIKE_STANDARD_DEVIATIONS = 7.0
-SPIKE_MIN_HISTORY = 100
-"""Losses to have seen before one can be called a spike."""
-
-
-def spike_score(losses: pd.Series) -> float:
-    """Share of `losses` at least 7 standard deviations from the mean of the 1,000 before (OLMo 2, 2501.00656).
-
-    The first 100 values, and non-finite ones, are not judged: with fewer than 101 values the score is 0.
-    """
-    history = losses.where(np.isfinite(losses)).rolling(SPIKE_WINDOW, min_periods=SPIKE_MIN_HISTORY)
-    mean, deviation = history.mean().shift(1), history.std().shift(1)
-    judged = mean.notna() & losses.notna()
-    if not judged.any():
-        return 0.0
-    distance = (losses - mean).abs()[judged]
-    spikes = (distance > 0) & (distance >= SPIKE_STANDARD_DEVIATIONS * deviation[judged])
-    return float(spikes.mean())
 
 
 class Stopwatch:

@@ -42,11 +42,11 @@ from fp8lab.errors import UserError
 from fp8lab.events import EventFile
 from fp8lab.generation import generate
 from fp8lab.health import overflow_counts
-from fp8lab.metrics import spike_score
 from fp8lab.precision import FP8_MULTIPLE, uses_fp8
 from fp8lab.progress import Progress, ProgressFile
 from fp8lab.records import DomainLoss, FinalLosses, Speed, Stability, TrainRecord, ValidationLosses
 from fp8lab.session import Session, device_name, first_non_finite_output
+from fp8lab.spikes import spike_score
 
 FLUSH_SECONDS = 1.0
 """Between readings of the device's metrics."""

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp8lab.metrics import MetricsLog, Stopwatch, spike_score
+from fp8lab.metrics import MetricsLog, Stopwatch
+from fp8lab.spikes import spike_score
 
 
 def losses(count: int = 400) -> np.ndarray:

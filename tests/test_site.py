@@ -6,19 +6,24 @@ second site comes from other records, and the numbers that a reader sees must ha
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urldefrag, urlparse
 
+import pandas as pd
 import pytest
 import yaml
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
 from fp8lab.config import ModelConfig
 from fp8lab.publish import execute_stale_chapters, publish, read_book
@@ -33,9 +38,10 @@ from tests.fixtures import (
     SAMPLE,
     SIZES,
     Measured,
+    write_benchmark_records,
     write_demo_records,
+    write_gpu_records,
     write_ladder_records,
-    write_run,
     write_speed_records,
     write_variance_records,
 )
@@ -58,7 +64,9 @@ def make_project(root: Path, measured: Measured = DEFAULT, sizes: tuple[ModelCon
         shutil.copytree(ROOT / "runs" / name, root / "runs" / name)
     records_dir = root / "runs" / "records"
     write_demo_records(records_dir, sizes=sizes, measured=measured)
-    write_speed_records(records_dir, measured=measured)
+    write_gpu_records(records_dir, sizes=sizes, measured=measured)
+    write_speed_records(records_dir, trained=sizes[-1], measured=measured)
+    write_benchmark_records(records_dir, measured=measured)
     write_variance_records(records_dir, sizes[0], measured=measured)
     return records_dir
 
@@ -122,8 +130,10 @@ def test_a_page_fits_and_is_whole(site: Path, browser: webdriver.Chrome, page: s
     open_page(browser, site / page, width)
     assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    # A picture whose interactive twin stands in its place is hidden.
     images = browser.execute_script(
-        "return [...document.images].map(i => [i.naturalWidth, i.getBoundingClientRect().width, i.alt])"
+        "return [...document.images].filter(i => !i.hidden)"
+        ".map(i => [i.naturalWidth, i.getBoundingClientRect().width, i.alt])"
     )
     for natural, shown, alternative in images:
         assert natural > 0
@@ -161,17 +171,61 @@ def test_nothing_is_fetched(site: Path) -> None:
         assert loaded == [], page
 
 
+def numbers_of(records_dir: Path) -> dict[str, list[float]]:
+    """Every number in the records, by kind of record and field: 'train.final.validation_loss', 'metrics.loss'."""
+    found: dict[str, list[float]] = defaultdict(list)
+
+    def collect(value: object, field: str) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                collect(inner, f"{field}.{key}")
+        elif isinstance(value, list):
+            for inner in value:
+                collect(inner, field)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[field].append(value)
+
+    for path in sorted(records_dir.rglob("*.json")):
+        values = json.loads(path.read_text())
+        collect(values, values.get("kind", path.stem))
+    for path in sorted(records_dir.rglob("*.parquet")):
+        table = pd.read_parquet(path)
+        for column in table.select_dtypes("number"):
+            found[f"{path.stem}.{column}"] += table[column].tolist()
+    return found
+
+
+KINDS = {"train", "speed", "data", "benchmark", "eval", "metrics", "validation", "health", "steps"}
+SAME_IN_BOTH = re.compile(
+    # How it was set up, and how steps and seeds are numbered.
+    r".*\.(schema|seed|steps|step|round|micro_batch|count|n_heads)|.*\.config\..*|metrics\.lr"
+    r"|.*\.(device_count|host_count|concurrent_runs|versions|n-shot|random_guess)(\..*)?"
+    # In no chapter, and zero.
+    r"|data\.results\.domains\.\w+\.(validation\.(documents|text_bytes)|removed\.contaminated)"
+)
+
+
+def test_the_other_records_differ_in_every_number_of_every_kind(site: Path, other_site: Path) -> None:
+    before, after = (numbers_of(folder.parent / "runs" / "records") for folder in (site, other_site))
+    assert {field.partition(".")[0] for field in before} == KINDS
+    assert before.keys() == after.keys()
+    same = [field for field in before if sorted(before[field]) == sorted(after[field])]
+    assert [field for field in same if not SAME_IN_BOTH.fullmatch(field)] == []
+
+
 FROM_RECORDS = ("index", "approach", "data", "stability", "scaling", "throughput", "benchmarks", "reproduce")
-NUMBER = re.compile(r"(?<![\w.#/@-])[+−-]?\d[\d,]*(?:\.\d+)?(?:e\d+)?[%kMBT×]?(?!\w)")
-COUNT = re.compile(r"\d{1,2}")
+NUMBER = re.compile(r"(?<![\w.#/@-])[+−-]?\d[\d,]*(?:\.\d+)?(?:e[-−]?\d+)?[%kMBT×]?(?!\w)")
+COUNT = re.compile(r"\d{1,2},?")
 CONSTANTS = {
-    *("125M", "350M", "1.5B", "1024", "1024,", "2048", "2048,"),  # names of the timed settings, which both sites share
+    # Names, widths and batches of the timed settings, which both sites share.
+    *("125M", "350M", "1.5B", "1024", "1024,", "2048", "2048,", "768", "1,024", "2,048", "65.5k", "32.8k"),
     "1.000",  # BF16 relative to itself
     "95%",  # level of an interval
     *("0.005", "0.01"),  # half-width and margin that claims are held against
     *("1%", "0.01%"),  # limits of underflow and saturation
     *("25%", "50%"),  # guessing among four and two choices
-    *("0.076", "4%", "200", "1.40"),  # published, cited beside them
+    *("0.076", "4%", "200", "1.40", "40%"),  # published, cited beside them
+    *("250M", "5%", "10M", "0.80"),  # planned; the limits in the rules of the claims; goals
     *("2026", "3.11", "2.13"),  # year, and versions of Python and torch
 }
 NOT_FROM_RECORDS = re.compile(r"\{#tbl-(?:planned|bound|published)\}|^At 1\.5B the blocks|^Four things are often said")
@@ -182,7 +236,7 @@ def displayed(chapter: Path) -> list[str]:
     cells = json.loads(chapter.read_text())["cells"]
     outputs = [output for cell in cells if cell["cell_type"] == "code" for output in cell["outputs"]]
     texts = ["".join(output["data"]["text/markdown"]) for output in outputs if "data" in output]
-    return [re.sub(r"<[^>]*>|data:image[^)]*", " ", text) for text in texts]
+    return [re.sub(r"(?s)```\{=html\}.*|<[^>]*>|data:image[^)]*", " ", text) for text in texts]
 
 
 @pytest.mark.parametrize("name", FROM_RECORDS)
@@ -211,22 +265,106 @@ def test_every_figure_follows_the_records(site: Path, other_site: Path, browser:
         assert before != after, f"figure {number} of {page} did not change with the records"
 
 
-def test_measurements_on_a_gpu_take_the_demos_place(tmp_path: Path) -> None:
+def chart_of(page: Path) -> dict[str, Any]:
+    """The data of a page's interactive chart."""
+    (data,) = re.findall(r'<script type="application/json" class="chart-data">(.*?)</script>', page.read_text())
+    return json.loads(data)
+
+
+def test_every_point_of_the_interactive_chart_follows_the_records(site: Path, other_site: Path) -> None:
+    before, after = (chart_of(folder / "index.html") for folder in (site, other_site))
+    assert [panel["title"] for panel in before["panels"]] == [panel["title"] for panel in after["panels"]]
+    for panel, other_panel in zip(before["panels"], after["panels"], strict=True):
+        for point, other in zip(panel["points"], other_panel["points"], strict=True):
+            assert point["y"] != other["y"]
+            facts, other_facts = dict(point["facts"]), dict(other["facts"])
+            same = {name for name, value in facts.items() if value == other_facts[name]}
+            assert same <= {"device", "width", "micro-batch", "seed", "record"}
+
+
+def chart_state(browser: webdriver.Chrome) -> dict[str, Any]:
+    """What a reader sees of the first page's chart."""
+    return browser.execute_script(
+        """
+        const visible = [...document.querySelectorAll(".chart-point")].filter(point => point.style.display !== "none");
+        return {
+          marks: visible.length,
+          facts: document.querySelector(".chart-facts").innerText,
+          picture: !document.querySelector("#fig-switch img").hidden,
+        };
+        """
+    )
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_chart_tells_a_points_record_by_pointer_and_by_keyboard(
+    site: Path, browser: webdriver.Chrome, width: int
+) -> None:
+    points = [point for panel in chart_of(site / "index.html")["panels"] for point in panel["points"]]
+    open_page(browser, site / "index.html", width)
+    assert chart_state(browser)["marks"] == len(points)
+    panel = browser.find_element(By.CSS_SELECTOR, ".chart-panel svg")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", panel)
+    panel.send_keys(Keys.END)
+    last = chart_state(browser)["facts"]
+    panel.send_keys(Keys.HOME)
+    first = chart_state(browser)["facts"]
+    assert first != last
+    for facts in (first, last):
+        (point,) = [point for point in points if facts.startswith(point["title"] + "\n")]
+        assert all(value in facts for _, value in point["facts"])
+    mark = browser.find_elements(By.CSS_SELECTOR, ".chart-point path")[-1]
+    ActionChains(browser).move_to_element(mark).perform()
+    assert chart_state(browser)["facts"].startswith(points[-1]["title"])
+
+
+def test_recipes_and_the_picture_can_be_switched(site: Path, browser: webdriver.Chrome) -> None:
+    points = [point for panel in chart_of(site / "index.html")["panels"] for point in panel["points"]]
+    open_page(browser, site / "index.html")
+    (fused,) = [
+        button for button in browser.find_elements(By.CSS_SELECTOR, ".chart-series button") if button.text == "fused"
+    ]
+    browser.execute_script("arguments[0].click()", fused)
+    assert chart_state(browser)["marks"] == sum(point["series"] != "fused" for point in points)
+    assert fused.get_attribute("aria-pressed") == "false"
+    assert not chart_state(browser)["picture"]
+    browser.execute_script("document.querySelector('.chart-picture').click()")
+    assert chart_state(browser)["picture"]
+
+
+def test_without_scripts_the_figure_is_its_picture(site: Path, browser: webdriver.Chrome) -> None:
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        open_page(browser, site / "index.html")
+        assert browser.find_element(By.CSS_SELECTOR, "#fig-switch img").size["width"] > 300
+        assert not browser.find_elements(By.CSS_SELECTOR, ".chart")
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_measurements_on_a_gpu_take_the_demos_place(site: Path, tmp_path: Path) -> None:
+    chapters = ("index", "stability", "scaling")
+
+    def text(executed: Path) -> str:
+        return "\n".join(text for name in chapters for text in displayed(executed / f"{name}.ipynb"))
+
+    measured = text(site.parent / "build" / "executed")
+    assert "Measured on NVIDIA H200" in measured
+    assert not re.search("toy scale|demo's numbers", measured, re.IGNORECASE)
     records_dir = make_project(tmp_path)
-    for recipe, seed in itertools.product(("bf16", "fused"), (1, 2)):
-        for model in SIZES:
-            write_run(records_dir, "ladder-h200", model, recipe, seed=seed, device_name="NVIDIA H200")
-    keep_chapters(tmp_path, "index", "stability", "scaling")
+    for plan in ("pilot-h200", "variance-h200", "speed-h200"):
+        shutil.rmtree(records_dir / plan)
+    keep_chapters(tmp_path, *chapters)
     execute_stale_chapters(tmp_path, records_dir)
-    for name in ("index", "stability", "scaling"):
-        text = "\n".join(displayed(tmp_path / "build" / "executed" / f"{name}.ipynb"))
-        assert "Measured on NVIDIA H200" in text
-        assert not re.search("toy scale|`rowwise", text, re.IGNORECASE)
+    toy = text(tmp_path / "build" / "executed")
+    assert "Toy scale, CPU" in toy
+    assert "No speed was measured" in toy
+    assert "H200" not in re.sub(r"\S*speed-h200\S*", "", toy)
 
 
 def test_every_number_and_figure_of_scaling_follows_a_ladder_with_branches(tmp_path: Path) -> None:
     executed = []
-    ladders = (LADDER, LADDER_LAW, 0.005, DEFAULT), (OTHER_LADDER, OTHER_LADDER_LAW, 0.025, OTHER)
+    ladders = (LADDER, LADDER_LAW, 0.005, DEFAULT), (OTHER_LADDER, OTHER_LADDER_LAW, 0.027, OTHER)
     for name, (sizes, law, noise, measured) in zip(("one", "other"), ladders, strict=True):
         (tmp_path / name).mkdir()
         records_dir = make_project(tmp_path / name, measured)
@@ -262,7 +400,7 @@ def test_only_chapters_whose_inputs_changed_are_executed(site: Path, capsys: pyt
 def test_a_chapter_that_fails_stops_the_article_by_name(tmp_path: Path) -> None:
     records_dir = make_project(tmp_path)
     keep_chapters(tmp_path, "stability")
-    path = records_dir / "demo" / os.listdir(records_dir / "demo")[0] / "record.json"
+    path = records_dir / "pilot-h200" / os.listdir(records_dir / "pilot-h200")[0] / "record.json"
     path.write_text(path.read_text()[:200])
     with pytest.raises(Exception, match=r"stability\.ipynb: .*record\.json: truncated"):
         execute_stale_chapters(tmp_path, records_dir)

@@ -135,7 +135,7 @@ def test_speed_ratios_are_of_bf16s_time_over_the_recipes(speeds: list[SpeedRun])
     ratios = tables.speed_ratios(speeds[:1]).set_index(["model", "recipe", "head"])
     assert ratios["ratio"]["1.5B", "bf16", "bf16"] == 1
     assert ratios["ratio"]["1.5B", "fused", "bf16"] == pytest.approx(1.45, abs=0.02)
-    assert ratios["ratio"]["1.5B", "rowwise", "bf16"] == pytest.approx(0.95, abs=0.02)
+    assert ratios["ratio"]["1.5B", "rowwise", "bf16"] == pytest.approx(0.75, abs=0.02)
     assert ((ratios["low"] <= ratios["ratio"]) & (ratios["ratio"] <= ratios["high"])).all()
     assert (ratios["rounds"] == 3).all()
 

@@ -19,18 +19,25 @@ from pathlib import Path
 import fp8lab
 from fp8lab.errors import UserError
 from fp8lab.publish.book import Chapter, read_book
+from fp8lab.publish.chart import ASSETS
 from fp8lab.records import write_atomically
 
 PACKAGE = Path(fp8lab.__file__).parent
 MODULES = (
     "article",
+    "claims",
     "config",
+    "decision",
     "estimate",
     "figures",
     "flops",
+    "frontpage",
+    "matched",
+    "publish.chart",
     "records",
     "results",
     "scaling",
+    "spikes",
     "tables",
     "units",
 )
@@ -132,8 +139,8 @@ def _execute_one(source: Path, executed: Path, root: Path, records_dir: Path) ->
 
 
 def _package_files() -> list[Path]:
-    files = [PACKAGE / f"{module}.py" for module in MODULES]
-    return [*files, PACKAGE / "published_scores.csv"]
+    files = [PACKAGE / f"{module.replace('.', '/')}.py" for module in MODULES]
+    return [*files, *(PACKAGE / "publish" / asset for asset in ASSETS), PACKAGE / "published_scores.csv"]
 
 
 def _record_files(records_dir: Path) -> list[Path]:

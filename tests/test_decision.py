@@ -1,0 +1,187 @@
+"""The first page's answer: which recipe pays from which width on, and what the page says where nothing can be said."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fp8lab import decision, figures, frontpage, records
+from fp8lab.publish.chart import chart_html
+from fp8lab.results import speed_runs, training_runs
+from tests.fixtures import SIZES, write_demo_records, write_gpu_records, write_run, write_speed_records
+
+PLAN = Path("runs/plans/article.yaml")
+
+
+def timed(*rows: tuple[str, int, float, float]) -> pd.DataFrame:
+    """Timings of (recipe, width, smallest ratio, largest ratio)."""
+    columns = ["recipe", "width", "low", "high"]
+    table = pd.DataFrame(rows, columns=columns)
+    verdicts = [decision._verdict(low, high) for low, high in zip(table["low"], table["high"], strict=True)]
+    return table.assign(head="bf16", ratio=(table["low"] + table["high"]) / 2, verdict=verdicts)
+
+
+def test_a_recipe_pays_from_the_width_from_which_on_every_setting_is_faster() -> None:
+    (payoff,) = decision.payoffs(
+        timed(
+            ("fused", 256, 1.1, 1.2),
+            ("fused", 512, 0.9, 1.1),
+            ("fused", 1024, 1.2, 1.3),
+            ("fused", 1024, 1.1, 1.2),
+            ("fused", 2048, 1.4, 1.5),
+        )
+    )
+    assert (payoff.pays_from, payoff.never, payoff.faster, payoff.settings) == (1024, False, 4, 5)
+    assert (payoff.slowest, payoff.fastest) == pytest.approx((1.15, 1.45))
+
+
+def test_a_recipe_that_is_faster_nowhere_never_pays_and_one_that_loses_at_the_widest_pays_from_nowhere() -> None:
+    never, unsteady = decision.payoffs(
+        timed(
+            ("rowwise", 256, 0.7, 0.8),
+            ("rowwise", 1024, 0.9, 1.1),
+            ("tensorwise", 256, 1.1, 1.2),
+            ("tensorwise", 512, 0.9, 1.1),
+        )
+    )[::-1]
+    assert (never.recipe, never.never, never.pays_from) == ("rowwise", True, None)
+    assert (unsteady.recipe, unsteady.never, unsteady.pays_from) == ("tensorwise", False, None)
+
+
+@given(st.lists(st.tuples(st.sampled_from([256, 512, 1024]), st.floats(0.5, 2), st.floats(0, 0.3)), min_size=1))
+def test_no_setting_from_that_width_on_is_slower_and_the_next_narrower_has_one(rows: list) -> None:
+    table = timed(*(("fused", width, low, low + spread) for width, low, spread in rows))
+    (payoff,) = decision.payoffs(table)
+    if payoff.pays_from is None:
+        assert (table[table["width"] == max(payoff.widths)]["low"] <= 1).any()
+        return
+    assert (table[table["width"] >= payoff.pays_from]["low"] > 1).all()
+    narrower = [width for width in payoff.widths if width < payoff.pays_from]
+    if narrower:
+        assert (table[table["width"] == narrower[-1]]["low"] <= 1).any()
+
+
+def test_devices_are_never_pooled(tmp_path: Path) -> None:
+    write_speed_records(tmp_path, "a")
+    folder = write_speed_records(tmp_path, "b")
+    edit(folder / "record.json", lambda record: record["provenance"].update(device_name="NVIDIA H100"))
+    steps = records.read_table(folder, "steps")
+    steps.loc[steps["recipe"] == "fused", "step_ms"] *= 2
+    records.write_table(folder, "steps", steps)
+    table = decision.timings(speed_runs(tmp_path))
+    ratios = table[table["recipe"] == "fused"].groupby(["device", "head", "model"])["ratio"].first()
+    assert ratios["NVIDIA H100", "bf16", "1.5B"] == pytest.approx(1.45 / 2, rel=0.02)
+    assert ratios["NVIDIA H200", "bf16", "1.5B"] == pytest.approx(1.45, rel=0.02)
+    assert set(table.groupby("device")["runs"].first()) == {"speed-h200/a", "speed-h200/b"}
+
+
+def edit(path: Path, change) -> None:
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def test_the_width_of_a_size_of_ones_own_is_the_plans(tmp_path: Path) -> None:
+    write_speed_records(tmp_path, trained=SIZES[0])
+    widths = decision.timings(speed_runs(tmp_path)).groupby("model")["width"].first()
+    assert widths.to_dict() == {"0.4M": 64, "125M": 768, "350M": 1024, "1.5B": 2048}
+
+
+def test_the_slope_is_that_of_decay_branches_where_there_are_some(tmp_path: Path) -> None:
+    write_gpu_records(tmp_path, sizes=SIZES[:1])
+    (run, *_) = training_runs(tmp_path).runs
+    assert decision.slope_at([training_runs(tmp_path)], run).source == "published law"
+    folder = write_run(tmp_path, "pilot-h200", SIZES[0], "bf16", seed=3, device_name="NVIDIA H200")
+
+    def half_the_tokens(record: dict) -> None:
+        record.update(parent={"run": run.record.run, "step": 10}, tokens=record["tokens"] // 2)
+        record["final"].update(validation_loss=run.validation_loss + 0.2)
+
+    edit(folder / "record.json", half_the_tokens)
+    slope = decision.slope_at([training_runs(tmp_path)], run)
+    assert slope.source == "decay branches"
+    assert slope.nats == pytest.approx(0.2 / 0.693, rel=0.05)
+
+
+def test_a_gap_comes_from_the_plan_with_most_seeds_and_never_from_the_demo(tmp_path: Path) -> None:
+    write_demo_records(tmp_path, seeds=(1, 2, 3))
+    assert decision.measured_gaps(tmp_path) == []
+    write_gpu_records(tmp_path, sizes=SIZES[:1])
+    assert {measured.gap.seeds for measured in decision.measured_gaps(tmp_path)} == {2}
+    for seed in (1, 2, 3):
+        for recipe in ("bf16", "fused"):
+            write_run(tmp_path, "seeds-h200", SIZES[0], recipe, seed=seed, device_name="NVIDIA H200")
+    seeds = {measured.recipe: measured.gap.seeds for measured in decision.measured_gaps(tmp_path)}
+    assert seeds == {"tensorwise": 2, "fused": 3}
+
+
+def test_speed_is_put_to_the_loss_of_the_same_size_and_head(tmp_path: Path) -> None:
+    write_gpu_records(tmp_path, sizes=SIZES[:2])
+    write_speed_records(tmp_path, trained=SIZES[1])
+    found = {
+        (row.measured.size, row.measured.recipe): row for row in decision.loss_matched(tmp_path, speed_runs(tmp_path))
+    }
+    assert found["0.4M", "fused"].speedup is None
+    row = found["0.9M", "fused"]
+    assert row.ratio is not None
+    assert row.speedup is not None
+    assert row.ratio.value == pytest.approx(1.09, rel=0.01)
+    assert row.speedup.value == pytest.approx(row.ratio.value / row.tokens.value)
+    assert row.speedup.interval is not None
+
+
+def test_the_first_page_leads_with_speed_the_claim_and_the_loss(tmp_path: Path) -> None:
+    write_gpu_records(tmp_path)
+    write_speed_records(tmp_path)
+    lead = frontpage.lead(frontpage.Evidence.read(tmp_path))
+    assert lead.startswith("**`fused`, this project's kernels, trains faster than BF16 from width 768 on (1.1")
+    assert "stock torchao from width 768 on (`tensorwise`" in lead
+    assert "`rowwise` at no width timed" in lead
+    assert "claims does not hold here" in lead
+    assert "moves the loss by more than the noise between seeds" in lead
+    assert "untested" in lead
+
+
+def test_the_first_page_says_what_was_not_measured(tmp_path: Path) -> None:
+    empty = frontpage.Evidence.read(tmp_path)
+    assert "No speed was measured" in frontpage.lead(empty)
+    assert frontpage.conclusions(empty) == []
+    assert {finding.verdict for finding in empty.findings} == {"untested"}
+    assert "@" not in frontpage.scoreboard(empty.findings).replace("@tbl-published", "")
+    write_demo_records(tmp_path)
+    demo = frontpage.Evidence.read(tmp_path)
+    assert "toy size trained on a CPU" in frontpage.setting(demo, PLAN)
+    assert {finding.verdict for finding in demo.findings} == {"untested"}
+
+
+def test_one_seed_is_called_one_seed(tmp_path: Path) -> None:
+    for recipe in ("bf16", "fused"):
+        write_run(tmp_path, "pilot-h200", SIZES[0], recipe, device_name="NVIDIA H200")
+    lead = frontpage.lead(frontpage.Evidence.read(tmp_path))
+    assert re.search(r"cannot tell from nothing: \S+ nats/token \(one seed\) with `fused` at 0.4M", lead)
+
+
+def test_the_interactive_chart_holds_every_point_of_the_picture(tmp_path: Path) -> None:
+    write_gpu_records(tmp_path)
+    write_speed_records(tmp_path)
+    evidence = frontpage.Evidence.read(tmp_path)
+    points = decision.chart_points(evidence.timings, evidence.runs)
+    drawn = figures.switch_chart(points, toy=False)
+    marks = [sum(line.get_marker() not in ("None", None, "") for line in axes.lines) for axes in drawn.axes]
+    spec = figures.switch_chart_spec(points, toy=False, label="switch")
+    assert [len(panel["points"]) for panel in spec["panels"]] == marks == [3 * 4, 3 * 3 * 2]
+
+
+def test_data_of_a_chart_can_end_neither_its_script_nor_the_raw_block() -> None:
+    nasty = "</script><script>alert(1)</script>\n```\n<!-- &amp; `x`"
+    page = chart_html({"figure": nasty, "series": [], "panels": []})
+    (data,) = re.findall(r'class="chart-data">(.*?)</script>', page, re.DOTALL)
+    assert json.loads(data)["figure"] == nasty
+    assert not set("<>&`\n") & set(data)
+    assert "```" not in page
