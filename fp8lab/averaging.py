@@ -43,8 +43,3 @@ class WeightAverage:
         differences = torch._foreach_sub(self._parameters, averages)
         torch._foreach_mul_(differences, share)
         torch._foreach_add_(averages, differences)
-
-    def load(self, averages: dict[str, Tensor]) -> None:
-        """Continue from averages as a checkpoint holds them."""
-        for name, average in self.averages.items():
-            average.copy_(averages[name])

@@ -209,6 +209,8 @@ def measure_checkpoint(
     session, recorder, _ = _paced(_short(config, steps, checkpoint_interval=2 * steps_per_round), data_dir, scratch)
     seconds: dict[bool, list[float]] = {True: [], False: []}
     writes: list[float] = []
+    writer = recorder.writer
+    assert writer is not None  # a process alone writes its checkpoints
     began = 0.0
 
     def between(step: int) -> None:
@@ -220,9 +222,9 @@ def measure_checkpoint(
         if turn > 2:
             saving = turn % 2 == 1
             seconds[saving].append((session.now() - began) / steps_per_round)
-            recorder.writer.wait()
+            writer.wait()
             if saving:
-                writes.append(recorder.writer.write_seconds)
+                writes.append(writer.write_seconds)
         if turn == 2 * rounds + 2:
             raise _Enough
         began = session.now()

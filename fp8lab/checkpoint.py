@@ -9,6 +9,9 @@ A run's folder ``<checkpoints_dir>/<plan>/<run>/`` holds::
         metrics.parquet, validation.parquet, health.parquet   every row so far
         state.json                step, elapsed seconds, the run's configuration
         checksums.json            SHA-256 and size of every file above
+    step-00001000/            the same of a run sharded over several ranks
+        shard-00001-….safetensors    the first rank's share of the same tensors; one file a rank
+        …                         tables, state.json and checksums.json as above
     model.safetensors         the trained weights
     config.json               the run's configuration
 
@@ -17,6 +20,10 @@ then is it renamed: it is there whole or not at all. On resuming, the newest che
 hold is used, and each damaged one is reported. Where there are checkpoints but none is whole, the run
 is refused and nothing is overwritten. Tensors are safetensors, tables are parquet, the rest is JSON:
 opening one executes nothing.
+
+Shards are written and read by torch.distributed.checkpoint, through its safetensors storage: its own format keeps
+its index in a pickle, this one in the files' headers. It reads both kinds of checkpoint alike, each rank what it
+needs of them, so that a run goes on with any number of ranks.
 """
 
 from __future__ import annotations
@@ -32,6 +39,8 @@ import re
 import shutil
 import threading
 import time
+import warnings
+from collections import ChainMap
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +51,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from fp8lab import distributed
 from fp8lab.config import RunConfig, read_run_config
+from fp8lab.distributed import ALONE, World
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
 from fp8lab.progress import LOCK_FILE_NAME
@@ -54,24 +67,32 @@ log = logging.getLogger(__name__)
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CHECKSUMS_FILE = "checksums.json"
+PARTS = ("model", "optimizer", "trainer")
 TABLES = ("metrics", "validation", "health")
+HISTORY_FILES = (*(f"{name}.parquet" for name in TABLES), "state.json")
 KEEP = 2
 """Resumable checkpoints kept: the newest, and the one to fall back on if it is damaged."""
 
 
 @dataclass
-class TrainingState:
-    """Everything that a run continues from."""
+class History:
+    """How far a run has come."""
 
     step: int
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    trainer: dict[str, Tensor]
     metrics: pd.DataFrame
     validation: pd.DataFrame
     health: pd.DataFrame
     facts: dict[str, Any]
     """JSON: the configuration, data hashes, elapsed seconds."""
+
+
+@dataclass
+class TrainingState(History):
+    """Everything that a run continues from. No two tensors have the same name."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    trainer: dict[str, Tensor]
 
 
 @contextlib.contextmanager
@@ -102,14 +123,16 @@ class CheckpointWriter:
     `save` or by `wait`.
     """
 
-    def __init__(self, folder: Path, keep_at: Collection[int] = ()) -> None:
+    def __init__(self, folder: Path, keep_at: Collection[int] = (), world: World = ALONE) -> None:
         """
         Args:
             folder: the run's folder.
             keep_at: the checkpoints after these steps are never removed.
+            world: the ranks that the state is sharded over, each with a writer; they agree in the background.
         """
         self._folder = folder
         self._keep_at = keep_at
+        self._world = world
         self.write_seconds = 0.0
         """What the last write took in the background."""
         self._host = _HostMemory()
@@ -145,9 +168,10 @@ class CheckpointWriter:
         try:
             self._host.wait()
             began = time.perf_counter()
-            write(self._folder, state)
+            write(self._folder, state, self._world)
             self.write_seconds = time.perf_counter() - began
-            _remove_old(self._folder, self._keep_at)
+            if self._world.leads:
+                _remove_old(self._folder, self._keep_at)
         except BaseException as error:
             self._error = error
 
@@ -165,10 +189,11 @@ class _HostMemory:
 
     def copy(self, part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Contiguous copies of `tensors`, in the buffers that `part` has had before."""
-        copies = {
-            name: self._buffer((part, name), tensor).copy_(tensor.detach(), non_blocking=True)
-            for name, tensor in tensors.items()
-        }
+        copies = {}
+        for name, tensor in tensors.items():
+            share = distributed.local(tensor.detach())
+            copy = self._buffer((part, name), share).copy_(share, non_blocking=True)
+            copies[name] = distributed.on_host(tensor, copy)
         if any(tensor.is_cuda for tensor in tensors.values()):
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -187,50 +212,83 @@ class _HostMemory:
         return buffer
 
 
-def write(folder: Path, state: TrainingState) -> Path:
+def write(folder: Path, state: TrainingState, world: World = ALONE) -> Path:
     """Write one checkpoint; it appears under its name only when all of it is on disk.
+
+    Args:
+        folder: the run's folder.
+        state: what to write; of several ranks, each rank's shares.
+        world: the ranks that write together.
 
     Raises:
         OSError: writing failed; the temporary folder is removed and nothing else has changed.
     """
     final = folder / f"step-{state.step:08d}"
-    if final.exists() and find_damage(final) is None:
-        return final
     temporary = folder / f".{final.name}.tmp"
-    _remove(temporary)
-    temporary.mkdir(parents=True)
-    try:
-        for name in ("model", "optimizer", "trainer"):
-            _save_tensors(getattr(state, name), temporary / f"{name}.safetensors")
-        for name in TABLES:
-            getattr(state, name).to_parquet(temporary / f"{name}.parquet", index=False)
-        (temporary / "state.json").write_text(json.dumps(state.facts | {"step": state.step}))
-        checksums = {path.name: _checksum(path) for path in sorted(temporary.iterdir())}
+
+    def begin() -> bool:
+        if final.exists() and find_damage(final) is None:
+            return False
+        _remove(temporary)
+        temporary.mkdir(parents=True)
+        return True
+
+    def complete(checksums: dict[str, Any]) -> None:
+        written = _write_history(temporary, state)
+        checksums |= {path.name: _checksum(path) for path in written}
         (temporary / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=2))
-        for path in temporary.iterdir():
+        for path in (*written, temporary / CHECKSUMS_FILE, temporary):
             _sync(path)
-        _sync(temporary)
         _remove(final)
         temporary.rename(final)
         _sync(folder)
+
+    if not world.first(begin):
+        return final
+    try:
+        written = _write_shards(temporary, state, world) if world.size > 1 else _write_parts(temporary, state)
+        for path in written:
+            _sync(path)
+        checksums = world.gather({path.name: _checksum(path) for path in written})
+        world.first(lambda: complete(dict(ChainMap(*checksums))))
     except BaseException:
-        _remove(temporary)
+        if world.leads:
+            _remove(temporary)
         raise
     return final
 
 
-def load_latest(folder: Path) -> TrainingState | None:
+def _write_parts(folder: Path, state: TrainingState) -> list[Path]:
+    for name in PARTS:
+        _save_tensors(getattr(state, name), folder / f"{name}.safetensors")
+    return [folder / f"{name}.safetensors" for name in PARTS]
+
+
+def _write_shards(folder: Path, state: TrainingState, world: World) -> list[Path]:
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    tensors = state.model | state.optimizer | state.trainer
+    dcp.save(tensors, storage_writer=writer, process_group=world.group)
+    return list(folder.glob(f"shard-{world.rank + 1:05d}-*.safetensors"))
+
+
+def _write_history(folder: Path, history: History) -> list[Path]:
+    for name in TABLES:
+        getattr(history, name).to_parquet(folder / f"{name}.parquet", index=False)
+    (folder / "state.json").write_text(json.dumps(history.facts | {"step": history.step}))
+    return [folder / name for name in HISTORY_FILES]
+
+
+def latest(folder: Path) -> Path | None:
     """The newest whole checkpoint, or None where there has never been one.
 
     Raises:
         UserError: there are checkpoints and all are damaged.
     """
-    candidates = _checkpoints(folder)
     problems = []
-    for path in reversed(candidates):
+    for path in reversed(_checkpoints(folder)):
         problem = find_damage(path)
         if problem is None:
-            return _load(path)
+            return path
         problems.append(problem)
         log.warning("damaged checkpoint: %s", problem)
     if problems:
@@ -240,7 +298,7 @@ def load_latest(folder: Path) -> TrainingState | None:
     return None
 
 
-def load_step(folder: Path, step: int) -> TrainingState:
+def at_step(folder: Path, step: int) -> Path:
     """The checkpoint after `step` steps of the run in `folder`.
 
     Raises:
@@ -253,7 +311,25 @@ def load_step(folder: Path, step: int) -> TrainingState:
     problem = find_damage(path)
     if problem is not None:
         raise UserError(f"damaged checkpoint: {problem}")
-    return _load(path)
+    return path
+
+
+def load_history(path: Path) -> History:
+    """How far the run had come at the checkpoint `path`, which is whole."""
+    facts = json.loads((path / "state.json").read_bytes())
+    tables = {name: pd.read_parquet(path / f"{name}.parquet") for name in TABLES}
+    return History(step=facts.pop("step"), facts=facts, **tables)
+
+
+def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill `tensors`, by name and in place, from the checkpoint `path`, which is whole.
+
+    A rank may ask for shares, whoever wrote the checkpoint, and asks for itself.
+    """
+    with warnings.catch_warnings():
+        # That a single process loads is what is meant.
+        warnings.filterwarnings("ignore", "torch.distributed is ", UserWarning)
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
 
 
 def find_damage(path: Path) -> str | None:
@@ -265,10 +341,12 @@ def find_damage(path: Path) -> str | None:
         return f"{path / CHECKSUMS_FILE} is missing"
     except (ValueError, TypeError, KeyError, AttributeError):
         return f"{path / CHECKSUMS_FILE} cannot be parsed"
-    required = {f"{name}.safetensors" for name in ("model", "optimizer", "trainer")}
-    required |= {f"{name}.parquet" for name in TABLES} | {"state.json"}
-    if set(expected) != required:
+    tensors = set(expected) - set(HISTORY_FILES)
+    is_known = tensors == {f"{name}.safetensors" for name in PARTS} or tensors == _shard_names(len(tensors))
+    if not is_known or not expected.keys() >= set(HISTORY_FILES):
         return f"{path / CHECKSUMS_FILE} lists other files than a checkpoint's"
+    if strange := {file.name for file in path.glob("*.safetensors")} - tensors:
+        return f"{path / min(strange)} is not in {CHECKSUMS_FILE}"
     for name, (sha256, size) in expected.items():
         file = path / name
         if not file.is_file():
@@ -331,18 +409,9 @@ def load_model(run_folder: Path, device: torch.device | str = "cpu") -> tuple[GP
     return model.eval(), config
 
 
-def _load(path: Path) -> TrainingState:
-    facts = json.loads((path / "state.json").read_bytes())
-    return TrainingState(
-        step=facts.pop("step"),
-        model=load_file(path / "model.safetensors"),
-        optimizer=load_file(path / "optimizer.safetensors"),
-        trainer=load_file(path / "trainer.safetensors"),
-        metrics=pd.read_parquet(path / "metrics.parquet"),
-        validation=pd.read_parquet(path / "validation.parquet"),
-        health=pd.read_parquet(path / "health.parquet"),
-        facts=facts,
-    )
+def _shard_names(count: int) -> set[str]:
+    """Files of `count` ranks, as torch.distributed.checkpoint names them."""
+    return {f"shard-{number:05d}-model-00001-of-00001.safetensors" for number in range(1, count + 1)}
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -25,7 +25,7 @@ from fp8lab.schedule import decay_start, warmup_steps
 
 Recipe = Literal["bf16", "tensorwise", "rowwise", "rowwise_with_gw_hp", "fused"]
 Head = Literal["bf16", "fp8"]
-Sharding = Literal["ddp"]
+Sharding = Literal["ddp", "fsdp"]
 RECIPES: tuple[Recipe, ...] = get_args(Recipe)
 
 # A name becomes a folder: it must not be able to leave the folder it is given.
@@ -186,7 +186,7 @@ class RunConfig(Config):
     micro_batch: int = Field(gt=0)
     """Sequences a GPU holds at once."""
     sharding: Sharding = "ddp"
-    """Of several GPUs, each holds all of the state (see `fp8lab.distributed`)."""
+    """Of several GPUs, each holds all of the state (ddp) or its share (fsdp); see `fp8lab.distributed`."""
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     activation_checkpointing: bool = False

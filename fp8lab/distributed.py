@@ -2,13 +2,23 @@
 
 torchrun, or the notebook through the same elastic launcher, starts one process a GPU. They call each other
 *ranks*, and each runs the whole trainer on its own rows of the global batch. Only the leader, rank 0,
-writes records, progress and events.
+writes records, progress and events. What a rank holds is the run's `sharding`:
 
-Every rank holds all weights, gradients and moments, and gradients are summed over ranks as backward makes them
-(DistributedDataParallel). This changes no result but by rounding. The objective is divided by the number of
+=========  =====================================================================================
+``ddp``    all weights, gradients and moments; gradients are summed over ranks as backward makes
+           them (DistributedDataParallel)
+``fsdp``   its share of each, dimension 0 cut into as many parts as there are ranks; a block's
+           weights are gathered when the block needs them (FSDP2, `fully_shard`: ZeRO stage 3)
+=========  =====================================================================================
+
+Neither changes a result but by rounding, so a run may go on with another sharding and on another number of GPUs.
+Weights are FP32, are gathered in FP32, and are rounded to BF16 or FP8 where one GPU would: a BF16 gather would
+halve the traffic, but round norm gains, and FP8 weights twice. The objective is divided by the number of
 micro-batches of all ranks, and gradients are summed, in FP32: so what backward computes, and an FP8 recipe
 scales, does not depend on how many ranks there are. Whatever decides over a step (loss, gradient norm, amax) is
 reduced over the ranks first: all decide alike.
+
+All hosts see one file system: data, records and checkpoints.
 """
 
 from __future__ import annotations
@@ -16,13 +26,16 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fp8lab.config import Sharding
@@ -38,6 +51,8 @@ class World:
     rank: int = 0
     size: int = 1
     hosts: int = 1
+    group: dist.ProcessGroup | None = None
+    """Network that they agree over; None: the default one."""
 
     @property
     def leads(self) -> bool:
@@ -49,34 +64,42 @@ class World:
         if self.size == 1:
             return value
         values = torch.tensor(value)
-        dist.all_reduce(values, dist.ReduceOp.MAX)
+        dist.all_reduce(values, dist.ReduceOp.MAX, self.group)
         return int(values)
 
     def first(self, action: Callable[[], T]) -> T:
-        """What `action` returns on the leader, where alone it is done.
-
-        Raises:
-            UserError: it raised one there.
-        """
+        """What `action` returns on the leader, where alone it is done; what it raises there, all raise."""
         if self.size == 1:
             return action()
         outcome: list[Any] = [None, None]
         if self.leads:
             try:
                 outcome[0] = action()
-            except UserError as error:
-                outcome[1] = str(error)
-        dist.broadcast_object_list(outcome, device=torch.device("cpu"))
-        result, problem = outcome
-        if problem is not None:
-            raise UserError(problem)
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, group=self.group, device=torch.device("cpu"))
+        result, raised = outcome
+        if raised is not None:
+            raise raised
         return cast(T, result)
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value`."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, self.group)
+        return values
 
     def sum(self, values: Tensor) -> Tensor:
         """`values` summed over ranks, in place; on a GPU only queued."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def apart(self) -> World:
+        """The same ranks with a network of their own, for a thread beside the one that trains."""
+        return replace(self, group=dist.new_group(backend="gloo")) if self.size > 1 else self
 
 
 ALONE = World()
@@ -108,10 +131,31 @@ def part() -> None:
         dist.destroy_process_group()
 
 
-def share(objective: nn.Module, sharding: Sharding, world: World) -> nn.Module:
-    """`objective` as one rank of `world` calls it. Call it after `fp8lab.precision.convert`."""
+def share(objective: nn.Module, blocks: Iterable[nn.Module], sharding: Sharding, world: World) -> nn.Module:
+    """`objective` as one rank of `world` calls it. Call it after `fp8lab.precision.convert`, before the optimizer.
+
+    Args:
+        objective: from token ids to the loss, so that it owns every use of a weight.
+        blocks: its parts whose weights FSDP gathers together; the rest are gathered for the whole step.
+    """
     if world.size == 1:
         return objective
+    return _sharded(objective, blocks, world) if sharding == "fsdp" else _replicated(objective)
+
+
+def _sharded(objective: nn.Module, blocks: Iterable[nn.Module], world: World) -> nn.Module:
+    # A fused block returns a view; what follows a block changes it nowhere in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
+    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world.size,))
+    for module in (*blocks, objective):
+        sharded = fully_shard(module, mesh=mesh)
+        # Sums, where FSDP by itself would average.
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
+    return objective
+
+
+def _replicated(objective: nn.Module) -> nn.Module:
     # Blocks are compiled one by one; this would cut each once more, along DDP's buckets.
     torch._dynamo.config.optimize_ddp = False
     with warnings.catch_warnings():
@@ -133,8 +177,44 @@ def _summed(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
 @contextlib.contextmanager
 def micro_step(objective: nn.Module, *, last: bool) -> Iterator[None]:
     """Around the forward and backward of a micro-batch: gradients are summed over ranks after the `last` one."""
+    if isinstance(objective, FSDPModule):
+        objective.set_requires_gradient_sync(last)
     if isinstance(objective, DistributedDataParallel) and not last:
         with objective.no_sync():
             yield
     else:
         yield
+
+
+def is_sharded(objective: nn.Module) -> bool:
+    """True where the rank holds a share of the weights alone."""
+    return isinstance(objective, FSDPModule)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of `tensor`."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor` with every rank's share; all ranks ask together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def on_host(tensor: Tensor, copy: Tensor) -> Tensor:
+    """`copy`, this rank's share of `tensor` in host memory, as the share that it is."""
+    if not isinstance(tensor, DTensor):
+        return copy
+    mesh = init_device_mesh("cpu", (tensor.device_mesh.size(),))
+    return DTensor.from_local(copy, mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride())
+
+
+@torch.no_grad()
+def norms(gradients: Sequence[Tensor]) -> Tensor:
+    """(gradients,) L2 norm of each gradient, whole or shared."""
+    values = torch.stack(torch._foreach_norm([local(gradient) for gradient in gradients]))
+    if any(isinstance(gradient, DTensor) for gradient in gradients):
+        squares = values.square()
+        dist.all_reduce(squares)
+        values = squares.sqrt()
+    return values

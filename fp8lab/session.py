@@ -16,7 +16,7 @@ import math
 import shutil
 import sysconfig
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -118,8 +118,8 @@ def make_optimizer(model: GPT, config: RunConfig, device: torch.device) -> torch
 
 
 @torch.no_grad()
-def first_non_finite_output(model: GPT, tokens: Tensor) -> str | None:
-    """Name of the first module, in forward order, whose output on `tokens` (batch, seq) is not finite."""
+def first_non_finite_output(model: GPT, forward: Callable[[], object]) -> str | None:
+    """Name of the first module of `model`, in forward order, whose output in `forward` is not finite."""
     found: list[str] = []
 
     def watch(name: str) -> Callable[..., None]:
@@ -132,8 +132,8 @@ def first_non_finite_output(model: GPT, tokens: Tensor) -> str | None:
     hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
         # Hooks inside a compiled block are not called.
-        with torch.compiler.set_stance("force_eager"), torch.autocast(tokens.device.type, torch.bfloat16):
-            model(tokens)
+        with torch.compiler.set_stance("force_eager"):
+            forward()
     finally:
         for handle in hooks:
             handle.remove()
@@ -178,7 +178,11 @@ class Session:
         self.conversion = convert(self.model, config.recipe, config.head, config.high_precision)
         self.model.train()
         self.model.checkpoint_activations = config.activation_checkpointing
-        self._objective = distributed.share(Objective(self.model, config.optimizer.z_loss), config.sharding, world)
+        self._objective = distributed.share(
+            Objective(self.model, config.optimizer.z_loss), self.model.blocks, config.sharding, world
+        )
+        if self.is_sharded:
+            self.bf16_model.to("meta")
         self.optimizer = make_optimizer(self.model, config, self.device)
         self.guard = StepGuard(len(list(self.model.parameters())), config.optimizer.skip_outliers).to(self.device)
         self.average: WeightAverage | None = None
@@ -197,6 +201,26 @@ class Session:
         if config.compile:
             drop_other_graphs(config)
             compile_blocks(self.model, self.device)
+
+    @property
+    def is_sharded(self) -> bool:
+        """True where this rank holds a share of the state alone."""
+        return distributed.is_sharded(self._objective)
+
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[GPT]:
+        """`bf16_model` with its weights: a sharded run's are gathered for as long as this lasts, on all ranks."""
+        model = self.bf16_model
+        if not self.is_sharded:
+            yield model
+            return
+        weights = {name: distributed.whole(weight.detach()) for name, weight in self.model.named_parameters()}
+        model.load_state_dict(weights, assign=True)
+        model.cos, model.sin = self.model.cos, self.model.sin
+        try:
+            yield model
+        finally:
+            model.to("meta")
 
     @property
     def steps(self) -> int:
@@ -234,7 +258,7 @@ class Session:
         except torch.OutOfMemoryError:
             raise UserError(self._advise_micro_batch(batch)) from None
         parameters = list(self.model.parameters())
-        norms = torch.stack(torch._foreach_norm([cast(Tensor, parameter.grad) for parameter in parameters]))
+        norms = distributed.norms([cast(Tensor, parameter.grad) for parameter in parameters])
         norm, skip = self.guard.judge(self.step, loss, norms)
         self._measure_health(batch, norms)
         # Fused AdamW divides gradients by grad_scale and leaves everything as it was where found_inf is 1:
@@ -254,10 +278,12 @@ class Session:
     def _measure_health(self, batch: Tensor, gradient_norms: Tensor) -> None:
         """Every `health_interval` steps, before the optimizer changes the weights."""
         interval, step = self.config.health_interval, self.step + 1
-        if interval and step % interval == 0 and self.world.leads:
-            values = self._probe.measure(batch, gradient_norms)
-            if values is not None:
-                self.health.add(step, self._probe.rows, values)
+        if not interval or step % interval:
+            return
+        with self.whole_weights():
+            values = self._probe.measure(batch, gradient_norms) if self.world.leads else None
+        if values is not None:
+            self.health.add(step, self._probe.rows, values)
 
     def flush(self, *, wait: bool) -> None:
         """Move what has arrived from the device into the tables (see `fp8lab.metrics`)."""
@@ -304,7 +330,9 @@ class Session:
 
     def validate(self) -> None:
         """Loss and bits per byte of each domain's validation text, into `validation`."""
-        for domain, loss in self._validation_losses(self.bf16_model).items():
+        with self.whole_weights() as model:
+            losses = self._validation_losses(model)
+        for domain, loss in losses.items():
             self.validation.append({"step": self.step, "tokens": self.tokens, "domain": domain} | loss.model_dump())
 
     def validate_average(self) -> dict[str, DomainLoss] | None:
@@ -334,6 +362,17 @@ class Session:
             )
         return losses
 
+    def first_non_finite_output(self, rows: Tensor) -> str | None:
+        """Name of the first module whose output on `rows` (batch, seq + 1) is not finite; all ranks ask together."""
+        rows = rows.to(self.device)
+
+        def forward() -> None:
+            with torch.autocast(self.device.type, torch.bfloat16):
+                # A sharded model's weights are gathered for the objective as a whole.
+                self._objective(rows) if self.is_sharded else self.model(rows[:, :-1])
+
+        return first_non_finite_output(self.model, forward)
+
     def validated(self) -> bool:
         """True if the weights as they stand have been validated."""
         return bool(self.validation) and self.validation[-1]["step"] == self.step
@@ -341,16 +380,12 @@ class Session:
     def state(self) -> checkpoint.TrainingState:
         """Everything to continue from; waits for the device."""
         self.flush(wait=True)
-        optimizer = {
-            f"{name}.{key}": value
-            for name, parameter in self.model.named_parameters()
-            for key, value in self.optimizer.state[parameter].items()
-        }
+        model, optimizer, trainer = self._tensors()
         return checkpoint.TrainingState(
             step=self.step,
-            model=self.model.state_dict(),
+            model=model,
             optimizer=optimizer,
-            trainer=self.guard.state_dict() | self._average_state(),
+            trainer=trainer,
             metrics=self.log.table(),
             validation=self.validation_table(),
             health=self.health.table(),
@@ -363,9 +398,16 @@ class Session:
             },
         )
 
-    def _average_state(self) -> dict[str, Tensor]:
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """All tensors to continue from, themselves: the model's, the optimizer's, and the rest."""
+        optimizer = {
+            f"{name}.{key}": value
+            for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+        }
         averages = {} if self.average is None else self.average.averages
-        return {AVERAGE_PREFIX + name: average for name, average in averages.items()}
+        trainer = self.guard.state_dict() | {AVERAGE_PREFIX + name: average for name, average in averages.items()}
+        return self.model.state_dict(), optimizer, trainer
 
     def validation_table(self) -> pd.DataFrame:
         """All validations so far."""
@@ -377,32 +419,35 @@ class Session:
         Raises:
             UserError: all are damaged, or they were made with another configuration or other data.
         """
-        state = checkpoint.load_latest(self.folder)
+        path = self.world.first(lambda: checkpoint.latest(self.folder))
         parent = self.config.parent
-        if state is not None:
-            self._check_compatible(state, self.folder, MAY_CHANGE)
-            self._restore_tensors(state)
-            self._restore_history(state)
+        if path is not None:
+            history = checkpoint.load_history(path)
+            self._check_compatible(history, self.folder, MAY_CHANGE)
+            self._restore_tensors(path)
+            self._restore_history(history)
         elif parent is not None:
             folder = self.folder.parent / parent.run
-            state = checkpoint.load_step(folder, parent.step)
-            self._check_compatible(state, folder, BRANCH_MAY_CHANGE)
-            self._check_stable_part(state, folder)
-            self._restore_tensors(state)
-            self.step = self.resumed_at = state.step
+            path = self.world.first(lambda: checkpoint.at_step(folder, parent.step))
+            history = checkpoint.load_history(path)
+            self._check_compatible(history, folder, BRANCH_MAY_CHANGE)
+            self._check_stable_part(history, folder)
+            self._restore_tensors(path)
+            self.step = self.resumed_at = history.step
 
-    def _restore_tensors(self, state: checkpoint.TrainingState) -> None:
-        self.model.load_state_dict(state.model)
-        for name, parameter in self.model.named_parameters():
+    def _restore_tensors(self, path: Path) -> None:
+        for parameter in self.model.parameters():
             self.optimizer.state[parameter] = {
-                key: state.optimizer[f"{name}.{key}"].to(self.device) for key in ("step", "exp_avg", "exp_avg_sq")
+                "step": torch.zeros((), device=self.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
             }
-        guard = {name: value for name, value in state.trainer.items() if not name.startswith(AVERAGE_PREFIX)}
-        self.guard.load_state_dict(guard)
-        if self.average is not None:
-            self.average.load({name: state.trainer[AVERAGE_PREFIX + name] for name in self.average.averages})
+        model, optimizer, trainer = self._tensors()
+        checkpoint.load_tensors(path, model | optimizer | trainer)
+        # They are in place; this tells a recipe's state that it has changed.
+        self.model.load_state_dict(model)
 
-    def _restore_history(self, state: checkpoint.TrainingState) -> None:
+    def _restore_history(self, state: checkpoint.History) -> None:
         rows = cast(list[dict[str, Any]], state.metrics.to_dict("records"))
         self.log = MetricsLog(self.device, self.config.global_batch_tokens, rows)
         self.validation = cast(list[dict[str, Any]], state.validation.to_dict("records"))
@@ -411,7 +456,7 @@ class Session:
         self.earlier_seconds = state.facts["wall_seconds"]
         self.started_utc = state.facts["started_utc"]
 
-    def _check_compatible(self, state: checkpoint.TrainingState, folder: Path, may_change: set[str]) -> None:
+    def _check_compatible(self, state: checkpoint.History, folder: Path, may_change: set[str]) -> None:
         config = self.config.model_dump(mode="json")
         before = state.facts["config"]
         changed = [key for key in config if key not in may_change and before.get(key) != config[key]]
@@ -426,7 +471,7 @@ class Session:
                 "remove the folder or give the run another name"
             )
 
-    def _check_stable_part(self, state: checkpoint.TrainingState, folder: Path) -> None:
+    def _check_stable_part(self, state: checkpoint.History, folder: Path) -> None:
         """A branch may only leave a WSD parent, after the warm-up and before the decay."""
         parent = validate(RunConfig, state.facts["config"], f"{folder}: its checkpoint")
         stable = range(warmup_steps(parent.schedule, parent.steps), decay_start(parent.schedule, parent.steps) + 1)

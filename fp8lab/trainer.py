@@ -37,15 +37,16 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from fp8lab import checkpoint, distributed, flops, records
 from fp8lab.config import RunConfig, read_run_config
 from fp8lab.data import Loader, TokenDataset, load_mixture
-from fp8lab.distributed import World
+from fp8lab.distributed import ALONE, World
 from fp8lab.errors import UserError
 from fp8lab.events import EventFile
 from fp8lab.generation import generate
 from fp8lab.health import overflow_counts
+from fp8lab.model import GPT
 from fp8lab.precision import FP8_MULTIPLE, uses_fp8
 from fp8lab.progress import Progress, ProgressFile
 from fp8lab.records import DomainLoss, FinalLosses, Speed, Stability, TrainRecord, ValidationLosses
-from fp8lab.session import Session, device_name, first_non_finite_output
+from fp8lab.session import Session, device_name
 from fp8lab.spikes import spike_score
 
 FLUSH_SECONDS = 1.0
@@ -140,6 +141,8 @@ def _check_batch(config: RunConfig, world: World) -> None:
             f"global_batch_tokens: {config.global_batch_tokens} is not a multiple of processes x micro_batch x seq_len "
             f"= {world.size} x {config.micro_batch} x {config.model.seq_len} = {tokens * world.size}"
         )
+    if config.average_half_life and config.sharding == "fsdp" and world.size > 1:
+        raise UserError("average_half_life: averages are kept of whole weights; take sharding: ddp")
     if uses_fp8(config.recipe, config.head) and tokens % FP8_MULTIPLE:
         raise UserError(
             f"micro_batch: {config.micro_batch} x seq_len {config.model.seq_len} = {tokens} tokens; "
@@ -159,7 +162,7 @@ class Recorder:
         self._progress = ProgressFile(session.folder)
         self._events = EventFile(session.folder, session.step) if self._leads else None
         self._rows_in_events = len(session.log.rows)
-        self.writer = checkpoint.CheckpointWriter(session.folder, session.config.keep_checkpoints_at)
+        self.writer = self._make_writer()
         self._next_flush = 0.0
         self._diverged = False
         self._bad_output: str | None = None
@@ -173,6 +176,14 @@ class Recorder:
         self.record.conversion = session.conversion
         if session.config.parent is not None:
             self.record.parent = records.Parent(**session.config.parent.model_dump())
+
+    def _make_writer(self) -> checkpoint.CheckpointWriter | None:
+        """What is whole on every rank the leader writes; of shares every rank writes its own."""
+        session = self._session
+        if not session.is_sharded and not self._leads:
+            return None
+        world = session.world.apart() if session.is_sharded else ALONE
+        return checkpoint.CheckpointWriter(session.folder, session.config.keep_checkpoints_at, world)
 
     def run(self) -> TrainRecord:
         """Train to the end, and write the record as it then is."""
@@ -227,11 +238,12 @@ class Recorder:
     def _finish(self) -> None:
         session, record = self._session, self.record
         averaged = session.validate_average()
+        with session.whole_weights() as model:
+            if self._leads and not session.config.compact:
+                checkpoint.save_final(session.folder, model, session.config)
+                record.samples = self._samples(model)
         if not self._leads:
             return
-        if not session.config.compact:
-            checkpoint.save_final(session.folder, session.bf16_model, session.config)
-            record.samples = self._samples()
         last = session.validation[-len(session.dataset.weights) :]
         by_domain = {row["domain"]: DomainLoss(loss=row["loss"], bits_per_byte=row["bits_per_byte"]) for row in last}
         record.final = FinalLosses(
@@ -265,7 +277,7 @@ class Recorder:
         state = self._session.state()
         # The tables first: beside gigabytes on their way to the same disk, syncing them would wait for those.
         self._write("running")
-        if self._leads:
+        if self.writer is not None:
             self.writer.save(state)
             if wait:
                 self.writer.wait()
@@ -288,8 +300,8 @@ class Recorder:
         """Why the run has diverged, and where it began."""
         session = self._session
         # The weights are still those of the first bad step: what fails now failed then.
-        tokens = torch.from_numpy(self._loader.batch(session.step - 1)[: session.config.micro_batch, :-1])
-        self._bad_output = first_non_finite_output(session.model, tokens.to(session.device))
+        rows = torch.from_numpy(self._loader.batch(session.step - 1)[: session.config.micro_batch])
+        self._bad_output = session.first_non_finite_output(rows)
         step, layer = self._first_bad()
         began = f"; the first loss or gradient that is not finite was at step {step}, in {layer}" if step else ""
         return f"{DIVERGED_AFTER} steps in a row were skipped{began}"
@@ -308,7 +320,7 @@ class Recorder:
         # Backward runs from the last layer to the first and hands non-finite values on: it began in the last.
         return step + 1, bad_blocks[-1].removesuffix(".weight")
 
-    def _samples(self) -> list[str]:
+    def _samples(self, model: GPT) -> list[str]:
         """The model's continuation of the start of each domain's validation text."""
         session = self._session
         encoding = session.dataset.encoding
@@ -318,7 +330,7 @@ class Recorder:
             windows, _ = session.dataset.validation_windows(domain, seq_len, seq_len)
             start = [token for token in windows[0, :SAMPLE_PROMPT_TOKENS].tolist() if token != encoding.eot_token]
             prompt = encoding.decode(start)
-            texts.append(prompt + generate(session.bf16_model, encoding, prompt, max_tokens=SAMPLE_TOKENS))
+            texts.append(prompt + generate(model, encoding, prompt, max_tokens=SAMPLE_TOKENS))
         return texts
 
     def _report(self, stage: Any, *, now: bool = False) -> None:

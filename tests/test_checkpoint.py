@@ -19,15 +19,14 @@ from fp8lab.checkpoint import (
     CheckpointWriter,
     TrainingState,
     find_damage,
-    load_latest,
     load_model,
-    load_step,
     save_final,
     write,
 )
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
 from tests import rule_data
+from tests.checkpoints import load_latest, load_step
 from tests.rule_data import tiny_config, tiny_model
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,23 +17,28 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
-from fp8lab import launch, records, trainer
-from fp8lab.checkpoint import load_latest
+from fp8lab import checkpoint, launch, records, trainer
+from fp8lab.checkpoint import load_model
 from fp8lab.config import RunConfig
 from fp8lab.errors import UserError
 from fp8lab.progress import read_progress
 from fp8lab.trainer import Interrupted
 from tests import rule_data
+from tests.checkpoints import load_latest
 from tests.conftest import ROOT
+from tests.faults.test_strangers import plain_pickle
+from tests.ranks import POISONED_STEP
 from tests.rule_data import tiny_config
 
+pytestmark = pytest.mark.xdist_group("distributed")  # one worker launches for all
 PATIENCE_SECONDS = 240
 
 
 def torchrun(ranks: int, root: Path, configs: list[RunConfig]) -> None:
     """Train `configs` one after another on `ranks` processes."""
-    path = root / f"configs-{ranks}.json"
+    path = root / "configs.json"
     path.write_text(json.dumps([config.model_dump(mode="json") for config in configs]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", "tests.ranks", str(path), str(root)]
@@ -61,52 +67,147 @@ def record(root: Path, run: str) -> records.TrainRecord:
     return found
 
 
-STEPS = 6
-CONFIGS = {
-    name: tiny_config(run=name, tokens=STEPS * 128, validation_interval=3, micro_batch=1, **changes)
-    for name, changes in {
-        "bf16": {},
-        "fused": {"recipe": "fused"},
-        "recomputed": {"recipe": "fused", "activation_checkpointing": True},
-        "tensorwise": {"recipe": "tensorwise", "head": "fp8"},
-    }.items()
+STEPS, HALF = 6, 3
+
+
+def run_of(name: str, **changes) -> RunConfig:
+    """A run of six short steps, with a checkpoint half-way."""
+    fields = {"run": name, "tokens": STEPS * 128, "validation_interval": HALF, "checkpoint_interval": HALF}
+    return tiny_config(**fields | {"micro_batch": 1} | changes)
+
+
+RECIPES = {
+    "bf16": {},
+    "fused": {"recipe": "fused"},
+    "tensorwise": {"recipe": "tensorwise", "head": "fp8"},
 }
-LARGE_BATCH = tiny_config(run="large", tokens=STEPS * 128, validation_interval=3, micro_batch=2)
+ALONE = [run_of(name, **changes) for name, changes in RECIPES.items()]
+REPLICATED = [
+    *ALONE,
+    run_of("recomputed", recipe="fused", activation_checkpointing=True),
+    run_of("large", micro_batch=2),
+    run_of("poisoned", micro_batch=2),
+]
+SHARDED = [
+    *(run_of(f"{name}-fsdp", sharding="fsdp", health_interval=HALF, **changes) for name, changes in RECIPES.items()),
+    run_of("recomputed-fsdp", recipe="fused", sharding="fsdp", activation_checkpointing=True),
+    run_of("moved", recipe="fused", sharding="fsdp"),
+]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
     """Runs of one process."""
     root = tmp_path_factory.mktemp("alone")
-    for config in CONFIGS.values():
+    for config in (*ALONE, run_of("moved", recipe="fused")):
         train(root, config)
     return root
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> Path:
-    """The same runs on two ranks."""
+def two(tmp_path_factory, alone) -> Path:
+    """The same runs on two ranks, replicated and sharded, and one that one process has trained to its middle."""
     root = tmp_path_factory.mktemp("two")
-    torchrun(2, root, [*CONFIGS.values(), LARGE_BATCH])
+    move_half_way(alone, root, "moved")
+    torchrun(2, root, [*REPLICATED, *SHARDED])
     return root
 
 
-def assert_same_numbers(one: Path, other: Path, run: str, tolerance: float) -> None:
-    """Curves and validations agree: nearly exactly in the first steps, before differences of rounding have grown."""
-    expected, found = curve(one, run), curve(other, run)
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> Path:
+    """Runs sharded over four ranks."""
+    root = tmp_path_factory.mktemp("four")
+    torchrun(4, root, [run_of(name, sharding="fsdp", **RECIPES[name]) for name in ("bf16", "fused")])
+    return root
+
+
+def move_half_way(source: Path, target: Path, run: str) -> None:
+    """Give `target` the checkpoint that the run in `source` left half-way, and nothing else."""
+    step = Path("checkpoints_dir", "test", run, f"step-{HALF:08d}")
+    shutil.copytree(source / step, target / step)
+
+
+def curves(root: Path, run: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Metrics and validations."""
+    return curve(root, run), records.read_table(root / "records_dir" / "test" / run, "validation")
+
+
+def assert_same_numbers(one: tuple[pd.DataFrame, ...], other: tuple[pd.DataFrame, ...], tolerance: float) -> None:
+    """Curves and validations agree: nearly exactly in the first step, before differences of rounding have grown."""
+    (expected, expected_validation), (found, found_validation) = one, other
     assert found["step"].tolist() == expected["step"].tolist()
     assert found["loss"][0] == pytest.approx(expected["loss"][0], abs=1e-5)
     assert found["loss"].to_numpy() == pytest.approx(expected["loss"].to_numpy(), abs=tolerance)
     assert found["grad_norm"].to_numpy() == pytest.approx(expected["grad_norm"].to_numpy(), rel=10 * tolerance)
-    tables = [records.read_table(root / "records_dir" / "test" / run, "validation") for root in (one, other)]
-    assert tables[0][["step", "domain"]].equals(tables[1][["step", "domain"]])
-    assert tables[1]["loss"].to_numpy() == pytest.approx(tables[0]["loss"].to_numpy(), abs=tolerance)
+    assert found_validation[["step", "domain"]].equals(expected_validation[["step", "domain"]])
+    assert found_validation["loss"].to_numpy() == pytest.approx(expected_validation["loss"].to_numpy(), abs=tolerance)
 
 
+@pytest.mark.parametrize("sharding", ["", "-fsdp"])
 @pytest.mark.parametrize(("run", "tolerance"), [("bf16", 1e-3), ("fused", 0.01), ("tensorwise", 0.01)])
-def test_two_ranks_compute_what_one_process_computes(alone, two, run, tolerance) -> None:
-    assert_same_numbers(alone, two, run, tolerance)
-    assert (record(two, run).provenance.device_count, record(two, run).provenance.host_count) == (2, 1)
+def test_two_ranks_compute_what_one_process_computes(alone, two, run, sharding, tolerance) -> None:
+    assert_same_numbers(curves(alone, run), curves(two, run + sharding), tolerance)
+    provenance = record(two, run + sharding).provenance
+    assert (provenance.device_count, provenance.host_count) == (2, 1)
+
+
+def test_a_sharded_run_measures_its_health_and_keeps_whole_weights(alone, two) -> None:
+    health = records.read_table(two / "records_dir" / "test" / "fused-fsdp", "health")
+    assert health["step"].unique().tolist() == [HALF, STEPS]
+    weights, whole = (
+        load_model(root / "checkpoints_dir" / "test" / run)[0]
+        for root, run in (
+            (two, "bf16-fsdp"),
+            (alone, "bf16"),
+        )
+    )
+    for shared, expected in zip(weights.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(shared, expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(("run", "tolerance"), [("bf16", 1e-3), ("fused", 0.01)])
+def test_what_four_ranks_have_sharded_goes_on_in_one_process(four, tmp_path, run, tolerance) -> None:
+    move_half_way(four, tmp_path, run)
+    # Where torch.distributed.checkpoint's own format keeps its index.
+    index, mark = next(tmp_path.rglob("step-*")) / ".metadata", tmp_path / "executed"
+    index.write_bytes(plain_pickle(mark))
+    train(tmp_path, run_of(run, **RECIPES[run]))
+    assert not mark.exists()
+    assert record(tmp_path, run).provenance.device_count == 1
+    assert_same_numbers(curves(four, run), curves(tmp_path, run), tolerance)
+
+
+def test_what_one_process_has_begun_two_ranks_finish_sharded(alone, two) -> None:
+    assert record(two, "moved").provenance.device_count == 2
+    assert_same_numbers(curves(alone, "moved"), curves(two, "moved"), 0.01)
+
+
+def test_a_damaged_shard_is_found(four, tmp_path) -> None:
+    move_half_way(four, tmp_path, "bf16")
+    path = tmp_path / "checkpoints_dir" / "test" / "bf16" / f"step-{HALF:08d}"
+    assert checkpoint.find_damage(path) is None
+    shards = sorted(path.glob("shard-*"))
+    assert len(shards) == 4
+    extra = path / "other.safetensors"
+    shutil.copy(shards[0], extra)
+    assert "other.safetensors is not in checksums.json" in checkpoint.find_damage(path)
+    extra.unlink()
+    content = bytearray(shards[2].read_bytes())
+    content[-1] ^= 1
+    shards[2].write_bytes(content)
+    assert "does not match its SHA-256" in checkpoint.find_damage(path)
+    shards[2].unlink()
+    assert "is missing" in checkpoint.find_damage(path)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(two) -> None:
+    table = curve(two, "poisoned")
+    assert table[table["skipped"]]["step"].tolist() == [POISONED_STEP]
+    assert record(two, "poisoned").stability.first_bad_step == POISONED_STEP
+    before = curve(two, "large")[: POISONED_STEP - 1]
+    pd.testing.assert_series_equal(table["loss"][: POISONED_STEP - 1], before["loss"], check_exact=True)
+    # The batch that was skipped is lost: the weights that meet the next one are those of the step before it.
+    assert table["loss"][POISONED_STEP:].notna().all()
 
 
 def test_gradient_accumulation_on_several_ranks_gives_the_large_batch_s_numbers(two) -> None:
@@ -135,7 +236,9 @@ def test_amax_histories_are_the_largest_of_all_ranks_and_move_once_a_step(alone,
 def test_recomputing_activations_moves_no_history(two) -> None:
     kept, recomputed = fp8_state(two, "fused"), fp8_state(two, "recomputed")
     assert all(kept[name].equal(recomputed[name]) for name in kept)
-    pd.testing.assert_series_equal(curve(two, "fused")["loss"], curve(two, "recomputed")["loss"], check_exact=True)
+    for sharding in ("", "-fsdp"):
+        losses = [curve(two, run + sharding)["loss"] for run in ("fused", "recomputed")]
+        pd.testing.assert_series_equal(*losses, check_exact=True)
 
 
 def test_a_signal_to_one_rank_stops_all_at_a_checkpoint(tmp_path, monkeypatch) -> None:
@@ -169,3 +272,11 @@ def test_a_mistake_of_all_ranks_is_one_error(tmp_path, monkeypatch) -> None:
     folders = {name: tmp_path / name for name in ("records_dir", "data_dir", "checkpoints_dir")}
     with pytest.raises(UserError, match="128 is not a multiple of processes x micro_batch x seq_len = 2 x 4 x 32 "):
         launch.launch(tiny_config(micro_batch=4), 2, **folders)
+
+
+def test_each_rank_casts_a_weight_once_a_step_whatever_the_micro_steps_and_recomputations(two) -> None:
+    # Two micro-steps a step; two blocks of four weights.
+    for rank in range(2):
+        casts = json.loads((two / f"casts-{rank}.json").read_text())
+        for run in ("fused", "recomputed", "fused-fsdp", "recomputed-fsdp"):
+            assert casts[run] == STEPS * 2 * 4

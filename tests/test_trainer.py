@@ -14,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fp8lab import records, session, trainer
-from fp8lab.checkpoint import load_latest, load_model
+from fp8lab.checkpoint import load_model
 from fp8lab.config import RECIPES, load_plan, parameter_count
 from fp8lab.errors import UserError
 from fp8lab.generation import generate
@@ -22,6 +22,7 @@ from fp8lab.model import GPT
 from fp8lab.progress import read_progress
 from fp8lab.trainer import Diverged, Interrupted
 from tests import rule_data
+from tests.checkpoints import load_latest
 from tests.rule_data import tiny_config, tiny_model
 
 
@@ -224,11 +225,13 @@ def test_outlier_steps_are_skipped_when_asked(train, monkeypatch) -> None:
 
 def test_an_exception_leaves_a_failed_record_with_the_reason(train, tmp_path, monkeypatch) -> None:
     real = rule_data.RuleLoader.batch
-    monkeypatch.setattr(
-        rule_data.RuleLoader,
-        "batch",
-        lambda self, step: real(self, step) if step < 6 else (_ for _ in ()).throw(OSError("the disk\nwent away")),
-    )
+
+    def batch(self, step, *rank):
+        if step >= 6:
+            raise OSError("the disk\nwent away")
+        return real(self, step, *rank)
+
+    monkeypatch.setattr(rule_data.RuleLoader, "batch", batch)
     with pytest.raises(OSError, match="went away"):
         train()
     record = records.read(tmp_path / "records_dir" / "test" / "tiny")

@@ -40,7 +40,11 @@ class _QuantisedWeight:
     backward: Tensor
     """(in, out), for the gradient of the input."""
     made_of: tuple[int, int]
-    """Address and version of the weight that they are copies of."""
+    """Storage and version of the weight that they are copies of.
+
+    Not its address: FSDP frees a gathered weight's memory and gathers it again elsewhere, into the same storage. It
+    does so without a new version, even after a step of the optimizer: `FusedBlock.end_step` is what counts then.
+    """
 
 
 @dataclass
@@ -119,7 +123,7 @@ class FusedBlock(nn.Module):
     def quantised_weight(self, name: str, weight: Tensor, slot: Slot) -> _QuantisedWeight:
         """FP8 copies of `weight`, cast again only after it has changed."""
         cached = self._quantised.get(name)
-        made_of = (weight.data_ptr(), weight._version)
+        made_of = (weight.untyped_storage()._cdata, weight._version)
         if cached is None or cached.made_of != made_of:
             forward, backward = self.state.quantise(slot, self.operations.quantise_both, weight.detach(), slot)
             cached = self._quantised[name] = _QuantisedWeight(forward, backward, made_of)

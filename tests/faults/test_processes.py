@@ -15,9 +15,9 @@ import pandas as pd
 import pytest
 
 from fp8lab import records
-from fp8lab.checkpoint import load_latest
 from fp8lab.config import RunConfig
 from fp8lab.progress import read_progress
+from tests.checkpoints import load_latest
 from tests.conftest import ROOT
 from tests.rule_data import tiny_config, tiny_model
 

@@ -14,12 +14,13 @@ import torch
 import yaml
 
 from fp8lab import records, trainer
-from fp8lab.checkpoint import load_latest, load_model, save_final, write
+from fp8lab.checkpoint import load_model, save_final, write
 from fp8lab.config import load_plan, read_run_config
 from fp8lab.data import load_mixture
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
 from tests import rule_data
+from tests.checkpoints import load_latest
 from tests.rule_data import tiny_config, tiny_model
 from tests.test_checkpoint import some_state
 
