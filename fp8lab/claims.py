@@ -52,6 +52,8 @@ class Finding:
     """What decides, whatever the records say: Markdown."""
     reference: str
     """Where to see it: '@fig-gaps', or a link to the chapter where there is nothing to draw yet."""
+    scope: str = ""
+    """How far the verdict reaches: 'at 7M'."""
 
 
 def curves_follow(gaps: Sequence[MeasuredGap]) -> Finding:
@@ -90,6 +92,7 @@ def curves_follow(gaps: Sequence[MeasuredGap]) -> Finding:
             "lies outside, contradicted where one does; gaps of one seed decide nothing"
         ),
         reference="@fig-gaps" if gaps else "[chapter](chapters/stability.ipynb)",
+        scope="" if verdict == "untested" else f"at {listing(unique(measured.size for measured in judged))}",
     )
 
 
@@ -140,10 +143,11 @@ def stable_almost_to_the_end(plans: Sequence[RunSet]) -> Finding:
         why=why,
         rule=(
             "Contradicted where an FP8 run diverged, skipped a step or had a spike of seven standard deviations before "
-            "its last tenth; confirmed, for the sizes trained here, where none did and one reached "
+            "its last tenth; confirmed, for the sizes trained, where none did and one reached "
             f"{CLAIMED_TOKENS_PER_PARAMETER} tokens a parameter"
         ),
         reference="@tbl-spikes" if runs else "[chapter](chapters/stability.ipynb)",
+        scope="" if verdict == "untested" else f"at {listing(unique(run.size for run in runs))}",
     )
 
 

@@ -101,8 +101,8 @@ def _where(payoff: Payoff) -> str:
     return "at no width timed" if payoff.never else f"at {payoff.faster} of {payoff.settings} settings timed"
 
 
-def _times(payoff: Payoff) -> str:
-    return f"{_span([payoff.slowest, payoff.fastest])} times its tokens/s"
+def _times(payoff: Payoff, whose: str = "its") -> str:
+    return f"{_span([payoff.slowest, payoff.fastest])} times {whose} tokens/s"
 
 
 def _span(values: Sequence[float]) -> str:
@@ -242,7 +242,8 @@ def _head(evidence: Evidence) -> str:
     head = next((payoff for payoff in evidence.with_head("fp8") if payoff.recipe == OURS), None)
     if head is None:
         return ""
-    return f"**Output head.** In FP8 as well, `{OURS}` is faster {_where(head)}, {_times(head)} (@fig-throughput)."
+    gain = _times(head, "BF16's")
+    return f"**Output head.** With it in FP8 too, `{OURS}` is faster {_where(head)}, {gain} (@fig-throughput)."
 
 
 def _memory(evidence: Evidence) -> str:
@@ -286,7 +287,8 @@ def _devices(evidence: Evidence) -> str:
 def scoreboard(findings: Sequence[claims.Finding]) -> str:
     """The claims as a Markdown table: verdict, numbers, and where to see them; then the rules."""
     rows = "\n".join(
-        f"| {finding.claim} | **{finding.verdict}** | {finding.why} ({finding.reference}) |" for finding in findings
+        f"| {finding.claim} | **{finding.verdict}** {finding.scope} | {finding.why} ({finding.reference}) |"
+        for finding in findings
     )
     rules = "\n".join(f"- *{finding.claim}* {finding.rule}." for finding in findings)
     return (

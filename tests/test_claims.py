@@ -82,6 +82,7 @@ def test_one_seed_or_a_demo_say_nothing_of_curves(tmp_path: Path) -> None:
 def test_without_trouble_at_the_claimed_length_stability_is_confirmed(ladder: Path) -> None:
     finding = claims.stable_almost_to_the_end([runs_of(ladder)])
     assert finding.verdict == "confirmed"
+    assert finding.scope == "at 0.4M, 0.9M, 2.2M and 4.5M"
     assert "nor in it" in finding.why
 
 
