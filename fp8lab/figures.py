@@ -19,6 +19,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
@@ -750,6 +751,68 @@ def step_breakdown(milliseconds: Mapping[str, Mapping[str, float]]) -> Figure:
     axes.set_xlabel("GPU time of one optimizer step (ms)")
     axes.grid(axis="y", visible=False)
     figure.legend(loc="outside upper left", ncols=3, columnspacing=1.2, handlelength=1.2)
+    return figure
+
+
+def roofline(table: pd.DataFrame) -> Figure:
+    """Ratios measured (filled, with their 95% interval) against those predicted from bytes and FLOPs (hollow).
+
+    Args:
+        table: `tables.roofline_against_measurement` without BF16.
+    """
+    settings = unique(table["setting"])
+    recipes = [recipe for recipe in RECIPE_COLOURS if recipe in set(table["recipe"])]
+    figure, axes = plt.subplots(figsize=(WIDTH, 1.3 + 0.26 * len(settings) * len(recipes)))
+    for index, recipe in enumerate(recipes):
+        rows = table[table["recipe"] == recipe]
+        offset = (index - (len(recipes) - 1) / 2) * 0.6 / len(recipes)
+        positions = np.array([settings.index(setting) for setting in rows["setting"]]) + offset
+        colour = RECIPE_COLOURS[recipe]
+        axes.hlines(
+            positions, rows["predicted_ratio"], rows["measured_ratio"], color=colour, linewidth=1, linestyle=":"
+        )
+        axes.hlines(positions, rows["interval_low"], rows["interval_high"], color=colour, linewidth=2)
+        axes.plot(rows["measured_ratio"], positions, **_point_style(recipe), linestyle="none")
+        hollow = _point_style(recipe) | {"markerfacecolor": "white", "markeredgecolor": colour, "markeredgewidth": 1.5}
+        axes.plot(rows["predicted_ratio"], positions, **hollow, linestyle="none")
+    axes.axvline(1, color=RECIPE_COLOURS["bf16"], linewidth=1.2)
+    axes.set_yticks(range(len(settings)), [setting.replace(", ", "\n") for setting in settings])
+    axes.set_ylim(len(settings) - 0.5, -0.5)
+    axes.set_xlabel("tokens/s relative to BF16")
+    axes.grid(axis="y", visible=False)
+    _finish(figure, axes, recipes, toy=False)
+    return figure
+
+
+def break_even_map(table: pd.DataFrame) -> Figure:
+    """Ratio to BF16 by width and tokens a micro-batch: hatched cells are predicted, plain ones measured.
+
+    Args:
+        table: `tables.break_even` of one device.
+    """
+    recipes, tokens, widths = (unique(table[name]) for name in ("recipe", "tokens", "width"))
+    figure, all_axes = plt.subplots(len(recipes), 1, figsize=(WIDTH, 0.7 + 1.25 * len(recipes)), squeeze=False)
+    span = max(0.05, float(np.nanmax(np.abs(np.log(table[["predicted", "measured"]].to_numpy())))))
+    scale = mpl.colors.Normalize(-span, span)
+    for axes, recipe in zip(all_axes[:, 0], recipes, strict=True):
+        for row in table[table["recipe"] == recipe].to_dict("records"):
+            known = not np.isnan(row["measured"])
+            value = row["measured"] if known else row["predicted"]
+            left, bottom = widths.index(row["width"]) - 0.5, tokens.index(row["tokens"]) - 0.5
+            colour = plt.get_cmap("BrBG")(scale(np.log(value)))
+            cell = {"facecolor": colour, "hatch": "" if known else "///", "edgecolor": "white", "linewidth": 1.5}
+            axes.add_patch(Rectangle((left, bottom), 1, 1, **cell))
+            label = f"{value:.2f}" if known else f"({value:.2f})"
+            box = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1.2}
+            axes.text(left + 0.5, bottom + 0.5, label, ha="center", va="center", fontsize=9, bbox=box)
+        axes.set_xlim(-0.5, len(widths) - 0.5)
+        axes.set_ylim(-0.5, len(tokens) - 0.5)
+        axes.set_xticks(range(len(widths)), [str(width) for width in widths])
+        axes.set_yticks(range(len(tokens)), [f"{count:,}" for count in tokens])
+        axes.set_title(recipe)
+        axes.grid(visible=False)
+    all_axes[-1, 0].set_xlabel("width (d_model)")
+    figure.supylabel("tokens a micro-batch", fontsize=9.5)
     return figure
 
 

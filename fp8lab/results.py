@@ -32,7 +32,10 @@ LARGER_PLAN = "125m-h200"
 """A size above the ladder, in another vocabulary."""
 DEMO_PLAN = "demo"
 DEMO_COMMAND = "fp8lab run runs/plans/demo.yaml"
-SPEED_PLAN = "speed-h200"
+SPEED_PLANS = "speed-"
+"""Beginning of the names of the plans that time whole models, each on a device of its own."""
+MAP_PLAN = "speed-map"
+"""The plan that times blocks of many widths, for the break-even."""
 SPEED_COMMAND = "fp8lab speed runs/plans/speed-h200.yaml"
 DATA_PLAN = "data"
 """Data builds are recorded under this plan, each as a run with the mixture's name."""
@@ -296,10 +299,15 @@ class SpeedRun:
     folder: Path
     record: SpeedRecord
 
+    @property
+    def device(self) -> str:
+        return self.record.provenance.device_name
+
     @cached_property
     def steps(self) -> pd.DataFrame:
-        """Every timed step."""
-        return records.read_table(self.folder, "steps").assign(occasion=self.record.run)
+        """Every timed step, with its device and occasion."""
+        occasion = f"{self.record.plan}/{self.record.run}"
+        return records.read_table(self.folder, "steps").assign(device=self.device, occasion=occasion)
 
     @property
     def cases(self) -> dict[str, dict[str, Any]]:
@@ -318,6 +326,11 @@ class SpeedRun:
             for case, results in self.cases.items()
         }
 
+    @property
+    def peers(self) -> dict[str, str]:
+        """Version of each peer that was timed, by recipe."""
+        return {recipe: version for case in self.cases.values() for recipe, version in case.get("peers", {}).items()}
+
     def failures(self) -> dict[str, str]:
         """What could not be timed ('1.5B-T2048-B16' or '1.5B-T2048-B16, rowwise') and its error."""
         failures = {}
@@ -329,14 +342,20 @@ class SpeedRun:
         return failures
 
 
-def speed_runs(records_dir: Path, plan: str = SPEED_PLAN) -> list[SpeedRun]:
+def speed_runs(records_dir: Path, plan: str | None = None) -> list[SpeedRun]:
     """Measurements of speed with FP8 in hardware; what was emulated or failed is left out.
 
     A measurement that its time budget ended holds whole rounds of the cases that it reached, and counts.
+
+    Args:
+        plan: the plan whose occasions are wanted; those of every plan that times whole models if None.
     """
+    folders = sorted(folder.name for folder in records_dir.glob(f"{SPEED_PLANS}*") if folder.is_dir())
+    plans = [plan] if plan else [name for name in folders if name != MAP_PLAN]
     return [
         SpeedRun(folder, record)
-        for folder, record in records.read_plan(records_dir, plan)
+        for name in plans
+        for folder, record in records.read_plan(records_dir, name)
         if isinstance(record, SpeedRecord)
         and record.status in ("finished", "interrupted")
         and record.results.get("emulated") is False

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
-from fp8lab import diagnosis, estimate, flops, scaling
+from fp8lab import diagnosis, estimate, flops, roofline, scaling
 from fp8lab.comparison import EQUIVALENCE_MARGIN, LEVEL, TARGET_HALF_WIDTH, Deviation, Gap
-from fp8lab.config import MODELS, RECIPES, Plan, parameter_count
+from fp8lab.config import MODELS, RECIPES, ModelConfig, Plan, parameter_count
 from fp8lab.errors import UserError
 from fp8lab.records import BenchmarkRecord, DataRecord
 from fp8lab.results import Run, RunSet, SpeedRun, best_known_gaps, seed_deviation, unique
@@ -823,14 +824,18 @@ _BENCHMARK_ROWS = {"data-loader": _loader_rows, "data-memory": _memory_rows, "da
 
 
 def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
-    """Speed of each recipe against BF16 timed in the same process.
+    """Speed of each recipe against BF16 timed in the same process, each device apart.
+
+    The interval is a 95% t-interval of the mean of the rounds' log-ratios: how far rounds scatter, which says nothing
+    of another day. Of several occasions it reaches from the lowest of their intervals to the highest.
 
     Returns:
-        A row a setting (model, context, micro-batch) and recipe. Columns: model, case, seq_len, micro_batch, setting,
-        recipe, head, step_ms (median), tokens_per_second, ratio (median over rounds of BF16's median step over the
-        recipe's), low, high (smallest and largest of the rounds), rounds, occasions, peak_memory_bytes.
+        A row a device, setting (model, context, micro-batch) and recipe. Columns: device, model, case, seq_len,
+        micro_batch, setting, recipe, head, step_ms (median), tokens_per_second, ratio (median over rounds of BF16's
+        median step over the recipe's), low, high (smallest and largest of the rounds), interval_low, interval_high,
+        rounds, occasions, peak_memory_bytes.
     """
-    keys = ["model", "seq_len", "micro_batch"]
+    keys = ["device", "model", "seq_len", "micro_batch"]
     steps = pd.concat([speed.steps for speed in speeds], ignore_index=True)
     medians = (
         steps.groupby([*keys, "recipe", "head", "occasion", "round"], sort=False)
@@ -841,16 +846,21 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     baseline_ms = medians[is_baseline].set_index([*keys, "occasion", "round"])["step_ms"].rename("bf16_ms")
     medians = medians.join(baseline_ms, on=[*keys, "occasion", "round"]).dropna(subset=["bf16_ms"])
     medians["ratio"] = medians["bf16_ms"] / medians["step_ms"]
+    several = medians["device"].nunique() > 1
     rows = []
-    for (model, seq_len, micro_batch, recipe, head), group in medians.groupby([*keys, "recipe", "head"], sort=False):
+    for key, group in medians.groupby([*keys, "recipe", "head"], sort=False):
+        device, model, seq_len, micro_batch, recipe, head = key
         step_ms = float(group["step_ms"].median())
+        intervals = [_ratio_interval(ratios.to_numpy()) for _, ratios in group.groupby("occasion")["ratio"]]
         rows.append(
             {
+                "device": device,
                 "model": model,
                 "case": f"{model}-T{seq_len}-B{micro_batch}",
                 "seq_len": seq_len,
                 "micro_batch": micro_batch,
-                "setting": _setting(model, seq_len, micro_batch),
+                "setting": _setting(model, seq_len, micro_batch)
+                + (f", {short_device(str(device))}" if several else ""),
                 "recipe": recipe,
                 "head": head,
                 "step_ms": step_ms,
@@ -858,6 +868,8 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
                 "ratio": float(group["ratio"].median()),
                 "low": float(group["ratio"].min()),
                 "high": float(group["ratio"].max()),
+                "interval_low": min(low for low, _ in intervals),
+                "interval_high": max(high for _, high in intervals),
                 "rounds": len(group),
                 "occasions": group["occasion"].nunique(),
                 "peak_memory_bytes": int(group["memory"].max()),
@@ -866,6 +878,59 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     order = table["setting"].map({setting: index for index, setting in enumerate(_by_speed(table))})
     return table.assign(order=order).sort_values("order", kind="stable").drop(columns="order").reset_index(drop=True)
+
+
+def _ratio_interval(ratios: np.ndarray) -> tuple[float, float]:
+    """95% t-interval of the mean of log-ratios, as ratios; of a single round, nothing but NaN."""
+    if len(ratios) < 2:
+        return float("nan"), float("nan")
+    logs = np.log(ratios)
+    half = stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs))
+    return float(np.exp(logs.mean() - half)), float(np.exp(logs.mean() + half))
+
+
+def short_device(name: str) -> str:
+    """'H100' of 'NVIDIA H100 80GB HBM3'."""
+    return name.removeprefix("NVIDIA ").partition(" ")[0]
+
+
+def warmup_losses(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
+    """Whether each contestant's loss follows BF16's, over the steps that both trained before any was timed.
+
+    They start from the same weights, on the same batches and with the same learning rate.
+
+    Returns:
+        A row an occasion, case, recipe and head but BF16's. Columns: device, occasion, case, contestant, steps, first,
+        last (losses, nats/token), bf16_last, mean_difference (over the second half of the steps), largest_difference.
+    """
+    rows = []
+    for speed in speeds:
+        for case, results in speed.cases.items():
+            losses = {
+                name: np.array(contestant["warmup_losses"])
+                for name, contestant in results["contestants"].items()
+                if contestant.get("warmup_losses")
+            }
+            if "bf16" not in losses:
+                continue
+            exact = losses.pop("bf16")
+            for name, values in losses.items():
+                difference = values - exact
+                rows.append(
+                    {
+                        "device": speed.device,
+                        "occasion": f"{speed.record.plan}/{speed.record.run}",
+                        "case": case,
+                        "contestant": name,
+                        "steps": len(values),
+                        "first": float(values[0]),
+                        "last": float(values[-1]),
+                        "bf16_last": float(exact[-1]),
+                        "mean_difference": float(difference[len(difference) // 2 :].mean()),
+                        "largest_difference": float(difference[np.abs(difference).argmax()]),
+                    }
+                )
+    return pd.DataFrame(rows)
 
 
 def speed_drift(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
@@ -880,14 +945,17 @@ def speed_drift(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     """
     steps = pd.concat([speed.steps for speed in speeds], ignore_index=True)
     rows = []
-    keys = ["occasion", "model", "seq_len", "micro_batch", "recipe", "head"]
-    for (occasion, model, seq_len, micro_batch, recipe, head), group in steps.groupby(keys, sort=False):
+    several = steps["device"].nunique() > 1
+    keys = ["device", "occasion", "model", "seq_len", "micro_batch", "recipe", "head"]
+    for key, group in steps.groupby(keys, sort=False):
+        device, occasion, model, seq_len, micro_batch, recipe, head = key
         by_round = group.groupby("round")[["step_ms", "sm_clock_mhz"]].median()
         first, last = by_round.iloc[0], by_round.iloc[-1]
         rows.append(
             {
                 "occasion": occasion,
-                "setting": _setting(model, seq_len, micro_batch),
+                "setting": _setting(model, seq_len, micro_batch)
+                + (f", {short_device(str(device))}" if several else ""),
                 "recipe": recipe,
                 "head": head,
                 "change": float(last["step_ms"] / first["step_ms"] - 1),
@@ -921,6 +989,9 @@ def speed_table(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
             "step (ms)": table["step_ms"].map("{:.1f}".format),
             "tokens/s": table["tokens_per_second"].map("{:,.0f}".format),
             "× BF16": table["ratio"].map("{:.3f}".format),
+            "95% interval": [
+                f"{low:.3f}–{high:.3f}" for low, high in zip(table["interval_low"], table["interval_high"], strict=True)
+            ],
             "smallest to largest round": [
                 f"{low:.3f}–{high:.3f}" for low, high in zip(table["low"], table["high"], strict=True)
             ],
@@ -939,10 +1010,15 @@ def gemm_ceiling(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     """
     ratios = speed_ratios(speeds)
     ratios = ratios[ratios["head"] == "bf16"]
-    gemms = {case: results["gemms"] for speed in speeds for case, results in speed.cases.items() if "gemms" in results}
+    gemms = {
+        (speed.device, case): results["gemms"]
+        for speed in speeds
+        for case, results in speed.cases.items()
+        if "gemms" in results
+    }
     rows = []
     for setting, group in ratios.groupby("setting", sort=False):
-        times = gemms.get(group["case"].iloc[0])
+        times = gemms.get((group["device"].iloc[0], group["case"].iloc[0]))
         fp8 = group[group["recipe"] != "bf16"]
         if times is None or fp8.empty:
             continue
@@ -969,6 +1045,66 @@ def _block_gemm_ms(times: Mapping[str, Mapping[str, float]], precision: str) -> 
         for name, layer in times.items()
         if name != "head"
     )
+
+
+def roofline_against_measurement(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
+    """Predicted beside measured ratios and steps, where `fp8lab.roofline` knows the device, model and recipe.
+
+    Returns:
+        A row a device, setting and recipe, heads in BF16. Columns: device, model, setting, recipe, predicted_ms,
+        measured_ms, predicted_ratio, measured_ratio, interval_low, interval_high (`speed_ratios`).
+    """
+    ratios = speed_ratios(speeds)
+    own = {
+        case["model"]["name"]: ModelConfig(**case["model"])
+        for speed in speeds
+        for case in speed.record.config.get("cases", [])
+    }
+    rows = []
+    for row in ratios.to_dict("records"):
+        device, model = roofline.device_of(row["device"]), own.get(row["model"], MODELS.get(row["model"]))
+        if device is None or model is None or row["recipe"] not in roofline.RECIPES or row["head"] != "bf16":
+            continue
+        model = model.model_copy(update={"seq_len": row["seq_len"]})
+        tokens = row["seq_len"] * row["micro_batch"]
+        rows.append(
+            {name: row[name] for name in ("device", "model", "setting", "recipe", "interval_low", "interval_high")}
+            | {
+                "predicted_ms": roofline.step_ms(model, tokens, row["recipe"], device),
+                "measured_ms": row["step_ms"],
+                "predicted_ratio": roofline.ratio(model, tokens, row["recipe"], device),
+                "measured_ratio": row["ratio"],
+            }
+        )
+    return pd.DataFrame(rows, columns=ROOFLINE_COLUMNS)
+
+
+ROOFLINE_COLUMNS = [
+    "device", "model", "setting", "recipe", "predicted_ms", "measured_ms", "predicted_ratio", "measured_ratio",
+    "interval_low", "interval_high",
+]  # fmt: skip
+
+
+def break_even(maps: Sequence[SpeedRun]) -> pd.DataFrame:
+    """The map of ratios by width and tokens a micro-batch: predicted for both devices, measured where records are.
+
+    Args:
+        maps: occasions of the map's plan.
+
+    Returns:
+        A row a device, recipe, tokens and width. Columns: device ('H100'), recipe, tokens, width, predicted, measured
+        (NaN where there is no record).
+    """
+    frames = [roofline.map_table(device).assign(device=device.name) for device in roofline.DEVICES]
+    table = pd.concat(frames, ignore_index=True).rename(columns={"ratio": "predicted"})
+    measured: dict[tuple[str, str, int, int], float] = {}
+    if maps:
+        for row in speed_ratios(maps).to_dict("records"):
+            recipe = row["recipe"].removesuffix("_fast")
+            width, tokens = int(row["model"].removeprefix("w")), row["seq_len"] * row["micro_batch"]
+            measured[short_device(row["device"]), recipe, tokens, width] = row["ratio"]
+    keys = zip(table["device"], table["recipe"], table["tokens"], table["width"], strict=True)
+    return table.assign(measured=[measured.get(key, float("nan")) for key in keys])
 
 
 def planned_runs(plan: Plan, bf16_mfu: float) -> pd.DataFrame:

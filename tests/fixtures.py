@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
-from fp8lab import flops, records
+from fp8lab import flops, records, roofline
 from fp8lab.config import (
     MODELS,
     ModelConfig,
@@ -574,7 +574,11 @@ def write_speed_records(
                     category: value * (measured.bf16_factor if name == "bf16" else measured.fp8_factor)
                     for category, value in zip(categories, milliseconds, strict=True)
                 }
-            }
+            },
+            "warmup_losses": [
+                start + measured.loss_shift + (measured.gap_shift + 0.02 if name != "bf16" else 0) * step
+                for step, start in enumerate((11.1, 10.3, 9.6, 8.8))
+            ],
         }
         for name, milliseconds in profiles.items()
     }
@@ -600,6 +604,42 @@ def write_speed_records(
     folder = records.write(record, records_dir)
     records.write_table(folder, "steps", pd.DataFrame(rows))
     return folder
+
+
+def write_map_records(records_dir: Path, *, measured: Measured = DEFAULT) -> None:
+    """The map of ratios by width, measured on both devices at every width and number of tokens."""
+    for device in roofline.DEVICES:
+        rows = []
+        for width, tokens in itertools.product(roofline.MAP_WIDTHS, roofline.MAP_TOKENS):
+            for recipe, slope in {"bf16": 0.0, "fused": 0.12, "tensorwise_fast": 0.07}.items():
+                factor = measured.bf16_factor if recipe == "bf16" else measured.fp8_factor
+                ratio = 1 + slope * (math.log2(width) - 9)
+                rows += [
+                    {
+                        "model": f"w{width}",
+                        "seq_len": roofline.MAP_SEQ,
+                        "micro_batch": tokens // roofline.MAP_SEQ,
+                        "recipe": recipe,
+                        "head": "bf16",
+                        "round": round_,
+                        "step": 0,
+                        "step_ms": 1e-6 * width * tokens / ratio * factor * (1 + 0.001 * round_),
+                        "tokens": tokens,
+                        "peak_memory_bytes": int(width * tokens * factor),
+                        "sm_clock_mhz": 1700.0 / factor,
+                        "power_w": 600.0 * factor,
+                    }
+                    for round_ in range(2)
+                ]
+        record = SpeedRecord(
+            plan="speed-map",
+            run=device.name.lower(),
+            status="finished",
+            provenance=provenance(f"NVIDIA {device.name}", measured),
+            results={"tokens": "random ids", "emulated": False, "cases": {}},
+            config={},
+        )
+        records.write_table(records.write(record, records_dir), "steps", pd.DataFrame(rows))
 
 
 VARIANCE_DESIGNS: dict[str, tuple[float, float, float]] = {

@@ -42,6 +42,7 @@ from tests.fixtures import (
     write_demo_records,
     write_gpu_records,
     write_ladder_records,
+    write_map_records,
     write_speed_records,
     write_variance_records,
 )
@@ -66,6 +67,7 @@ def make_project(root: Path, measured: Measured = DEFAULT, sizes: tuple[ModelCon
     write_demo_records(records_dir, sizes=sizes, measured=measured)
     write_gpu_records(records_dir, sizes=sizes, measured=measured)
     write_speed_records(records_dir, trained=sizes[-1], measured=measured)
+    write_map_records(records_dir, measured=measured)
     write_benchmark_records(records_dir, measured=measured)
     write_variance_records(records_dir, sizes[0], measured=measured)
     return records_dir
@@ -228,7 +230,10 @@ CONSTANTS = {
     *("250M", "5%", "10M", "0.80"),  # planned; the limits in the rules of the claims; goals
     *("2026", "3.11", "2.13"),  # year, and versions of Python and torch
 }
-NOT_FROM_RECORDS = re.compile(r"\{#tbl-(?:planned|bound|published)\}|^At 1\.5B the blocks|^Four things are often said")
+NOT_FROM_RECORDS = re.compile(
+    r"\{#tbl-(?:planned|bound|published|roofline)\}|^At 1\.5B the blocks|^Four things are often said"
+    r"|^## From bytes and FLOPs|^On an H[12]00, predicted"
+)
 
 
 def displayed(chapter: Path) -> list[str]:

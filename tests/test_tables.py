@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fp8lab import records, tables
+from fp8lab import records, roofline, tables
 from fp8lab.comparison import Deviation
-from fp8lab.config import load_plan
+from fp8lab.config import MODELS, load_plan
 from fp8lab.errors import UserError
 from fp8lab.results import RunSet, SpeedRun, data_benchmarks, speed_runs, training_runs
 from fp8lab.scaling import HOFFMANN
@@ -147,6 +151,86 @@ def test_occasions_are_pooled_round_by_round(speeds: list[SpeedRun]) -> None:
     first, second = (tables.speed_ratios([speed]).set_index(["model", "recipe", "head"]) for speed in speeds)
     assert ratios["low"]["1.5B", "fused", "bf16"] == first["low"]["1.5B", "fused", "bf16"]
     assert ratios["high"]["1.5B", "fused", "bf16"] == second["high"]["1.5B", "fused", "bf16"]
+
+
+def test_two_devices_are_never_pooled(speeds: list[SpeedRun]) -> None:
+    first, second = speeds
+    provenance = second.record.provenance.model_copy(update={"device_name": "NVIDIA H100 80GB HBM3"})
+    other = replace(second, record=second.record.model_copy(update={"provenance": provenance}))
+    ratios = tables.speed_ratios([first, other])
+    for speed, device in ((first, "NVIDIA H200"), (other, "NVIDIA H100 80GB HBM3")):
+        alone = tables.speed_ratios([speed])
+        own = ratios[ratios["device"] == device].reset_index(drop=True)
+        pd.testing.assert_frame_equal(own.drop(columns="setting"), alone.drop(columns="setting"))
+    by_setting = ratios.groupby("setting")["device"].nunique()
+    assert (by_setting == 1).all(), "a figure that goes by setting keeps devices apart"
+    assert "1.5B, T 2048, 16 sequences, H100" in by_setting.index
+    drift = tables.speed_drift([first, other])
+    assert set(drift["setting"]) == set(ratios["setting"])
+
+
+@given(st.floats(0.5, 2.0), st.floats(0.001, 0.05), st.integers(3, 8), st.integers(0, 100))
+@settings(max_examples=20, deadline=None)
+def test_the_interval_is_that_of_the_rounds(ratio: float, scatter: float, rounds: int, seed: int) -> None:
+    values = ratio * np.exp(np.random.default_rng(seed).normal(0, scatter, rounds))
+    low, high = tables._ratio_interval(values)
+    assert low < np.exp(np.log(values).mean()) < high
+    scaled_low, scaled_high = tables._ratio_interval(3 * values)
+    assert scaled_low == pytest.approx(3 * low)
+    assert scaled_high == pytest.approx(3 * high)
+    calmer_low, calmer_high = tables._ratio_interval(np.sqrt(values / ratio) * ratio)
+    assert calmer_high / calmer_low < high / low
+
+
+def test_one_round_has_no_interval() -> None:
+    assert np.isnan(tables._ratio_interval(np.array([1.2]))).all()
+
+
+def test_the_interval_of_two_occasions_covers_both(speeds: list[SpeedRun]) -> None:
+    both = tables.speed_ratios(speeds).set_index(["model", "recipe", "head"])
+    first, second = (tables.speed_ratios([speed]).set_index(["model", "recipe", "head"]) for speed in speeds)
+    row = ("1.5B", "fused", "bf16")
+    assert both["interval_low"][row] == min(first["interval_low"][row], second["interval_low"][row])
+    assert both["interval_high"][row] == max(first["interval_high"][row], second["interval_high"][row])
+    assert both["interval_low"][row] < both["ratio"][row] < both["interval_high"][row]
+
+
+def test_losses_of_the_first_steps_are_compared_step_by_step(speeds: list[SpeedRun]) -> None:
+    (speed, *_) = speeds
+    case = speed.record.results["cases"]["1.5B-T2048-B16"]
+    losses = {"bf16": [11.0, 10.0, 9.0, 8.0], "te_delayed": [11.0, 11.0, 9.5, 8.1], "nanochat": []}
+    contestants = {name: {"warmup_losses": values} for name, values in losses.items()}
+    results = speed.record.results | {"cases": {"1.5B-T2048-B16": case | {"contestants": contestants}}}
+    changed = replace(speed, record=speed.record.model_copy(update={"results": results}))
+    (row,) = tables.warmup_losses([changed]).to_dict("records")
+    assert row["contestant"] == "te_delayed"
+    assert row["mean_difference"] == pytest.approx(0.3), "over the second half"
+    assert row["largest_difference"] == pytest.approx(1.0)
+    assert (row["last"], row["bf16_last"]) == (8.1, 8.0)
+
+
+def test_a_prediction_stands_beside_its_measurement(speeds: list[SpeedRun]) -> None:
+    table = tables.roofline_against_measurement(speeds[:1]).set_index(["model", "recipe"])
+    ratios = tables.speed_ratios(speeds[:1]).set_index(["model", "recipe", "head"])
+    assert set(table.index.get_level_values("recipe")) == {"bf16", "tensorwise", "fused"}, "what it can predict"
+    assert table["measured_ratio"]["1.5B", "fused"] == ratios["ratio"]["1.5B", "fused", "bf16"]
+    model = MODELS["1.5B"].model_copy(update={"seq_len": 2048})
+    assert table["predicted_ms"]["1.5B", "fused"] == roofline.step_ms(model, 32768, "fused", roofline.H200)
+
+
+def test_the_map_holds_a_measurement_only_where_there_is_one(tmp_path: Path) -> None:
+    planned = tables.break_even([])
+    assert planned["measured"].isna().all()
+    folder = write_speed_records(tmp_path)
+    steps = records.read_table(folder, "steps")
+    steps = steps[(steps["model"] == "125M") & (steps["head"] == "bf16")].assign(model="w512", micro_batch=8)
+    steps["recipe"] = steps["recipe"].replace("tensorwise", "tensorwise_fast")
+    records.write_table(folder, "steps", steps)
+    table = tables.break_even(speed_runs(tmp_path))
+    known = table.dropna(subset=["measured"])
+    assert known[["device", "tokens", "width"]].drop_duplicates().to_numpy().tolist() == [["H200", 8192, 512]]
+    assert set(known["recipe"]) == {"fused", "tensorwise"}
+    pd.testing.assert_series_equal(table["predicted"], planned["predicted"])
 
 
 def test_settings_go_from_the_fastest_model_to_the_slowest(speeds: list[SpeedRun]) -> None:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fp8lab.config import MODELS, ModelConfig
+from fp8lab.config import LADDER_VOCAB, MODELS, ModelConfig
 from fp8lab.kernels import reference, triton_ops
 from fp8lab.kernels.scaling import Slot
 from fp8lab.kernels.triton_ops import Tile
@@ -131,6 +131,12 @@ def _cross_entropy(p: Problem) -> Call:
     return "cross_entropy", [*_logits(p), 0.0]
 
 
+def _cross_entropy_short(p: Problem) -> Call:
+    vocabulary = LADDER_VOCAB
+    targets = torch.randint(vocabulary, (HEAD_ROWS,), generator=p.generator, device=p.device)
+    return "cross_entropy", [p.bf16(HEAD_ROWS, vocabulary), targets, 0.0]
+
+
 def _logsumexp(p: Problem) -> Call:
     return "cross_entropy_quantised", [*_logits(p), 0.0, p.slot(torch.float8_e5m2, 2.0**15)]
 
@@ -170,6 +176,7 @@ CANDIDATES = {
     "norm_rotate": Candidates(_norm_rotate, "HEADS", HEADS),
     "norm_rotate_backward": Candidates(_norm_rotate_backward, "HEADS_BACKWARD", [*HEADS, Tile(64, 0, 16)]),
     "cross_entropy": Candidates(_cross_entropy, "CROSS_ENTROPY", LOGITS),
+    "cross_entropy, short rows": Candidates(_cross_entropy_short, "CROSS_ENTROPY_SHORT", LOGITS),
     "cross_entropy_quantised, loss": Candidates(_logsumexp, "LOGSUMEXP", LOGITS),
     "cross_entropy_quantised, gradient": Candidates(
         _logsumexp, "LOGITS_GRADIENT", [Tile(64, 128, 8), *BOTH[:3], BOTH[-1]]
