@@ -24,6 +24,7 @@ All hosts see one file system: data, records and checkpoints.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,7 +34,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -66,6 +67,10 @@ class World:
         values = torch.tensor(value)
         dist.all_reduce(values, dist.ReduceOp.MAX, self.group)
         return int(values)
+
+    def wait(self) -> None:
+        """Wait until every rank is here: torchrun stops the rest as soon as one has left with an error code."""
+        self.largest(0)
 
     def first(self, action: Callable[[], T]) -> T:
         """What `action` returns on the leader, where alone it is done; what it raises there, all raise."""
@@ -201,11 +206,16 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+@functools.cache
+def _host_mesh(size: int) -> DeviceMesh:
+    return init_device_mesh("cpu", (size,))
+
+
 def on_host(tensor: Tensor, copy: Tensor) -> Tensor:
     """`copy`, this rank's share of `tensor` in host memory, as the share that it is."""
     if not isinstance(tensor, DTensor):
         return copy
-    mesh = init_device_mesh("cpu", (tensor.device_mesh.size(),))
+    mesh = _host_mesh(tensor.device_mesh.size())
     return DTensor.from_local(copy, mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride())
 
 

@@ -99,9 +99,6 @@ def run_plan(plan: Plan, workspace: Workspace, options: Options, console: Consol
         UserError: a finished record was made with another configuration and `options.replace` is off.
         Interrupted: SIGINT or SIGTERM arrived; the runs in progress have checkpoints.
     """
-    compact = next((config.run for config in plan.runs if config.compact), None)
-    if options.nproc > 1 and compact is not None:
-        raise UserError(f"--nproc: {compact} is a compact run; those share one process on one GPU")
     for config in plan.runs:
         _check_unchanged(config, workspace, replace=options.replace)
     labels = {
@@ -111,9 +108,9 @@ def run_plan(plan: Plan, workspace: Workspace, options: Options, console: Consol
     with _stage(workspace, console, options.jobs) as stage:
         with ThreadPoolExecutor(options.jobs) as pool:
             futures: dict[str, Future[int]] = {}
-            for series in _series(plan.runs):
+            for series in _series(plan.runs, options.nproc):
                 first = series[0]
-                if first.compact:
+                if first.compact and options.nproc == 1:
                     future = pool.submit(_run_series, series, plan, options, stage, labels)
                 else:
                     parent = futures.get(first.parent.run) if first.parent else None
@@ -203,11 +200,15 @@ def _status_row(plan: str, run: str, records_dir: Path, checkpoints_dir: Path) -
     return plan, run, record.status, str(record.steps), loss, speed, record.reason or ""
 
 
-def _series(runs: Sequence[RunConfig]) -> list[tuple[RunConfig, ...]]:
-    """Runs that share a process: neighbours in the plan that are compact and alike but for recipe and seed."""
+def _series(runs: Sequence[RunConfig], nproc: int) -> list[tuple[RunConfig, ...]]:
+    """Runs that share a process: neighbours in the plan that are compact and alike but for recipe and seed.
+
+    A run that takes several processes shares none of them.
+    """
 
     def alike(config: RunConfig) -> str:
-        return config.model_dump_json(exclude={"run", "recipe", "seed"}) if config.compact else config.run
+        is_sharing = config.compact and nproc == 1
+        return config.model_dump_json(exclude={"run", "recipe", "seed"}) if is_sharing else config.run
 
     return [tuple(series) for _, series in itertools.groupby(runs, alike)]
 

@@ -39,6 +39,7 @@ MAP_PLAN = "speed-map"
 SPEED_COMMAND = "fp8lab speed runs/plans/speed-h200.yaml"
 DATA_PLAN = "data"
 """Data builds are recorded under this plan, each as a run with the mixture's name."""
+SCALING_OUT_PLAN = "scaling-out"
 BENCHMARK_PLAN = "benchmarks"
 """Measurements of this software itself; those of the data path are runs 'data-...'."""
 

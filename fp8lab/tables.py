@@ -1133,5 +1133,30 @@ def planned_runs(plan: Plan, bf16_mfu: float) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def scaling_out(runs: RunSet) -> pd.DataFrame:
+    """Tokens/s of one to many GPUs; efficiency is over as many times one GPU's, same model and recipe."""
+    timed = [(run, run.record.provenance.device_count, run.record.speed) for run in runs.runs]
+    alone = {(run.size, run.recipe): speed for run, count, speed in timed if speed and count == 1}
+    rows = []
+    for run, count, speed in sorted(timed, key=lambda row: (row[0].parameters, row[0].recipe, row[1])):
+        if speed is None:
+            continue
+        one, memory = alone.get((run.size, run.recipe)), speed.peak_memory_bytes
+        efficiency = speed.tokens_per_second_median / one.tokens_per_second_median / count if one else None
+        rows.append(
+            {
+                "model": run.size,
+                "recipe": run.recipe,
+                "GPUs": count,
+                "sharding": "" if count == 1 else run.record.config["sharding"],
+                "tokens/s": f"{speed.tokens_per_second_median:,.0f}",
+                "efficiency": "" if efficiency is None else f"{efficiency:.1%}",
+                "BF16-MFU": "" if speed.bf16_mfu is None else f"{speed.bf16_mfu:.1%}",
+                "peak memory of a GPU (GiB)": "" if memory is None else f"{memory / 2**30:.1f}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def _hours(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}"

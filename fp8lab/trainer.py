@@ -8,8 +8,8 @@ A run stops and continues as if it had not stopped. Its state is checkpointed ev
 `checkpoint_interval` steps and on SIGTERM and SIGINT; the batch at a step is a function of the step;
 and nothing else is random. On a CPU the continued run is bit-identical.
 
-``python -m fp8lab.trainer CONFIG.json`` trains without a notebook, ``torchrun -m fp8lab.trainer CONFIG.json``
-on as many GPUs and hosts as torchrun is told.
+``python -m fp8lab.trainer CONFIG.json`` (or ``PLAN.yaml RUN``) trains without a notebook, and ``torchrun -m
+fp8lab.trainer CONFIG.json`` on as many GPUs and hosts as torchrun is told.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from fp8lab import checkpoint, distributed, flops, records
-from fp8lab.config import RunConfig, read_run_config
+from fp8lab.config import RunConfig, load_run, read_run_config
 from fp8lab.data import Loader, TokenDataset, load_mixture
 from fp8lab.distributed import ALONE, World
 from fp8lab.errors import UserError
@@ -194,9 +195,11 @@ class Recorder:
             self._finish()
         except Interrupted as error:
             self._write("interrupted", str(error))
+            self._session.world.wait()
             raise
         except Diverged as error:
             self._write("diverged", str(error))
+            self._session.world.wait()
             raise
         except BaseException as error:
             self._write_failure(_one_line(error))
@@ -281,6 +284,8 @@ class Recorder:
             self.writer.save(state)
             if wait:
                 self.writer.wait()
+        if wait:
+            self._session.world.wait()
 
     def _flush(self) -> None:
         self._next_flush = time.monotonic() + FLUSH_SECONDS
@@ -439,7 +444,10 @@ def _prefetched(loader: Loader, session: Session) -> Iterator[Iterator[Tensor]]:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying of them; a second one has its usual effect."""
+    """Collect SIGTERM and SIGINT instead of dying of them; a second one has its usual effect.
+
+    Not under torchrun, which passes on what the rank may have received already, and kills what does not end.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -448,6 +456,8 @@ def stop_signals() -> Iterator[list[int]]:
 
     def handle(number: int, _frame: FrameType | None) -> None:
         received.append(number)
+        if dist.is_torchelastic_launched():
+            return
         for other, handler in previous.items():
             signal.signal(other, handler)
 
@@ -463,7 +473,8 @@ def stop_signals() -> Iterator[list[int]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m fp8lab.trainer CONFIG.json``: exit code 0, 1 failed, 2 bad input, 130 or 143 interrupted."""
     parser = argparse.ArgumentParser(prog="python -m fp8lab.trainer", description="Train one run without a notebook.")
-    parser.add_argument("config", type=Path, help="a run's resolved configuration (JSON)")
+    parser.add_argument("config", type=Path, help="a run's resolved configuration (JSON), or a plan (YAML)")
+    parser.add_argument("run", nargs="?", help="name of the plan's run")
     parser.add_argument("--records-dir", type=Path, default=Path("runs/records"))
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--checkpoints-dir", type=Path, default=Path("checkpoints"))
@@ -472,7 +483,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     leads = os.environ.get("RANK", "0") == "0"
     try:
         record = train(
-            read_run_config(options.config),
+            load_run(options.config, options.run) if options.run else read_run_config(options.config),
             records_dir=options.records_dir,
             data_dir=options.data_dir,
             checkpoints_dir=options.checkpoints_dir,

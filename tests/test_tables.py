@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,15 +16,17 @@ from fp8lab import records, roofline, tables
 from fp8lab.comparison import Deviation
 from fp8lab.config import MODELS, load_plan
 from fp8lab.errors import UserError
-from fp8lab.results import RunSet, SpeedRun, data_benchmarks, speed_runs, training_runs
+from fp8lab.results import RunSet, SpeedRun, data_benchmarks, plan_runs, speed_runs, training_runs
 from fp8lab.scaling import HOFFMANN
 from fp8lab.units import signed
 from tests.fixtures import (
     LADDER_LAW,
     OTHER,
+    SIZES,
     provenance,
     write_demo_records,
     write_ladder_records,
+    write_run,
     write_speed_records,
 )
 
@@ -305,3 +308,24 @@ def test_drift_is_of_the_last_round_over_the_first(tmp_path: Path) -> None:
     assert drift.loc[("1.5B, T 2048, 16 sequences", "fused", "fp8"), "change"] == pytest.approx(0.1, abs=0.02)
     assert drift.loc[("1.5B, T 2048, 16 sequences", "fused", "fp8"), "last_clock_mhz"] == 900
     assert drift["change"].drop(("1.5B, T 2048, 16 sequences", "fused", "fp8")).abs().max() < 0.02
+
+
+def test_scaling_out_compares_with_as_many_times_one_gpu(tmp_path: Path) -> None:
+    for count, sharding, tokens_per_second in ((1, "ddp", 100.0), (2, "fsdp", 150.0), (2, "ddp", 190.0)):
+        folder = write_run(tmp_path, "scaling-out", SIZES[0], "bf16", device_name="NVIDIA H100 80GB HBM3")
+        run = records.read(folder)
+        assert isinstance(run, records.TrainRecord)
+        assert run.speed is not None
+        run.run = f"{sharding}-{count}"
+        run.provenance.device_count = count
+        run.config["sharding"] = sharding
+        run.speed.tokens_per_second_median = tokens_per_second
+        records.write(run, tmp_path)
+        shutil.rmtree(folder)
+    table = tables.scaling_out(plan_runs(tmp_path, "scaling-out"))
+    assert table["GPUs"].tolist() == [1, 2, 2]
+    assert dict(zip(table["sharding"], table["efficiency"], strict=True)) == {
+        "": "100.0%",
+        "ddp": "95.0%",
+        "fsdp": "75.0%",
+    }
