@@ -365,12 +365,14 @@ def frontier(compute: ArrayLike, loss: ArrayLike) -> NDArray[np.intp]:
 
     No mixture of budgets that were measured does better than the lines between them.
     """
-    x, y = np.log(np.asarray(compute, dtype=float)), np.log(np.asarray(loss, dtype=float))
+    compute, loss = np.asarray(compute, dtype=float), np.asarray(loss, dtype=float)
+    x, y = np.log(compute), np.log(loss)
     hull: list[int] = []
-    for point in np.lexsort((y, x)):
+    # Sorted before the logarithm, which makes neighbouring numbers equal.
+    for point in np.lexsort((loss, compute)):
         while len(hull) > 1 and _turns_down(x, y, hull[-2], hull[-1], point):
             hull.pop()
-        if not hull or y[point] < y[hull[-1]]:
+        if not hull or loss[point] < loss[hull[-1]]:
             hull.append(int(point))
     return np.array(hull, dtype=np.intp)
 

@@ -72,15 +72,20 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else records.cpu_name()
 
 
-def compile_blocks(model: GPT, device: torch.device) -> None:
-    """torch.compile each block and the final norm: blocks share a graph, so it takes seconds, not minutes."""
+def compile_blocks(model: GPT, device: torch.device) -> bool:
+    """torch.compile each block and the final norm: blocks share a graph, so it takes seconds, not minutes.
+
+    Returns:
+        False where nothing can be compiled, after a warning.
+    """
     compiler = shutil.which("g++") or shutil.which("clang++")
     if device.type == "cpu" and not (compiler and Path(sysconfig.get_path("include"), "Python.h").exists()):
         log.warning("no C++ compiler (g++ or clang++) or no Python headers: the run is not compiled")
-        return
+        return False
     for block in model.blocks:
         block.compile(dynamic=False)
     model.norm.compile(dynamic=False)
+    return True
 
 
 _compiled_for = ""
@@ -198,9 +203,10 @@ class Session:
         self.earlier_seconds = 0.0
         self.started_utc: str | None = None
         self.began = time.perf_counter()
+        self.is_compiled = False
         if config.compile:
             drop_other_graphs(config)
-            compile_blocks(self.model, self.device)
+            self.is_compiled = compile_blocks(self.model, self.device)
 
     @property
     def is_sharded(self) -> bool:
@@ -341,9 +347,18 @@ class Session:
             return None
         return self._validation_losses(_share_weights(self.bf16_model, self.average.averages))
 
+    def _compiled_like_training(self, model: GPT) -> GPT:
+        """Another model over `model`'s weights, compiled if training is: probes and samples need `model` eager."""
+        if not self.is_compiled:
+            return model
+        twin = _share_weights(model)
+        compile_blocks(twin, self.device)
+        return twin
+
     @torch.no_grad()
     def _validation_losses(self, model: GPT) -> dict[str, DomainLoss]:
         """`model`'s losses on each domain's validation text."""
+        model = self._compiled_like_training(model)
         losses = {}
         for domain in self.dataset.weights:
             windows, text_bytes = self.dataset.validation_windows(

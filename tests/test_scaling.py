@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fp8lab.errors import UserError
@@ -167,6 +167,7 @@ def test_largest_size_is_predicted_from_the_smaller_ones() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(1e15, 1e18), st.floats(2, 6)), min_size=1, max_size=30, unique_by=lambda p: p[0]))
+@example([(1e15 + 1, 2.0), (1e15, 2.0)])
 def test_no_run_lies_below_the_frontier(runs: list[tuple[float, float]]) -> None:
     compute, loss = (np.array(values) for values in zip(*runs, strict=True))
     hull = frontier(compute, loss)
