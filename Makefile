@@ -1,6 +1,7 @@
 # make report   the article, from nothing:  .venv, install, train and score the demo, publish to _site/
 # make test     install what the tests need, run them
 # make check    lint, format, types
+# make reliability   break runs in every way that the article lists, and record what they did
 
 PYTHON ?= python3
 # Other pip options, for example: make report PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -11,7 +12,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 
-.PHONY: report test check install install-dev browser clean
+.PHONY: report test check reliability install install-dev browser clean
 
 report: .venv/installed .venv/quarto-tried
 	@$(BIN)/fp8lab run --jobs 2 runs/plans/demo.yaml
@@ -19,6 +20,9 @@ report: .venv/installed .venv/quarto-tried
 
 test: .venv/installed-dev browser
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+reliability: .venv/installed-dev
+	@$(BIN)/python -m pytest -q -n 2 tests/faults tests/test_checkpoint.py tests/test_trainer.py --record-faults runs/records
 
 check: .venv/installed-dev
 	@$(BIN)/ruff check .

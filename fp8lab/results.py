@@ -22,7 +22,7 @@ from fp8lab import records
 from fp8lab.comparison import Deviation, Gap
 from fp8lab.config import RECIPES, Recipe
 from fp8lab.errors import UserError
-from fp8lab.records import BenchmarkRecord, DataRecord, SpeedRecord, TrainRecord
+from fp8lab.records import BenchmarkRecord, DataRecord, SpeedRecord, TestRecord, TrainRecord
 
 MEASURED_PLANS = ("article", "ladder-h200", "pilot-h200")
 """Plans trained on GPUs that the article draws, the most complete first."""
@@ -41,7 +41,12 @@ DATA_PLAN = "data"
 """Data builds are recorded under this plan, each as a run with the mixture's name."""
 SCALING_OUT_PLAN = "scaling-out"
 BENCHMARK_PLAN = "benchmarks"
-"""Measurements of this software itself; those of the data path are runs 'data-...'."""
+"""Measurements of this software itself: of the data path as runs 'data-...', of the trainer as 'trainer-...'."""
+RELIABILITY_PLAN = "reliability"
+FAULT_RUN = "fault-tests"
+"""The record that the fault tests wrote themselves."""
+FAULT_COMMAND = "make reliability"
+BENCHMARK_COMMAND = "python -m fp8lab.benchmark"
 
 
 @dataclass(frozen=True)
@@ -289,8 +294,30 @@ def bytes_per_token(record: DataRecord) -> float:
 
 def data_benchmarks(records_dir: Path) -> list[BenchmarkRecord]:
     """What `fp8lab.data.benchmark` measured, by name."""
+    return _benchmarks(records_dir, "data-")
+
+
+def trainer_benchmarks(records_dir: Path) -> list[BenchmarkRecord]:
+    """What `fp8lab.benchmark` measured on GPUs, by name: off them it measures nothing that a reader wants to know."""
+    return [
+        record
+        for record in _benchmarks(records_dir, "trainer-")
+        if not record.provenance.device_name.upper().startswith("CPU")
+    ]
+
+
+def _benchmarks(records_dir: Path, prefix: str) -> list[BenchmarkRecord]:
     found = (record for _, record in records.read_plan(records_dir, BENCHMARK_PLAN))
-    return [record for record in found if isinstance(record, BenchmarkRecord) and record.run.startswith("data-")]
+    return [record for record in found if isinstance(record, BenchmarkRecord) and record.run.startswith(prefix)]
+
+
+def fault_record(records_dir: Path) -> TestRecord | None:
+    """What the fault tests saw, or None where they have written no record."""
+    folder = records.record_dir(records_dir, RELIABILITY_PLAN, FAULT_RUN)
+    if not (folder / "record.json").exists():
+        return None
+    record = records.read(folder)
+    return record if isinstance(record, TestRecord) else None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ import pytest
 from fp8lab import records
 from fp8lab.config import Plan, RunConfig, load_plan
 from fp8lab.data import build, load_mixture
+from tests.faults.record import fault_report, pytest_addoption, pytest_configure
+
+__all__ = ["demo_runs", "fault_report", "pytest_addoption", "pytest_configure"]
 
 ROOT = Path(__file__).parents[1]
 

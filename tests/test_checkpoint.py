@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -58,6 +59,20 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+def delete_a_half(path: Path) -> None:
+    """Remove the checkpoint's files but every second."""
+    for other in sorted(path.parent.iterdir())[::2]:
+        other.unlink()
+
+
+DAMAGED_BY = {
+    truncate: "truncated",
+    flip_a_bit: "flipped in one bit",
+    Path.unlink: "short of a file",
+    delete_a_half: "half deleted",
+}
+
+
 def test_state_comes_back_bit_for_bit(tmp_path) -> None:
     state = some_state(5)
     write(tmp_path, state)
@@ -107,7 +122,9 @@ def test_any_flipped_bit_lost_byte_or_lost_file_is_found(tmp_path, data) -> None
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "checksums.json"])
-def test_the_previous_good_checkpoint_is_used_and_the_damage_reported(tmp_path, caplog, damage, file) -> None:
+def test_the_previous_good_checkpoint_is_used_and_the_damage_reported(
+    tmp_path, caplog, damage, file, fault_report
+) -> None:
     write(tmp_path, some_state(10))
     damage(write(tmp_path, some_state(20)) / file)
     with caplog.at_level(logging.WARNING):
@@ -116,9 +133,17 @@ def test_the_previous_good_checkpoint_is_used_and_the_damage_reported(tmp_path, 
     # A bit flipped in a checksum accuses the file that it is of.
     accused = "" if file == CHECKSUMS_FILE else file
     assert f"step-00000020/{accused}" in caplog.text
+    fault_report(
+        "damage",
+        f"The newest checkpoint is {DAMAGED_BY[damage]}",
+        "Its checksum finds it, a warning names the file, and the checkpoint before it is used",
+        damaged_file=file,
+        checkpoints=[10, 20],
+        used=10,
+    )
 
 
-def test_with_none_left_the_error_is_clear_and_nothing_is_overwritten(tmp_path, monkeypatch) -> None:
+def test_with_none_left_the_error_is_clear_and_nothing_is_overwritten(tmp_path, monkeypatch, fault_report) -> None:
     monkeypatch.setattr(trainer, "open_data", rule_data.open_data)
     folders = {name: tmp_path / name for name in ("records_dir", "data_dir", "checkpoints_dir")}
     trainer.train(tiny_config(), **folders)
@@ -132,37 +157,92 @@ def test_with_none_left_the_error_is_clear_and_nothing_is_overwritten(tmp_path, 
     assert {name: content for name, content in after.items() if name != lock} == {
         name: content for name, content in before.items() if name != lock
     }
+    fault_report(
+        "damage",
+        "Every checkpoint is damaged",
+        "The run is refused with one line that names what is damaged, and no file is changed",
+        recipe="bf16",
+        files_unchanged=len(before) - 1,
+    )
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lambda path: shutil.rmtree(path.parent)])
-def test_a_run_resumed_before_damage_ends_bit_identical(tmp_path, monkeypatch, damage) -> None:
+@pytest.mark.parametrize("recipe", ["bf16", "fused"])
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, delete_a_half])
+def test_a_run_resumed_before_damage_ends_bit_identical(tmp_path, monkeypatch, damage, recipe, fault_report) -> None:
     monkeypatch.setattr(trainer, "open_data", rule_data.open_data)
     folders = {name: tmp_path / name for name in ("records_dir", "data_dir", "checkpoints_dir")}
-    first = trainer.train(tiny_config(), **folders)
+    config = tiny_config(recipe=recipe)
+    first = trainer.train(config, **folders)
     run = tmp_path / "checkpoints_dir" / "test" / "tiny"
     weights = (run / "model.safetensors").read_bytes()
     (run / "model.safetensors").unlink()
     damage(run / "step-00000020" / "model.safetensors")
-    again = trainer.train(tiny_config(), **folders)
+    again = trainer.train(config, **folders)
     assert again.final == first.final
     assert (run / "model.safetensors").read_bytes() == weights
     assert find_damage(run / "step-00000020") is None
+    fault_report(
+        "damage",
+        f"The newest checkpoint is {DAMAGED_BY[damage]}, and the run goes on",
+        "It is done again from the checkpoint before, and ends bit-identical",
+        recipe=recipe,
+        resumed_from_step=10,
+        steps=again.steps,
+    )
 
 
-def test_a_half_written_checkpoint_is_never_seen(tmp_path) -> None:
+def test_a_half_written_checkpoint_is_never_seen(tmp_path, fault_report) -> None:
     write(tmp_path, some_state(10))
     shutil.copytree(tmp_path / "step-00000010", tmp_path / ".step-00000020.tmp")
     assert load_latest(tmp_path).step == 10
     checkpoint.clean_up(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
+    fault_report(
+        "writing",
+        "A half-written checkpoint lies in the run's folder",
+        "It has a temporary name, so it is never taken for one, and is removed when the run starts again",
+    )
 
 
-def test_the_last_two_are_kept_and_those_asked_for(tmp_path) -> None:
+def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_disk(tmp_path, monkeypatch, fault_report) -> None:
+    events: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def logged_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    def logged_rename(source: Path, target: Path) -> Path:
+        events.append(f"{source.name} -> {target.name}")
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(Path, "rename", logged_rename)
+    final = write(tmp_path, some_state(7))
+    named = events.index(f".{final.name}.tmp -> {final.name}")
+    assert set(events[:named]) == {*(path.name for path in final.iterdir()), f".{final.name}.tmp"}
+    assert events[named + 1 :] == [tmp_path.name]
+    fault_report(
+        "writing",
+        "Power fails around the end of a write (each system call is watched)",
+        "Every file and the folder are synced to disk before the checkpoint gets its name, and its parent after",
+        files_synced_before=named - 1,
+    )
+
+
+def test_the_last_two_are_kept_and_those_asked_for(tmp_path, fault_report) -> None:
     writer = CheckpointWriter(tmp_path, keep_at={30})
     for step in (10, 20, 30, 40, 50, 60, 70, 80):
         writer.save(some_state(step))
     writer.wait()
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-000000{step}" for step in (30, 70, 80)]
+    fault_report(
+        "writing",
+        "Checkpoints pile up",
+        "The last two are kept, and those that the configuration names",
+        kept=[30, 70, 80],
+        written=8,
+    )
 
 
 def test_a_snapshot_is_of_the_moment_it_was_asked_for(tmp_path) -> None:

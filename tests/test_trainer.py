@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8lab import records, session, trainer
 from fp8lab.checkpoint import load_model
@@ -171,9 +172,10 @@ def poison(monkeypatch, steps: set[int]) -> None:
     monkeypatch.setattr(session, "training_loss", poisoned)
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(train, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("recipe", ["bf16", "tensorwise", "fused"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(train, tmp_path, monkeypatch, recipe, fault_report) -> None:
     poison(monkeypatch, {5, 9})
-    record = train()
+    record = train(tiny_config(recipe=recipe))
     assert record.status == "finished"
     assert (record.stability.skipped_steps, record.stability.first_bad_step) == (2, 5)
     table = curve(tmp_path)
@@ -181,9 +183,59 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(train, tmp_path, monke
     assert table[~table["skipped"]]["loss"].notna().all()
     state = load_latest(tmp_path / "checkpoints_dir" / "test" / "tiny")
     assert {float(tensor) for name, tensor in state.optimizer.items() if name.endswith(".step")} == {18.0}
+    fault_report(
+        "non-finite",
+        "The loss or a gradient of a step is not finite",
+        "The step changes nothing but the count and the log, and training goes on",
+        recipe=recipe,
+        steps=record.steps,
+        skipped_steps=record.stability.skipped_steps,
+        first_bad_step=record.stability.first_bad_step,
+    )
 
 
-def test_a_run_that_stays_non_finite_stops_as_diverged_and_names_the_layer(train, tmp_path, monkeypatch) -> None:
+class HostReads(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: reading a tensor's value, or copying it to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.found.append(str(function))
+        return function(*arguments, **keywords or {})
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "tensorwise", "fused"])
+def test_skipping_never_makes_the_host_wait(train, monkeypatch, recipe, fault_report) -> None:
+    poison(monkeypatch, {4})
+    real, reads = session.Session.take_step, {}
+
+    def take_step(self, batch):
+        with HostReads() as counted:
+            real(self, batch)
+        reads[self.step] = counted.found
+
+    monkeypatch.setattr(session.Session, "take_step", take_step)
+    optimizer = {"peak_learning_rate": 1e-3, "skip_outliers": 8}
+    record = train(tiny_config(recipe=recipe, tokens=8 * 128, optimizer=optimizer))
+    assert record.stability.skipped_steps == 1
+    # The first step of `fused` asks once whether it has a history.
+    assert {step: found for step, found in reads.items() if found and step > 1} == {}
+    fault_report(
+        "non-finite",
+        "The verdict on a step, taken or skipped, outliers judged too",
+        "It stays on the device: no step reads a value back",
+        recipe=recipe,
+        values_read_by_the_host=sum(len(found) for step, found in reads.items() if step > 1),
+    )
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "tensorwise"])
+def test_a_run_that_stays_non_finite_stops_as_diverged_and_names_the_layer(
+    train, tmp_path, monkeypatch, recipe, fault_report
+) -> None:
     monkeypatch.setattr(trainer, "FLUSH_SECONDS", 0.0)
     real, seen = session.convert, []
 
@@ -197,7 +249,7 @@ def test_a_run_that_stays_non_finite_stops_as_diverged_and_names_the_layer(train
 
     monkeypatch.setattr(session, "convert", convert)
     with pytest.raises(Diverged, match=r"first .* was at step 14, in blocks\.0\.mlp$"):
-        train(tiny_config(tokens=200 * 128))
+        train(tiny_config(recipe=recipe, tokens=200 * 128))
     record = records.read(tmp_path / "records_dir" / "test" / "tiny")
     assert record.status == "diverged"
     assert record.stability.first_bad_step == 14
@@ -205,9 +257,20 @@ def test_a_run_that_stays_non_finite_stops_as_diverged_and_names_the_layer(train
     state = load_latest(tmp_path / "checkpoints_dir" / "test" / "tiny")
     assert state.step in (20, 30)
     assert all(torch.isfinite(tensor).all() for tensor in state.model.values())
+    fault_report(
+        "non-finite",
+        "Every step from one on is not finite",
+        "The run stops as `diverged`; its record names the first bad step and layer, and the last checkpoint holds the "
+        "last good weights",
+        recipe=recipe,
+        first_bad_step=record.stability.first_bad_step,
+        first_bad_layer=record.stability.first_bad_layer,
+        stopped_after_step=record.steps,
+        skipped_steps=record.stability.skipped_steps,
+    )
 
 
-def test_outlier_steps_are_skipped_when_asked(train, monkeypatch) -> None:
+def test_outlier_steps_are_skipped_when_asked(train, monkeypatch, fault_report) -> None:
     real, calls = session.training_loss, []
 
     def spike(*arguments):
@@ -221,6 +284,14 @@ def test_outlier_steps_are_skipped_when_asked(train, monkeypatch) -> None:
     assert record.stability.skipped_steps == 1
     assert record.stability.first_bad_step is None
     assert record.stability.spike_score == pytest.approx(1 / 60)
+    fault_report(
+        "non-finite",
+        "A loss far above the last 128 steps', with `skip_outliers`",
+        "The step is skipped and counted; the spike score in the record shows it",
+        recipe="bf16",
+        skipped_steps=record.stability.skipped_steps,
+        spike_score=round(record.stability.spike_score, 4),
+    )
 
 
 def test_an_exception_leaves_a_failed_record_with_the_reason(train, tmp_path, monkeypatch) -> None:
@@ -355,7 +426,7 @@ def test_budgets_of_a_plan_branch_off_one_run(train, tmp_path) -> None:
     assert short.final.validation_loss > long.final.validation_loss
 
 
-def test_out_of_memory_names_the_micro_batch_that_fits(train, tmp_path, monkeypatch) -> None:
+def test_out_of_memory_names_the_micro_batch_that_fits(train, tmp_path, monkeypatch, fault_report) -> None:
     real = session.training_loss
 
     def limited(model, hidden, targets, z_loss):
@@ -370,6 +441,15 @@ def test_out_of_memory_names_the_micro_batch_that_fits(train, tmp_path, monkeypa
     record = records.read(tmp_path / "records_dir" / "test" / "tiny")
     assert record.status == "failed"
     assert "2 do" in record.reason
+    fault_report(
+        "memory",
+        "The micro-batch does not fit the GPU's memory (simulated: the allocation fails)",
+        "The run stops with one line that names the largest divisor of the micro-batch that fits, found by trying",
+        recipe="bf16",
+        micro_batch=8,
+        named=2,
+        status=record.status,
+    )
 
 
 def test_training_a_finished_run_again_changes_no_result(train, tmp_path) -> None:

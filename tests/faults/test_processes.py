@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import pandas as pd
@@ -19,31 +23,42 @@ from fp8lab.config import RunConfig
 from fp8lab.progress import read_progress
 from tests.checkpoints import load_latest
 from tests.conftest import ROOT
+from tests.faults import worker
 from tests.rule_data import tiny_config, tiny_model
 
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 300
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 class Worker:
     """One run's worker, started as often as the test likes."""
 
-    def __init__(self, root: Path, config: RunConfig, prefix: tuple[str, ...] = ()) -> None:
+    def __init__(self, root: Path, config: RunConfig) -> None:
         root.mkdir(parents=True, exist_ok=True)
         self.checkpoints = root / "checkpoints" / config.plan / config.run
         self.record_folder = root / "records" / config.plan / config.run
         path = root / "config.json"
         path.write_text(config.model_dump_json())
-        self._command = [*prefix, sys.executable, "-m", "tests.faults.worker", str(path)]
-        self._command += ["--records-dir", str(root / "records"), "--checkpoints-dir", str(root / "checkpoints")]
+        self.arguments = [str(path), "--records-dir", str(root / "records")]
+        self.arguments += ["--checkpoints-dir", str(root / "checkpoints")]
+        self._errors = root / "errors.txt"
 
-    def start(self) -> subprocess.Popen[str]:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(self._command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    def start(self, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        """Start the command as a user would; `prefix` is put before it."""
+        command = [*prefix, sys.executable, "-m", "tests.faults.worker", *self.arguments]
+        return subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, stderr=subprocess.PIPE, text=True)
 
-    def run(self) -> tuple[int, str]:
-        process = self.start()
-        _, errors = process.communicate(timeout=PATIENCE_SECONDS)
-        return process.returncode, errors
+    def fork(self, server: ForkServerContext) -> ForkServerProcess:
+        """Start a process that has imported everything already: seconds less a start."""
+        process = server.Process(target=worker.forked, args=(self.arguments, self._errors))
+        process.start()
+        return process
+
+    def run(self, server: ForkServerContext) -> tuple[int | None, str]:
+        """Train until the process ends; its exit code and standard error."""
+        process = self.fork(server)
+        process.join(PATIENCE_SECONDS)
+        return process.exitcode, self._errors.read_text()
 
     def record(self) -> records.TrainRecord:
         record = records.read(self.record_folder)
@@ -64,14 +79,32 @@ class Worker:
     def half_written(self) -> list[Path]:
         return list(self.checkpoints.glob(".step-*.tmp"))
 
+    def newest_checkpoint(self) -> int:
+        """Step of the newest checkpoint; 0 if there is none."""
+        return max((int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*")), default=0)
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> bool:
-    """Poll until `condition` or the end of `process`; True if the condition came first."""
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServerContext]:
+    """Forks workers from a process that has imported the trainer and computed nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([worker.__name__])
+        process = context.Process(target=os.getpid)
+        process.start()
+        process.join()
+        yield context
+
+
+def wait_for(condition: Callable[[], object], ended: Callable[[], bool]) -> bool:
+    """Poll until `condition` or the end of a process; True if the condition came first."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         if condition():
             return True
-        if process.poll() is not None:
+        if ended():
             return False
         time.sleep(0.0002)
     raise AssertionError("nothing happened")
@@ -83,51 +116,80 @@ def assert_same_run(whole: Worker, parts: Worker) -> None:
     assert whole.weights() == parts.weights()
 
 
-def kill(worker: Worker, *, after: float | None) -> bool:
-    """Start the worker and kill -9 it: some seconds into training, or (None) while it writes a checkpoint.
+class Moment(StrEnum):
+    """When a kill comes."""
 
-    True if it died of the kill, and in the second case left a half-written checkpoint behind.
+    ANY = "at a random moment from the process's first"
+    TRAINING = "at a random moment after its first checkpoint"
+    WRITING = "while it writes its second checkpoint"
+
+
+def kill(server: ForkServerContext, run: Worker, moment: Moment, seconds: float) -> bool:
+    """Start the worker and kill -9 it, up to `seconds` after the moment begins.
+
+    True if it died of the kill, and of one while it wrote, left a half-written checkpoint behind.
     """
-    started = time.time()
-    process = worker.start()
-    if after is None:
-        wait_for(worker.half_written, process)
+    before = run.newest_checkpoint()
+    process = run.fork(server)
+    if moment is not Moment.ANY:
+        wait_for(lambda: run.newest_checkpoint() > before, lambda: not process.is_alive())
+    if moment is Moment.WRITING:
+        wait_for(run.half_written, lambda: not process.is_alive())
     else:
-        wait_for(lambda: worker.training_since(started), process)
-        time.sleep(after)
+        time.sleep(seconds)
     process.kill()
-    process.communicate()
-    return process.returncode == -signal.SIGKILL and (after is not None or bool(worker.half_written()))
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "the run was over before it could be killed"
+    return bool(run.half_written())
 
 
-@pytest.mark.parametrize("recipe", ["bf16", "tensorwise"])
-def test_killed_at_random_moments_and_during_writes_the_run_ends_bit_identical(tmp_path, recipe) -> None:
+@pytest.mark.parametrize("recipe", ["bf16", "fused"])
+def test_killed_at_ten_moments_the_run_ends_bit_identical(tmp_path, server, recipe, fault_report) -> None:
     # Wide enough that a checkpoint takes a moment to write.
     config = tiny_config(
-        recipe=recipe, model=tiny_model(d_model=128, d_ff=384), tokens=120 * 128, checkpoint_interval=4
+        recipe=recipe,
+        model=tiny_model(d_model=128, d_ff=384, n_layers=1),
+        tokens=120 * 64,
+        global_batch_tokens=64,
+        micro_batch=2,
+        checkpoint_interval=4,
     )
-    whole, parts = Worker(tmp_path / "whole", config), Worker(tmp_path / "parts", config)
-    assert whole.run() == (0, "")
-    moments = random.Random(recipe)
-    kills = [kill(parts, after=moments.uniform(0.0, 0.4)) for _ in range(3)]
+    whole = Worker(tmp_path / "whole", config.model_copy(update={"checkpoint_interval": 1000}))
+    parts = Worker(tmp_path / "parts", config)
+    assert whole.run(server) == (0, "")
+    random_seconds = random.Random(recipe)
+    resumed_from, half_written = [], 0
+    for moment in [Moment.ANY, Moment.WRITING, Moment.TRAINING] * 3 + [Moment.WRITING]:
+        half_written += kill(server, parts, moment, random_seconds.uniform(0.0, 0.2))
+        resumed_from.append(parts.newest_checkpoint())
     # A kill may come a moment after the rename: then it was one more at a random moment.
-    while kills.count(True) < 5:
-        kills.append(kill(parts, after=None))
-        assert len(kills) < 12
-    code, _ = parts.run()
-    assert code == 0
+    assert half_written >= 2
+    assert 0 < resumed_from[-1] < config.steps
+    assert parts.run(server)[0] == 0
     assert parts.half_written() == []
     assert_same_run(whole, parts)
+    fault_report(
+        "kill",
+        "`kill -9`, again and again: at random moments, and while a checkpoint was being written",
+        "The same command resumes from the newest whole checkpoint; final weights and logged curve are bit-identical "
+        "to those of a run that nobody killed",
+        recipe=recipe,
+        kills=len(resumed_from),
+        kills_that_left_a_half_written_checkpoint=half_written,
+        newest_whole_checkpoint_at_each_kill=resumed_from,
+        steps=config.steps,
+    )
 
 
-def test_signals_checkpoint_within_a_step_and_exit_with_their_code(tmp_path) -> None:
+def test_signals_checkpoint_within_a_step_and_exit_with_their_code(tmp_path, server, fault_report) -> None:
     config = tiny_config(tokens=300 * 128, checkpoint_interval=1000)
     whole, parts = Worker(tmp_path / "whole", config), Worker(tmp_path / "parts", config)
-    assert whole.run() == (0, "")
+    assert whole.run(server) == (0, "")
+    stops = []
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         started = time.time()
         process = parts.start()
-        wait_for(lambda since=started: parts.training_since(since), process)
+        wait_for(lambda since=started: parts.training_since(since), lambda p=process: p.poll() is not None)
         process.send_signal(number)
         _, errors = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == code
@@ -137,32 +199,51 @@ def test_signals_checkpoint_within_a_step_and_exit_with_their_code(tmp_path) -> 
         state = load_latest(parts.checkpoints)
         assert state is not None
         assert state.step == record.steps == len(parts.curve())
-    assert parts.run() == (0, "")
+        stops.append((number.name, code, state.step))
+    assert parts.run(server) == (0, "")
     assert_same_run(whole, parts)
+    for name, code, step in stops:
+        fault_report(
+            "signal",
+            f"{name}, the scheduler's or the user's request to stop",
+            "The step under way is finished and checkpointed, the record says `interrupted`, the exit code names the "
+            "signal; the same command resumes and ends bit-identical",
+            recipe="bf16",
+            exit_code=code,
+            stopped_after_step=step,
+            steps=config.steps,
+        )
 
 
-def test_a_second_process_is_refused_and_a_dead_one_s_lock_is_not_in_the_way(tmp_path) -> None:
-    worker = Worker(tmp_path, tiny_config(tokens=3000 * 128, checkpoint_interval=1000))
+def test_a_second_process_is_refused_and_a_dead_one_s_lock_is_not_in_the_way(tmp_path, server, fault_report) -> None:
+    run = Worker(tmp_path, tiny_config(tokens=3000 * 128, checkpoint_interval=1000))
     started = time.time()
-    first = worker.start()
-    wait_for(lambda: worker.training_since(started), first)
-    record = (worker.record_folder / "record.json").read_bytes()
-    code, errors = worker.run()
+    first = run.fork(server)
+    wait_for(lambda: run.training_since(started), lambda: not first.is_alive())
+    record = (run.record_folder / "record.json").read_bytes()
+    code, errors = run.run(server)
     assert code == 2
     assert f"process {first.pid} is training this run" in errors
-    assert (worker.record_folder / "record.json").read_bytes() == record
+    assert (run.record_folder / "record.json").read_bytes() == record
     first.kill()
-    first.communicate()
+    first.join()
     started = time.time()
-    heir = worker.start()
-    assert wait_for(lambda: worker.training_since(started), heir)
+    heir = run.fork(server)
+    assert wait_for(lambda: run.training_since(started), lambda: not heir.is_alive())
     heir.terminate()
-    heir.communicate(timeout=PATIENCE_SECONDS)
-    assert heir.returncode == 143
+    heir.join(PATIENCE_SECONDS)
+    assert heir.exitcode == 143
+    fault_report(
+        "lock",
+        "A second process on a run that one trains already; then the first is killed and a third started",
+        "The second is refused by name of the first and changes nothing; the dead one's lock does not block the third",
+        recipe="bf16",
+        exit_code_of_the_second=code,
+    )
 
 
-def small_disk(folder: Path, kilobytes: int) -> tuple[str, ...]:
-    """A command prefix under which `folder` is a tmpfs of its own, gone when the command ends.
+def small_disk(folder: Path, kilobytes: int) -> tuple[str, tuple[str, ...]]:
+    """A command prefix under which `folder` is a tmpfs of its own, gone when the command ends; and what it is.
 
     Where the system lets nobody mount one, the prefix limits the size of files instead: writes fail as well.
     """
@@ -170,25 +251,46 @@ def small_disk(folder: Path, kilobytes: int) -> tuple[str, ...]:
     for prefix in (("unshare", "--mount"), ("unshare", "--map-root-user", "--mount")):
         probe = [*prefix, "sh", "-c", script, "sh", "true"]
         if subprocess.run(probe, capture_output=True, check=False).returncode == 0:
-            return (*prefix, "sh", "-c", script, "sh")
-    return ("sh", "-c", f'ulimit -f {kilobytes // 2}; trap "" XFSZ; exec "$@"', "sh")
+            return f"tmpfs of {kilobytes} kB", (*prefix, "sh", "-c", script, "sh")
+    limit = f'ulimit -f {kilobytes // 2}; trap "" XFSZ; exec "$@"'
+    return f"no file above {kilobytes // 2} blocks", ("sh", "-c", limit, "sh")
 
 
-def test_disk_full_while_writing_a_checkpoint_keeps_the_last_good_one(tmp_path) -> None:
-    config = tiny_config(tokens=60 * 128, checkpoint_interval=10)
-    disk = tmp_path / "checkpoints"
+@pytest.mark.parametrize("recipe", ["bf16", "fused"])
+def test_disk_full_while_writing_a_checkpoint_keeps_the_last_good_one(tmp_path, server, recipe, fault_report) -> None:
+    config = tiny_config(recipe=recipe, tokens=60 * 128, checkpoint_interval=10)
+    run, whole = Worker(tmp_path / "full", config), Worker(tmp_path / "whole", config)
+    disk, rescued = tmp_path / "full" / "checkpoints", tmp_path / "rescued"
     disk.mkdir()
     # One checkpoint of this model takes about 350 kB, so two fit and a third does not.
-    report = tmp_path / "report"
-    prefix = small_disk(disk, 900)
-    # What is on the tmpfs is looked at from inside, after the worker has stopped.
-    look = f'"$@"; code=$?; (cd "{disk}" && find . -name "step-*" -o -name ".step-*") >"{report}"; exit $code'
-    worker = Worker(tmp_path, config, (*prefix, "sh", "-c", look, "sh"))
-    code, _ = worker.run()
-    assert code == 1
-    record = worker.record()
+    kind, prefix = small_disk(disk, 900)
+    # The tmpfs is gone with the command: what it holds is copied from inside, after the worker has stopped.
+    copy = f'"$@"; code=$?; cp -r "{disk}" "{rescued}"; exit $code'
+    process = run.start((*prefix, "sh", "-c", copy, "sh"))
+    process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 1
+    record = run.record()
     assert record.status == "failed"
     assert "No space left on device" in record.reason or "File too large" in record.reason
-    kept = sorted(Path(line).name for line in report.read_text().split())
-    assert kept
-    assert all(name.startswith("step-") for name in kept)
+    # The disk as it was found, with room on it now.
+    shutil.rmtree(disk)
+    rescued.rename(disk)
+    assert run.half_written() == []
+    state = load_latest(run.checkpoints)
+    assert state is not None
+    stopped_after = record.steps
+    assert whole.run(server) == run.run(server) == (0, "")
+    assert_same_run(whole, run)
+    fault_report(
+        "disk",
+        "The disk is full while a checkpoint is written",
+        "The half-written one is removed, the last good one stays, the run stops and its record gives the reason; with "
+        "room again the same command resumes and ends bit-identical",
+        recipe=recipe,
+        disk=kind,
+        exit_code=1,
+        reason=record.reason.partition(":")[0],
+        stopped_after_step=stopped_after,
+        last_good_checkpoint=state.step,
+        steps=config.steps,
+    )

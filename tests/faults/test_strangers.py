@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers import AutoModelForCausalLM
 
-from fp8lab import records, trainer
+from fp8lab import checkpoint, export, records, tokenizer, trainer
 from fp8lab.checkpoint import load_model, save_final, write
 from fp8lab.config import load_plan, read_run_config
-from fp8lab.data import load_mixture
+from fp8lab.data import TokenDataset, load_mixture
+from fp8lab.data.cleaning import EvaluationItems
+from fp8lab.data.shards import DomainManifest, Manifest, Removed, Shard, SplitManifest, TokenizerManifest
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
+from fp8lab.progress import read_progress
+from fp8lab.speed import load_speed_plan
 from tests import rule_data
 from tests.checkpoints import load_latest
 from tests.rule_data import tiny_config, tiny_model
+from tests.small_gpt import make_encoding, make_model
 from tests.test_checkpoint import some_state
+
+RESUME_FILES = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "trainer.safetensors",
+    "metrics.parquet",
+    "validation.parquet",
+    "state.json",
+)
 
 
 class Payload:
@@ -57,6 +78,23 @@ def mark(tmp_path):
     assert not path.exists()
 
 
+@pytest.fixture
+def refused(mark, fault_report) -> Callable[..., None]:
+    """Say that files of a kind were refused and that nothing ran."""
+
+    def report(what: str, payload: Callable[[Path], bytes], files: list[str]) -> None:
+        assert not mark.exists()
+        fault_report(
+            "strangers",
+            f"{what} from a stranger, with a payload that runs when unpickled or built by YAML",
+            "It is refused, and nothing in it runs",
+            payload=payload.__name__.replace("_", " "),
+            files=files,
+        )
+
+    return report
+
+
 def test_the_payloads_would_work(tmp_path) -> None:
     for number, make in enumerate((plain_pickle, torch_pickle, yaml_object)):
         made = tmp_path / str(number)
@@ -71,30 +109,74 @@ def test_the_payloads_would_work(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("payload", [plain_pickle, torch_pickle])
-def test_weights(tmp_path, mark, payload) -> None:
+def test_weights(tmp_path, mark, payload, refused) -> None:
     model = GPT(tiny_model())
     save_final(tmp_path, model, tiny_config())
     (tmp_path / "model.safetensors").write_bytes(payload(mark))
     with pytest.raises(UserError, match="cannot be read as safetensors"):
         load_model(tmp_path)
+    refused("Weights", payload, ["model.safetensors"])
 
 
 @pytest.mark.parametrize("payload", [plain_pickle, torch_pickle])
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "metrics.parquet", "state.json"])
-def test_resume_state(tmp_path, mark, payload, file) -> None:
+def test_exported_weights(tmp_path, mark, payload, refused) -> None:
+    export.write(make_model(), make_encoding(), tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(payload(mark))
+    # An exporter from before safetensors would have left its pickle here.
+    (tmp_path / "pytorch_model.bin").write_bytes(payload(mark))
+    with pytest.raises(SafetensorError):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    refused("An exported model", payload, ["model.safetensors", "pytorch_model.bin"])
+
+
+@pytest.mark.parametrize("payload", [plain_pickle, torch_pickle])
+@pytest.mark.parametrize("file", [*RESUME_FILES, "checksums.json"])
+def test_resume_state(tmp_path, mark, payload, file, refused) -> None:
     path = write(tmp_path, some_state(1))
     (path / file).write_bytes(payload(mark))
     with pytest.raises(UserError, match=f"every checkpoint is damaged .*{file}"):
         load_latest(tmp_path)
+    refused("A checkpoint", payload, [file])
+
+
+def resume(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Read a run's newest whole checkpoint as the trainer does."""
+    path = checkpoint.latest(folder)
+    assert path is not None
+    checkpoint.load_history(path)
+    checkpoint.load_tensors(path, tensors)
+
+
+def test_resume_state_that_is_whole(tmp_path) -> None:
+    state = some_state(1)
+    write(tmp_path, state)
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in (state.model | state.optimizer).items()}
+    resume(tmp_path, tensors)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in (state.model | state.optimizer).items())
 
 
 @pytest.mark.parametrize("payload", [plain_pickle, torch_pickle])
-def test_records(tmp_path, mark, payload, monkeypatch) -> None:
+@pytest.mark.parametrize("file", RESUME_FILES)
+def test_resume_state_with_checksums_to_match(tmp_path, mark, payload, file, refused) -> None:
+    path = write(tmp_path, some_state(1))
+    content = payload(mark)
+    (path / file).write_bytes(content)
+    checksums = json.loads((path / "checksums.json").read_text())
+    checksums[file] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    (path / "checksums.json").write_text(json.dumps(checksums))
+    state = some_state(1)
+    with pytest.raises((SafetensorError, ValueError, OSError, CheckpointException)):
+        resume(tmp_path, state.model | state.optimizer | state.trainer)
+    refused("A checkpoint whose checksums hold", payload, [file])
+
+
+@pytest.mark.parametrize("payload", [plain_pickle, torch_pickle])
+def test_records(tmp_path, mark, payload, monkeypatch, refused) -> None:
     monkeypatch.setattr(trainer, "open_data", rule_data.open_data)
     places = {name: tmp_path / name for name in ("records_dir", "data_dir", "checkpoints_dir")}
     trainer.train(tiny_config(tokens=128), **places)
     folder = places["records_dir"] / "test" / "tiny"
-    for name in ("metrics", "validation"):
+    for name in records.COLUMNS:
         (folder / f"{name}.parquet").write_bytes(payload(mark))
         with pytest.raises(UserError, match=rf"{name}\.parquet"):
             records.read_table(folder, name)
@@ -104,15 +186,79 @@ def test_records(tmp_path, mark, payload, monkeypatch) -> None:
     (folder / "eval.json").write_bytes(payload(mark))
     with pytest.raises(UserError, match=r"eval\.json"):
         records.read_eval(folder)
+    tables = [f"{name}.parquet" for name in records.COLUMNS]
+    refused("A run record", payload, ["record.json", "eval.json", *tables])
+
+
+def test_a_table_with_a_pickled_type(tmp_path, mark, fault_report) -> None:
+    # Arrow once unpickled the description of a column's type (CVE-2023-47248).
+    types = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": plain_pickle(mark)}
+    table = pa.table([pa.array([1])] * len(records.COLUMNS["metrics"]), names=list(records.COLUMNS["metrics"]))
+    schema = pa.schema([field.with_metadata(types) for field in table.schema])
+    pyarrow.parquet.write_table(table.cast(schema), tmp_path / "metrics.parquet")
+    assert records.read_table(tmp_path, "metrics")["step"].tolist() == [1]
+    fault_report(
+        "strangers",
+        "A table from a stranger whose column types are pickles (CVE-2023-47248)",
+        "Its numbers are read, and nothing in it runs",
+        files=["metrics.parquet"],
+    )
+
+
+@pytest.mark.parametrize("payload", [plain_pickle, torch_pickle])
+def test_token_shards(tmp_path, mark, payload, refused) -> None:
+    mixture = load_mixture("demo")
+    content = payload(mark)
+    shard = Shard(file="prose-00000.bin", tokens=-(-len(content) // 2), sha256="0" * 64)
+    split = SplitManifest(documents=1, tokens=shard.tokens, shards=(shard,))
+    encoding = make_encoding()
+    manifest = Manifest(
+        mixture=mixture.name,
+        content_sha256=mixture.content_sha256,
+        tokenizer=TokenizerManifest(sha256=tokenizer.sha256(encoding), vocab_size=encoding.n_vocab),
+        decontamination=None,
+        domains={"prose": DomainManifest(source={}, removed=Removed(), train=split, validation=split)},
+    )
+    folder = tmp_path / mixture.name
+    folder.mkdir()
+    files = {
+        shard.file: content + bytes(len(content) % 2),
+        "tokenizer.tiktoken": tokenizer.ranks_text(encoding),
+        "manifest.json": manifest.model_dump_json().encode(),
+    }
+    for name in files:
+        # The others are whole; a shard is read only where its hash is the manifest's.
+        for other, whole in files.items():
+            (folder / other).write_bytes(whole)
+        (folder / name).write_bytes(content + bytes(len(content) % 2))
+        with pytest.raises(UserError, match=re.escape(name)):
+            TokenDataset.open(mixture, tmp_path)
+    refused("A data set of token shards", payload, list(files))
+
+
+@pytest.mark.parametrize("payload", [plain_pickle, torch_pickle])
+def test_evaluation_items(tmp_path, mark, payload, refused) -> None:
+    (tmp_path / "test.jsonl").write_bytes(payload(mark))
+    with pytest.raises(UserError, match=r"test\.jsonl"):
+        EvaluationItems.read(tmp_path)
+    refused("Evaluation items", payload, ["test.jsonl"])
+
+
+@pytest.mark.parametrize("payload", [plain_pickle, torch_pickle])
+def test_progress_of_another_process(tmp_path, mark, payload) -> None:
+    (tmp_path / "progress.json").write_bytes(payload(mark))
+    assert read_progress(tmp_path / "progress.json") is None
 
 
 @pytest.mark.parametrize("payload", [plain_pickle, torch_pickle, yaml_object])
-@pytest.mark.parametrize("read", [load_plan, load_mixture, read_run_config])
-def test_configurations(tmp_path, mark, payload, read) -> None:
+@pytest.mark.parametrize("read", [load_plan, load_speed_plan, load_mixture, read_run_config])
+def test_configurations(tmp_path, mark, payload, read, refused) -> None:
     path = tmp_path / "stranger.yaml"
     path.write_bytes(payload(mark))
     with pytest.raises(UserError, match=r"stranger\.yaml"):
         read(path)
+    kinds = {load_plan: "plan", load_speed_plan: "speed plan", load_mixture: "mixture", read_run_config: "run"}
+    refused("A configuration", payload, [kinds[read]])
 
 
 def test_a_name_cannot_leave_its_folder(tmp_path) -> None:
