@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -39,6 +40,7 @@ from fp8lab.records import (
     Speed,
     SpeedRecord,
     Stability,
+    TestRecord,
     TrainRecord,
     ValidationLosses,
 )
@@ -687,3 +689,90 @@ def _shifted(final: FinalLosses, loss: float, averaging: float) -> FinalLosses:
     plain = ValidationLosses(validation_loss=loss, bits_per_byte=loss / math.log(2) / 3.1, by_domain=by_domain)
     averaged = plain.model_copy(update={"validation_loss": loss + averaging})
     return FinalLosses(train_loss=loss, averaged=averaged, **plain.model_dump())
+
+
+def write_reliability_records(records_dir: Path, *, measured: Measured = DEFAULT) -> None:
+    """What the fault tests saw, and the trainer's benchmarks on a GPU."""
+    steps = int(1000 * measured.token_factor)
+    reports = [
+        {
+            "topic": "lock",
+            "fault": "A second process on a run that one trains already",
+            "outcome": "It is refused and changes nothing",
+            "measured": {"exit_code": int(120 * measured.token_factor)},
+            "test": "tests/faults/test_processes.py::test_a_second_process_is_refused",
+            "passed": True,
+        },
+        *(
+            {
+                "topic": "kill",
+                "fault": "`kill -9` at random moments",
+                "outcome": "The same command resumes, and the run ends bit-identical",
+                "measured": {"recipe": recipe, "newest_checkpoints": [steps // 4, steps // 2], "steps": steps},
+                "test": f"tests/faults/test_processes.py::test_killed[{recipe}]",
+                "passed": True,
+            }
+            for recipe in ("bf16", "fused")
+        ),
+    ]
+    faults = TestRecord(
+        plan="reliability",
+        run="fault-tests",
+        status="finished",
+        provenance=provenance(measured=measured),
+        results={"faults": reports},
+    )
+    records.write(faults, records_dir)
+    factor = measured.fp8_factor * measured.bf16_factor
+    for name, recipe, results in (
+        ("overhead", "fused", _overhead(factor)),
+        ("checkpoint", "bf16", _checkpoint(factor)),
+        ("resume", "fused", _resume(factor, steps)),
+    ):
+        benchmark = BenchmarkRecord(
+            plan="benchmarks",
+            run=f"trainer-{name}-125M-{recipe}",
+            status="finished",
+            provenance=provenance("NVIDIA H200", measured),
+            results={"model": "125M", "recipe": recipe, **results},
+        )
+        records.write(benchmark, records_dir)
+
+
+def _rounds(values: Sequence[float], factor: float) -> dict[str, object]:
+    scaled = [value * factor for value in values]
+    return {"median": float(np.median(scaled)), "min": min(scaled), "max": max(scaled), "rounds": scaled}
+
+
+def _overhead(factor: float) -> dict[str, object]:
+    return {
+        "bare_step_seconds": _rounds((0.12, 0.13, 0.14), factor),
+        "loop_share": _rounds((0.0032, 0.0044, 0.0056), factor),
+        "health_share": _rounds((0.0011, 0.0022, 0.0033), factor),
+        "validation_share": _rounds((0.0041, 0.0052, 0.0063), factor),
+        "overhead": _rounds((0.0084, 0.0118, 0.0152), factor),
+    }
+
+
+def _checkpoint(factor: float) -> dict[str, object]:
+    return {
+        "checkpoint_bytes": int(1.49e9 * factor),
+        "write_seconds": _rounds((2.1, 2.3, 2.6), factor),
+        "stall_seconds": _rounds((0.041, 0.052, 0.063), factor),
+        "lost_seconds": _rounds((0.11, 0.13, 0.17), factor),
+        "save_every": int(500 * factor),
+        "cost": _rounds((0.0018, 0.0022, 0.0028), factor),
+    }
+
+
+def _resume(factor: float, steps: int) -> dict[str, object]:
+    compared = {
+        "weights_identical": False,
+        "equal_weights_share": 0.312 * factor,
+        "largest_weight_difference": 0.0123 * factor,
+        "curve_identical": False,
+        "first_different_step": steps // 3,
+        "largest_loss_difference": 0.0345 * factor,
+        "validation_loss_difference": -0.0012 * factor,
+    }
+    return {"steps": steps, "killed_after_checkpoint": steps // 2, "control": compared, "resumed": compared}

@@ -43,6 +43,7 @@ from tests.fixtures import (
     write_gpu_records,
     write_ladder_records,
     write_map_records,
+    write_reliability_records,
     write_speed_records,
     write_variance_records,
 )
@@ -70,6 +71,7 @@ def make_project(root: Path, measured: Measured = DEFAULT, sizes: tuple[ModelCon
     write_map_records(records_dir, measured=measured)
     write_benchmark_records(records_dir, measured=measured)
     write_variance_records(records_dir, sizes[0], measured=measured)
+    write_reliability_records(records_dir, measured=measured)
     return records_dir
 
 
@@ -197,7 +199,7 @@ def numbers_of(records_dir: Path) -> dict[str, list[float]]:
     return found
 
 
-KINDS = {"train", "speed", "data", "benchmark", "eval", "metrics", "validation", "health", "steps"}
+KINDS = {"train", "speed", "data", "benchmark", "eval", "metrics", "validation", "health", "steps", "test"}
 SAME_IN_BOTH = re.compile(
     # How it was set up, and how steps and seeds are numbered.
     r".*\.(schema|seed|steps|step|round|micro_batch|count|n_heads)|.*\.config\..*|metrics\.lr"
@@ -215,7 +217,17 @@ def test_the_other_records_differ_in_every_number_of_every_kind(site: Path, othe
     assert [field for field in same if not SAME_IN_BOTH.fullmatch(field)] == []
 
 
-FROM_RECORDS = ("index", "approach", "data", "stability", "scaling", "throughput", "benchmarks", "reproduce")
+FROM_RECORDS = (
+    "index",
+    "approach",
+    "data",
+    "stability",
+    "scaling",
+    "throughput",
+    "benchmarks",
+    "reliability",
+    "reproduce",
+)
 NUMBER = re.compile(r"(?<![\w.#/@-])[+−-]?\d[\d,]*(?:\.\d+)?(?:e[-−]?\d+)?[%kMBT×]?(?!\w)")
 COUNT = re.compile(r"\d{1,2},?")
 CONSTANTS = {
@@ -225,6 +237,7 @@ CONSTANTS = {
     "95%",  # level of an interval
     *("0.005", "0.01"),  # half-width and margin that claims are held against
     *("1%", "0.01%"),  # limits of underflow and saturation
+    "-9",  # the signal of `kill -9`
     *("25%", "50%"),  # guessing among four and two choices
     *("0.076", "4%", "200", "1.40", "40%"),  # published, cited beside them
     *("250M", "5%", "10M", "0.80"),  # planned; the limits in the rules of the claims; goals
@@ -414,7 +427,7 @@ def test_a_chapter_that_fails_stops_the_article_by_name(tmp_path: Path) -> None:
 def test_without_records_the_article_says_which_command_makes_them(tmp_path: Path, without_quarto: None) -> None:
     records_dir = make_project(tmp_path)
     shutil.rmtree(records_dir)
-    keep_chapters(tmp_path, "index", "data", "stability", "scaling", "throughput", "benchmarks", "reproduce")
+    keep_chapters(tmp_path, *(name for name in FROM_RECORDS if name != "approach"))
     index = publish(tmp_path, records_dir, tmp_path / "_site")
     for page in (
         "index",
@@ -422,3 +435,6 @@ def test_without_records_the_article_says_which_command_makes_them(tmp_path: Pat
     ):
         assert "fp8lab run runs/plans/demo.yaml" in (index.parent / f"{page}.html").read_text(), page
     assert "runs/plans/speed-h200.yaml" in (index.parent / "chapters" / "throughput.html").read_text()
+    reliability = (index.parent / "chapters" / "reliability.html").read_text()
+    assert "make reliability" in reliability
+    assert "python -m fp8lab.benchmark overhead" in reliability

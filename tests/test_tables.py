@@ -16,7 +16,16 @@ from fp8lab import records, roofline, tables
 from fp8lab.comparison import Deviation
 from fp8lab.config import MODELS, load_plan
 from fp8lab.errors import UserError
-from fp8lab.results import RunSet, SpeedRun, data_benchmarks, plan_runs, speed_runs, training_runs
+from fp8lab.results import (
+    RunSet,
+    SpeedRun,
+    data_benchmarks,
+    fault_record,
+    plan_runs,
+    speed_runs,
+    trainer_benchmarks,
+    training_runs,
+)
 from fp8lab.scaling import HOFFMANN
 from fp8lab.units import signed
 from tests.fixtures import (
@@ -26,6 +35,7 @@ from tests.fixtures import (
     provenance,
     write_demo_records,
     write_ladder_records,
+    write_reliability_records,
     write_run,
     write_speed_records,
 )
@@ -329,3 +339,54 @@ def test_scaling_out_compares_with_as_many_times_one_gpu(tmp_path: Path) -> None
         "ddp": "95.0%",
         "fsdp": "75.0%",
     }
+
+
+def test_a_fault_is_listed_once_with_every_precision_it_was_seen_in(tmp_path: Path) -> None:
+    write_reliability_records(tmp_path)
+    record = fault_record(tmp_path)
+    assert record is not None
+    # In the order of the article's topics, not of the record.
+    assert tables.faults(record)["seen in"].tolist() == ["bf16, fused", "–"]
+    measured = tables.fault_measurements(record)
+    assert measured["test"].tolist() == ["killed", "killed", "a second process is refused"]
+    assert measured["measured"][1] == "recipe: fused; newest checkpoints: 250, 500; steps: 1000"
+
+
+def test_a_report_that_says_too_little_is_refused_by_field(tmp_path: Path) -> None:
+    write_reliability_records(tmp_path)
+    record = fault_record(tmp_path)
+    assert record is not None
+    del record.results["faults"][0]["outcome"]
+    with pytest.raises(UserError, match=r"reliability/fault-tests/record\.json: faults: outcome: missing"):
+        tables.faults(record)
+    record.results["faults"][0] |= {"outcome": "", "topic": "flood"}
+    with pytest.raises(UserError, match="unknown topic 'flood'; known: kill, signal"):
+        tables.faults(record)
+
+
+def test_costs_of_the_trainer_are_shown_beside_their_goals(tmp_path: Path) -> None:
+    write_reliability_records(tmp_path)
+    table = tables.trainer_benchmarks(trainer_benchmarks(tmp_path)).set_index("what")
+    assert table.loc["all together (% of it)", ["median", "range", "goal"]].tolist() == [
+        "+1.18",
+        "+0.84 to +1.52",
+        "< 2",
+    ]
+    assert table.loc["health (% of it)", "goal"] == "< 1"
+    assert table.loc["checkpoint (GB)", "median"] == "1.49"
+
+
+def test_what_was_not_measured_on_a_gpu_is_no_cost(tmp_path: Path) -> None:
+    write_reliability_records(tmp_path)
+    for path in tmp_path.glob("benchmarks/trainer-*/record.json"):
+        path.write_text(path.read_text().replace("NVIDIA H200", "CPU, 2 cores"))
+    assert trainer_benchmarks(tmp_path) == []
+    assert tables.trainer_benchmarks([]).empty
+
+
+def test_a_resumed_run_stands_beside_its_control(tmp_path: Path) -> None:
+    write_reliability_records(tmp_path)
+    table = tables.resumed_runs(trainer_benchmarks(tmp_path))
+    assert table["compared with a whole run"].tolist() == ["a second whole run", "killed and resumed"]
+    assert table["weights equal"].tolist() == ["31.20%", "31.20%"]
+    assert table["first step whose loss differs"].tolist() == ["333", "333"]
