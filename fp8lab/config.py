@@ -267,6 +267,7 @@ MAY_CHANGE = {
     "checkpoint_interval",
     "keep_checkpoints_at",
     "evaluation",
+    "validation_interval",
     "compact",
     "health_interval",
     "health_layers",

@@ -15,7 +15,7 @@ from fp8lab import claims, decision
 from fp8lab.article import scale_note
 from fp8lab.config import MODELS, load_plan
 from fp8lab.decision import Matched, MeasuredGap, Payoff
-from fp8lab.results import SPEED_COMMAND, RunSet, SpeedRun, plan_runs, speed_runs, training_runs, unique
+from fp8lab.results import SPEED_COMMAND, RunSet, SpeedRun, plan_runs, scored_runs, speed_runs, training_runs, unique
 from fp8lab.units import listing, signed
 
 OURS = "fused"
@@ -51,8 +51,7 @@ class Evidence:
                 stability=[plan_runs(records_dir, plan) for plan in decision.GAP_PLANS],
                 timings=timings,
                 ladder=training_runs(records_dir, suits=lambda found: len(found.sizes) > 2) or runs,
-                scored=training_runs(records_dir, suits=lambda found: any(run.evaluation for run in found.runs))
-                or runs,
+                scored=scored_runs(records_dir),
             ),
         )
 

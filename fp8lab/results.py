@@ -266,6 +266,16 @@ def plan_runs(records_dir: Path, plan: str) -> RunSet:
     )
 
 
+def scored_runs(records_dir: Path, plans: Iterable[str] = (*MEASURED_PLANS, DEMO_PLAN)) -> RunSet:
+    """The scored runs of the first of `plans` that has any; one precision alone has scores worth showing too."""
+    for plan in plans:
+        runs = plan_runs(records_dir, plan)
+        scored = tuple(run for run in runs.runs if run.evaluation is not None)
+        if scored:
+            return RunSet(plan, scored)
+    return RunSet(plan=DEMO_PLAN, runs=())
+
+
 def data_record(records_dir: Path, runs: RunSet) -> DataRecord | None:
     """What the build of the mixture that `runs` trained on recorded, or None."""
     for mixture in unique(Path(run.record.config["mixture"]).stem for run in runs.runs):

@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 VALIDATION_TYPES = {"step": "int64", "tokens": "int64", "domain": "str", "loss": "float64", "bits_per_byte": "float64"}
 AVERAGE_PREFIX = "average."
 """Begins the names of averaged weights among a checkpoint's tensors."""
-BRANCH_MAY_CHANGE = MAY_CHANGE | {"run", "parent", "tokens", "schedule", "validation_interval", "log_interval"}
+BRANCH_MAY_CHANGE = MAY_CHANGE | {"run", "parent", "tokens", "schedule", "log_interval"}
 """Fields in which a decay branch may differ from its parent."""
 
 
