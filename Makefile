@@ -18,6 +18,10 @@ report: .venv/installed .venv/quarto-tried
 	@$(BIN)/fp8lab run --jobs 2 runs/plans/demo.yaml
 	@$(BIN)/fp8lab publish
 
+# Test processes fill the cores by themselves. Threads beside them spin while they wait for a core, which makes the
+# linear algebra of a test up to twenty times slower.
+test reliability: export OMP_NUM_THREADS = 1
+
 test: .venv/installed-dev browser
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 

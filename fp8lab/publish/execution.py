@@ -105,9 +105,13 @@ def _execute(chapters: list[Chapter], root: Path, records_dir: Path) -> Iterable
 
 
 def _set_environment() -> None:
-    """For the kernels that this process starts: they import the package that publishes, and need no display."""
+    """For the kernels that this process starts: they import the package that publishes, and need no display.
+
+    They share the cores: with more threads than cores, small linear algebra mostly waits.
+    """
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     os.environ["MPLBACKEND"] = "agg"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 
 def _execute_one(source: Path, executed: Path, root: Path, records_dir: Path) -> tuple[float, str | None]:
