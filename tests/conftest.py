@@ -22,6 +22,19 @@ __all__ = ["demo_runs", "fault_report", "pytest_addoption", "pytest_configure"]
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What looks at the demo's runs comes first, in one worker, and may take long: training shares the cores."""
+    items.sort(key=lambda item: not _uses_demo(item))
+    for item in filter(_uses_demo, items):
+        item.add_marker(pytest.mark.xdist_group("demo"))
+        item.add_marker(pytest.mark.timeout(3600))
+
+
+def _uses_demo(item: pytest.Item) -> bool:
+    return "demo_runs" in getattr(item, "fixturenames", ())
+
+
 @dataclass(frozen=True)
 class DemoRuns:
     """Folders of a trained demo plan."""
