@@ -102,6 +102,12 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def max(self, values: Tensor) -> Tensor:
+        """The largest `values` of any rank, in place; on a GPU only queued."""
+        if self.size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
     def apart(self) -> World:
         """The same ranks with a network of their own, for a thread beside the one that trains."""
         return replace(self, group=dist.new_group(backend="gloo")) if self.size > 1 else self

@@ -273,7 +273,7 @@ class Session:
         optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        end_step(self.model)
+        end_step(self.model, skip, self.world.max)
         self.step += 1
         if self.average is not None:
             self.average.update(self.step, skip)

@@ -316,10 +316,11 @@ def optimizer_step(model: GPT, optimizer: torch.optim.Optimizer, tokens: Tensor)
         torch.stack(torch._foreach_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
     )
     optimizer.grad_scale = (norm / GRADIENT_CLIP).clamp(min=1.0)  # type: ignore[attr-defined]
-    optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+    skip = ~torch.isfinite(norm)
+    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    end_step(model)
+    end_step(model, skip)
     return loss
 
 

@@ -194,6 +194,26 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(train, tmp_path, monke
     )
 
 
+def test_a_skipped_step_moves_no_scale_of_fused_even_where_its_gradients_are_finite(
+    train, tmp_path, monkeypatch
+) -> None:
+    real, calls, factor = session.training_loss, [], {"nan": math.nan, "huge": 1e30}
+
+    def poisoned(*arguments):
+        calls.append(1)
+        objective, loss = real(*arguments)
+        return objective * factor[run] if len(calls) == 5 else objective, loss
+
+    monkeypatch.setattr(session, "training_loss", poisoned)
+    for run in factor:
+        calls.clear()
+        record = train(tiny_config(run=run, recipe="fused", tokens=10 * 128))
+        assert record.stability.skipped_steps == 1
+        assert record.stability.underflowing_steps == {}
+    curves = [curve(tmp_path, run).drop(columns="grad_norm") for run in factor]
+    pd.testing.assert_frame_equal(*curves, check_exact=True)
+
+
 class HostReads(TorchDispatchMode):
     """Counts what would make the host wait for a GPU: reading a tensor's value, or copying it to the host."""
 
