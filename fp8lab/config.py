@@ -186,7 +186,11 @@ class RunConfig(Config):
     micro_batch: int = Field(gt=0)
     """Sequences a GPU holds at once."""
     sharding: Sharding = "ddp"
-    """Of several GPUs, each holds all of the state (ddp) or its share (fsdp); see `fp8lab.distributed`."""
+    """Of several GPUs, each holds all of the state (ddp) or its share (fsdp).
+
+    With fsdp some is whole on each GPU nevertheless: the embedding, `fused`'s FP8 weights (2 bytes each), and while
+    it validates all weights (4 bytes each). See `fp8lab.distributed`.
+    """
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     activation_checkpointing: bool = False

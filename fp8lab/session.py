@@ -214,15 +214,23 @@ class Session:
         return distributed.is_sharded(self._objective)
 
     @contextlib.contextmanager
-    def whole_weights(self) -> Iterator[GPT]:
-        """`bf16_model` with its weights: a sharded run's are gathered for as long as this lasts, on all ranks."""
+    def whole_weights(self, *, everywhere: bool = False) -> Iterator[GPT]:
+        """`bf16_model` with its weights: a sharded run's are gathered for as long as this lasts.
+
+        All ranks enter together; where the run is sharded, only the leader may use the model, unless `everywhere`.
+
+        Raises:
+            torch.OutOfMemoryError: on all ranks, if one of them has no memory for the weights.
+        """
         model = self.bf16_model
         if not self.is_sharded:
             yield model
             return
-        weights = {name: distributed.whole(weight.detach()) for name, weight in self.model.named_parameters()}
-        model.load_state_dict(weights, assign=True)
-        model.cos, model.sin = self.model.cos, self.model.sin
+        shares = {name: weight.detach() for name, weight in self.model.named_parameters()}
+        weights = distributed.gather(shares, self.world, everywhere=everywhere)
+        if weights:
+            model.load_state_dict(weights, assign=True)
+            model.cos, model.sin = self.model.cos, self.model.sin
         try:
             yield model
         finally:
@@ -283,11 +291,17 @@ class Session:
 
     def _measure_health(self, batch: Tensor, gradient_norms: Tensor) -> None:
         """Every `health_interval` steps, before the optimizer changes the weights."""
-        interval, step = self.config.health_interval, self.step + 1
+        config, step = self.config, self.step + 1
+        interval = config.health_interval
         if not interval or step % interval:
             return
-        with self.whole_weights():
-            values = self._probe.measure(batch, gradient_norms) if self.world.leads else None
+        values = None
+        try:
+            with self.whole_weights():
+                if self.world.leads:
+                    values = self._probe.measure(batch, gradient_norms)
+        except torch.OutOfMemoryError:
+            log.warning("no memory to gather the weights of %s for a health probe: a step is not measured", config.run)
         if values is not None:
             self.health.add(step, self._probe.rows, values)
 
@@ -336,7 +350,7 @@ class Session:
 
     def validate(self) -> None:
         """Loss and bits per byte of each domain's validation text, into `validation`."""
-        with self.whole_weights() as model:
+        with self.whole_weights(everywhere=True) as model:
             losses = self._validation_losses(model)
         for domain, loss in losses.items():
             self.validation.append({"step": self.step, "tokens": self.tokens, "domain": domain} | loss.model_dump())

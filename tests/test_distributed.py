@@ -29,8 +29,8 @@ from tests import rule_data
 from tests.checkpoints import load_latest
 from tests.conftest import ROOT
 from tests.faults.test_strangers import plain_pickle
-from tests.ranks import POISONED_STEP
-from tests.rule_data import tiny_config
+from tests.ranks import CROWDED_RUN, POISONED_STEP
+from tests.rule_data import tiny_config, tiny_model
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one worker launches for all
 PATIENCE_SECONDS = 240
@@ -81,6 +81,8 @@ RECIPES = {
     "fused": {"recipe": "fused"},
     "tensorwise": {"recipe": "tensorwise", "head": "fp8"},
 }
+UNEVEN = tiny_model(d_ff=63)
+"""Its matrices' rows do not divide by four ranks."""
 ALONE = [run_of(name, **changes) for name, changes in RECIPES.items()]
 REPLICATED = [
     *ALONE,
@@ -92,6 +94,7 @@ SHARDED = [
     *(run_of(f"{name}-fsdp", sharding="fsdp", health_interval=HALF, **changes) for name, changes in RECIPES.items()),
     run_of("recomputed-fsdp", recipe="fused", sharding="fsdp", activation_checkpointing=True),
     run_of("moved", recipe="fused", sharding="fsdp"),
+    run_of(CROWDED_RUN, sharding="fsdp", validation_interval=0, health_interval=HALF),
 ]
 
 
@@ -117,7 +120,9 @@ def two(tmp_path_factory, alone) -> Path:
 def four(tmp_path_factory) -> Path:
     """Runs sharded over four ranks."""
     root = tmp_path_factory.mktemp("four")
-    torchrun(4, root, [run_of(name, sharding="fsdp", **RECIPES[name]) for name in ("bf16", "fused")])
+    torchrun(
+        4, root, [run_of("uneven", sharding="fsdp", model=UNEVEN), run_of("fused", sharding="fsdp", recipe="fused")]
+    )
     return root
 
 
@@ -165,13 +170,20 @@ def test_a_sharded_run_measures_its_health_and_keeps_whole_weights(alone, two) -
         torch.testing.assert_close(shared, expected, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize(("run", "tolerance"), [("bf16", 1e-3), ("fused", 0.01)])
-def test_what_four_ranks_have_sharded_goes_on_in_one_process(four, tmp_path, run, tolerance) -> None:
+def test_a_leader_without_memory_for_whole_weights_measures_no_health_and_holds_up_nobody(two) -> None:
+    health = records.read_table(two / "records_dir" / "test" / CROWDED_RUN, "health")
+    assert health["step"].unique().tolist() == [STEPS]
+
+
+@pytest.mark.parametrize(
+    ("run", "changes", "tolerance"), [("uneven", {"model": UNEVEN}, 1e-3), ("fused", {"recipe": "fused"}, 0.01)]
+)
+def test_what_four_ranks_have_sharded_goes_on_in_one_process(four, tmp_path, run, changes, tolerance) -> None:
     move_half_way(four, tmp_path, run)
     # Where torch.distributed.checkpoint's own format keeps its index.
     index, mark = next(tmp_path.rglob("step-*")) / ".metadata", tmp_path / "executed"
     index.write_bytes(plain_pickle(mark))
-    train(tmp_path, run_of(run, **RECIPES[run]))
+    train(tmp_path, run_of(run, **changes))
     assert not mark.exists()
     assert record(tmp_path, run).provenance.device_count == 1
     assert_same_numbers(curves(four, run), curves(tmp_path, run), tolerance)
@@ -183,8 +195,8 @@ def test_what_one_process_has_begun_two_ranks_finish_sharded(alone, two) -> None
 
 
 def test_a_damaged_shard_is_found(four, tmp_path) -> None:
-    move_half_way(four, tmp_path, "bf16")
-    path = tmp_path / "checkpoints_dir" / "test" / "bf16" / f"step-{HALF:08d}"
+    move_half_way(four, tmp_path, "uneven")
+    path = tmp_path / "checkpoints_dir" / "test" / "uneven" / f"step-{HALF:08d}"
     assert checkpoint.find_damage(path) is None
     shards = sorted(path.glob("shard-*"))
     assert len(shards) == 4
