@@ -233,8 +233,12 @@ class DataRecord(_Record):
     config: dict[str, Any]
 
 
+BENCHMARK_PLAN = "benchmarks"
+"""Plan of every `BenchmarkRecord`; their runs are 'data-...', 'trainer-...' and 'kernels-<device>'."""
+
+
 class BenchmarkRecord(_Record):
-    """A measurement of this software itself: tokeniser, loader, checkpoint or trainer overhead."""
+    """A measurement of this software itself: tokeniser, loader, checkpoint, trainer overhead or kernels."""
 
     kind: Literal["benchmark"] = "benchmark"
     results: dict[str, Any]
