@@ -3,7 +3,8 @@
 A step whose loss or gradient is not finite would destroy the weights, so it is skipped; optionally
 also one whose loss or gradient norm is an outlier against recent steps (the step-skipping optimizer
 of OLMo-core). The verdict stays on the device, where the fused optimizer reads it as `found_inf`: the
-host learns of it when metrics are flushed, and never waits.
+host learns of it when metrics are flushed, and never waits. It judges with few operations: where a step
+takes a GPU less time than the host needs to queue it, each one costs.
 """
 
 from __future__ import annotations
@@ -55,23 +56,32 @@ class StepGuard(nn.Module):
             The global gradient norm, and whether to skip the step: a scalar, and a boolean scalar.
         """
         norm = torch.linalg.vector_norm(parameter_norms)
-        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        bad = _not_finite(loss) | _not_finite(norm)
         first = bad & (self.first_bad_step < 0)
-        self.first_bad_step.copy_(torch.where(first, step, self.first_bad_step))
-        self.first_bad_parameters.copy_(torch.where(first, ~torch.isfinite(parameter_norms), self.first_bad_parameters))
-        skip = bad
+        self.first_bad_step.masked_fill_(first, step)
+        # None is marked before the first bad step.
+        self.first_bad_parameters |= first & _not_finite(parameter_norms)
         limit = self._outlier_deviations
+        skip = bad
         if limit is not None:
-            skip = skip | self._exceeds(self.losses, loss, limit) | self._exceeds(self.norms, norm, limit)
-        # A skipped step leaves the history alone, or one outlier would excuse the next.
-        slot = torch.arange(OUTLIER_WINDOW, device=loss.device) == self.taken % OUTLIER_WINDOW
-        self.losses.copy_(torch.where(slot & ~skip, loss, self.losses))
-        self.norms.copy_(torch.where(slot & ~skip, norm, self.norms))
+            skip = bad | self._exceeds(self.losses, loss, limit) | self._exceeds(self.norms, norm, limit)
+            self._remember(loss, norm, skip)
         self.taken += ~skip
         self.skipped += skip
-        self.skipped_in_a_row.copy_(torch.where(skip, self.skipped_in_a_row + 1, 0))
+        self.skipped_in_a_row.add_(1).mul_(skip)
         return norm, skip
+
+    def _remember(self, loss: Tensor, norm: Tensor, skip: Tensor) -> None:
+        # A skipped step leaves the history alone, or one outlier would excuse the next.
+        slot = (torch.arange(OUTLIER_WINDOW, device=loss.device) == self.taken % OUTLIER_WINDOW) & ~skip
+        self.losses.copy_(torch.where(slot, loss, self.losses))
+        self.norms.copy_(torch.where(slot, norm, self.norms))
 
     def _exceeds(self, history: Tensor, value: Tensor, limit: float) -> Tensor:
         deviation = (value - history.mean()) / history.std().clamp(min=1e-12)
         return (self.taken >= OUTLIER_WINDOW) & (deviation > limit)
+
+
+def _not_finite(values: Tensor) -> Tensor:
+    # Infinities and NaN less themselves are NaN: two launches, where torch.isfinite takes four.
+    return values - values != 0

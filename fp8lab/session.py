@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 import math
 import shutil
@@ -189,7 +190,9 @@ class Session:
         if self.is_sharded:
             self.bf16_model.to("meta")
         self.optimizer = make_optimizer(self.model, config, self.device)
-        self.guard = StepGuard(len(list(self.model.parameters())), config.optimizer.skip_outliers).to(self.device)
+        # Kept: walking the modules at every step would take the host longer than some of its kernels the GPU.
+        self._parameters = list(self.model.parameters())
+        self.guard = StepGuard(len(self._parameters), config.optimizer.skip_outliers).to(self.device)
         self.average: WeightAverage | None = None
         if config.average_half_life:
             parameters = dict(self.model.named_parameters())
@@ -271,8 +274,7 @@ class Session:
             loss = self.world.sum(self._accumulate_gradients(batch, config.micro_batch))
         except torch.OutOfMemoryError:
             raise UserError(self._advise_micro_batch(batch)) from None
-        parameters = list(self.model.parameters())
-        norms = distributed.norms([cast(Tensor, parameter.grad) for parameter in parameters])
+        norms = distributed.norms([cast(Tensor, parameter.grad) for parameter in self._parameters])
         norm, skip = self.guard.judge(self.step, loss, norms)
         self._measure_health(batch, norms)
         # Fused AdamW divides gradients by grad_scale and leaves everything as it was where found_inf is 1:
@@ -318,13 +320,14 @@ class Session:
         """
         micro_batches = batch.split(micro_batch)
         count = len(micro_batches) * self.world.size
-        total = torch.zeros((), device=self.device)
+        share = torch.full((), 1 / count, device=self.device)
+        losses = []
         for index, tokens in enumerate(micro_batches, start=1):
             with distributed.micro_step(self._objective, last=index == len(micro_batches)):
                 objective, loss = self._objective(tokens)
-                (objective / count).backward()
-            total += loss / count
-        return total
+                objective.backward(share)
+            losses.append(loss / count)
+        return functools.reduce(torch.add, losses)
 
     def _advise_micro_batch(self, batch: Tensor) -> str:
         """Which micro-batch fits the device's memory, found by trying."""
