@@ -144,7 +144,11 @@ def _cross_entropy_short(p: Problem) -> Call:
     return "cross_entropy", [p.bf16(HEAD_ROWS, vocabulary), targets, 0.0]
 
 
-def _logsumexp(p: Problem) -> Call:
+def _cross_entropy_alone(p: Problem) -> Call:
+    return "cross_entropy_alone", [*_logits(p)]
+
+
+def _cross_entropy_quantised(p: Problem) -> Call:
     return "cross_entropy_quantised", [*_logits(p), 0.0, p.slot(torch.float8_e5m2, 2.0**15)]
 
 
@@ -184,9 +188,9 @@ CANDIDATES = {
     "norm_rotate_backward": Candidates(_norm_rotate_backward, "HEADS_BACKWARD", [*HEADS, Tile(64, 0, 16)]),
     "cross_entropy": Candidates(_cross_entropy, "CROSS_ENTROPY", LOGITS),
     "cross_entropy, short rows": Candidates(_cross_entropy_short, "CROSS_ENTROPY_SHORT", LOGITS),
-    "cross_entropy_quantised, loss": Candidates(_logsumexp, "LOGSUMEXP", LOGITS),
-    "cross_entropy_quantised, gradient": Candidates(
-        _logsumexp, "LOGITS_GRADIENT", [Tile(64, 128, 8), *BOTH[:3], BOTH[-1]]
+    "cross_entropy_alone": Candidates(_cross_entropy_alone, "LOGSUMEXP", LOGITS),
+    "cross_entropy_quantised": Candidates(
+        _cross_entropy_quantised, "LOGITS_GRADIENT", [Tile(64, 128, 8), *BOTH[:3], BOTH[-1]]
     ),
 }
 
