@@ -127,7 +127,13 @@ class FinalLosses(ValidationLosses):
 
 class Stability(_Part):
     spike_score: float
-    """Share of logged losses at least 7 standard deviations from the mean of the 1,000 before (OLMo 2, 2501.00656)."""
+    """Share of the judged losses at least 7 standard deviations from the mean of the 1,000 before (OLMo 2, 2501.00656).
+
+    Of every step's; where `spike_steps_judged` is None, of the logged steps' alone.
+    """
+    spike_steps_judged: int | None = None
+    """Steps whose loss was judged: all finite ones but the first 100. None in records from before it was counted."""
+    first_spike_step: int | None = None
     skipped_steps: int
     first_bad_step: int | None
     first_bad_layer: str | None

@@ -17,6 +17,7 @@ import shutil
 import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,11 +35,12 @@ from fp8lab.guard import StepGuard
 from fp8lab.health import HealthLog, HealthProbe
 from fp8lab.kernels import end_step
 from fp8lab.loss import total_nats, training_loss
-from fp8lab.metrics import MetricsLog, Stopwatch
+from fp8lab.metrics import Arrivals, MetricsLog, Stopwatch
 from fp8lab.model import GPT
 from fp8lab.precision import convert, fp8_tensor_cores, uses_fp8
 from fp8lab.records import DomainLoss
 from fp8lab.schedule import decay_start, learning_rate_fraction, warmup_steps
+from fp8lab.spikes import SpikeCount
 
 log = logging.getLogger(__name__)
 
@@ -195,6 +197,8 @@ class Session:
             parameters = dict(self.model.named_parameters())
             self.average = WeightAverage(parameters, config.average_half_life * config.steps)
         self.log = MetricsLog(self.device, config.global_batch_tokens)
+        self.spikes = SpikeCount()
+        self._losses: Arrivals[int] = Arrivals(self.device)
         self._probe = HealthProbe(config, self.model, self.bf16_model, self.conversion)
         self.health = HealthLog(self.device)
         self.validation: list[dict[str, Any]] = []
@@ -278,6 +282,7 @@ class Session:
         if self.average is not None:
             self.average.update(self.step, skip)
         stopwatch.stop()
+        self._losses.add(self.step, loss)
         if self.step % config.log_interval == 0 or self.step == self.steps:
             self.log.add(self.step, lr, torch.stack((loss, norm, skip.float())), stopwatch)
 
@@ -295,6 +300,8 @@ class Session:
         """Move what has arrived from the device into the tables (see `fp8lab.metrics`)."""
         self.log.flush(wait=wait)
         self.health.flush(wait=wait)
+        if losses := self._losses.flush(wait=wait):
+            self.spikes.add([step for step, _ in losses], [float(loss) for _, loss in losses])
 
     def _accumulate_gradients(self, batch: Tensor, micro_batch: int) -> Tensor:
         """Gradients of the mean loss over all ranks' batches, `micro_batch` sequences at a time.
@@ -410,6 +417,7 @@ class Session:
                 "mixture_weights": self.dataset.weights,
                 "wall_seconds": self.wall_seconds,
                 "started_utc": self.started_utc,
+                "spikes": asdict(self.spikes),
             },
         )
 
@@ -448,6 +456,7 @@ class Session:
             self._check_compatible(history, folder, BRANCH_MAY_CHANGE)
             self._check_stable_part(history, folder)
             self._restore_tensors(path)
+            self.spikes = SpikeCount(recent=_spikes_of(history).recent)
             self.step = self.resumed_at = history.step
 
     def _restore_tensors(self, path: Path) -> None:
@@ -467,6 +476,7 @@ class Session:
         self.log = MetricsLog(self.device, self.config.global_batch_tokens, rows)
         self.validation = cast(list[dict[str, Any]], state.validation.to_dict("records"))
         self.health = HealthLog(self.device, state.health)
+        self.spikes = _spikes_of(state)
         self.step = self.resumed_at = state.step
         self.earlier_seconds = state.facts["wall_seconds"]
         self.started_utc = state.facts["started_utc"]
@@ -495,6 +505,11 @@ class Session:
                 f"parent.step: {state.step} is not in the stable part of {parent.run}, "
                 f"steps {stable.start} to {stable.stop - 1} of a WSD schedule"
             )
+
+
+def _spikes_of(history: checkpoint.History) -> SpikeCount:
+    """The count so far; checkpoints from before there was one begin it anew."""
+    return SpikeCount(**history.facts.get("spikes", {}))
 
 
 def _share_weights(model: GPT, weights: Mapping[str, Tensor] | None = None) -> GPT:

@@ -48,7 +48,6 @@ from fp8lab.precision import FP8_MULTIPLE, uses_fp8
 from fp8lab.progress import Progress, ProgressFile
 from fp8lab.records import DomainLoss, FinalLosses, Speed, Stability, TrainRecord, ValidationLosses
 from fp8lab.session import Session, device_name
-from fp8lab.spikes import spike_score
 
 FLUSH_SECONDS = 1.0
 """Between readings of the device's metrics."""
@@ -372,7 +371,9 @@ class Recorder:
         record.provenance.ended_utc = records.utc_now()
         record.provenance.epochs = self._loader.epochs(session.step)
         record.stability = Stability(
-            spike_score=spike_score(metrics["loss"]),
+            spike_score=session.spikes.score,
+            spike_steps_judged=session.spikes.judged,
+            first_spike_step=session.spikes.first_step,
             skipped_steps=int(session.guard.skipped),
             first_bad_step=step,
             first_bad_layer=layer,

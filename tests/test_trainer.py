@@ -14,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fp8lab import records, session, trainer
+from fp8lab import records, session, spikes, trainer
 from fp8lab.checkpoint import load_model
 from fp8lab.config import RECIPES, load_plan, parameter_count
 from fp8lab.errors import UserError
@@ -279,11 +279,14 @@ def test_outlier_steps_are_skipped_when_asked(train, monkeypatch, fault_report) 
         return objective, loss + (100 if len(calls) == 150 else 0)
 
     monkeypatch.setattr(session, "training_loss", spike)
-    config = tiny_config(tokens=160 * 128, optimizer={"peak_learning_rate": 1e-3, "skip_outliers": 8})
-    record = train(config)
+    optimizer = {"peak_learning_rate": 1e-3, "skip_outliers": 8}
+    record = train(tiny_config(tokens=160 * 128, log_interval=20, optimizer=optimizer))
     assert record.stability.skipped_steps == 1
     assert record.stability.first_bad_step is None
+    # Every step after the first 100 is judged, logged or not.
+    assert record.stability.spike_steps_judged == 60
     assert record.stability.spike_score == pytest.approx(1 / 60)
+    assert record.stability.first_spike_step == 150
     fault_report(
         "non-finite",
         "A loss far above the last 128 steps', with `skip_outliers`",
@@ -337,6 +340,7 @@ def test_averaged_weights_are_validated_beside_the_weights_and_change_nothing(tr
 
 @pytest.mark.parametrize("recipe", ["bf16", "tensorwise", "fused"])
 def test_a_run_continued_after_a_signal_is_the_uninterrupted_run(train, tmp_path, monkeypatch, recipe) -> None:
+    monkeypatch.setattr(spikes, "SPIKE_MIN_HISTORY", 4)
     whole = train(tiny_config(run="whole", recipe=recipe, average_half_life=0.1))
     with monkeypatch.context() as patch:
         stop_at(patch, 7, signal.SIGTERM)
@@ -349,6 +353,8 @@ def test_a_run_continued_after_a_signal_is_the_uninterrupted_run(train, tmp_path
     parts = train(tiny_config(run="parts", recipe=recipe, average_half_life=0.1))
     assert parts.status == "finished"
     assert parts.final == whole.final
+    assert parts.stability == whole.stability
+    assert parts.stability.spike_steps_judged == 16
     pd.testing.assert_frame_equal(curve(tmp_path, "whole"), curve(tmp_path, "parts"), check_exact=True)
     weights = [
         (tmp_path / "checkpoints_dir" / "test" / run / "model.safetensors").read_bytes() for run in ("whole", "parts")
