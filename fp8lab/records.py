@@ -129,10 +129,10 @@ class Stability(_Part):
     spike_score: float
     """Share of the judged losses at least 7 standard deviations from the mean of the 1,000 before (OLMo 2, 2501.00656).
 
-    Of every step's; where `spike_steps_judged` is None, of the logged steps' alone.
+    Of every step's; where `judged_steps` is None, of the logged steps' alone.
     """
-    spike_steps_judged: int | None = None
-    """Steps whose loss was judged: all finite ones but the first 100. None in records from before it was counted."""
+    judged_steps: int | None = None
+    """Steps that `spike_score` could judge: finite losses but the first 100. None where a record does not say."""
     first_spike_step: int | None = None
     skipped_steps: int
     first_bad_step: int | None

@@ -372,7 +372,7 @@ class Recorder:
         record.provenance.epochs = self._loader.epochs(session.step)
         record.stability = Stability(
             spike_score=session.spikes.score,
-            spike_steps_judged=session.spikes.judged,
+            judged_steps=session.spikes.judged,
             first_spike_step=session.spikes.first_step,
             skipped_steps=int(session.guard.skipped),
             first_bad_step=step,

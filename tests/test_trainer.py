@@ -284,7 +284,7 @@ def test_outlier_steps_are_skipped_when_asked(train, monkeypatch, fault_report) 
     assert record.stability.skipped_steps == 1
     assert record.stability.first_bad_step is None
     # Every step after the first 100 is judged, logged or not.
-    assert record.stability.spike_steps_judged == 60
+    assert record.stability.judged_steps == 60
     assert record.stability.spike_score == pytest.approx(1 / 60)
     assert record.stability.first_spike_step == 150
     fault_report(
@@ -354,7 +354,7 @@ def test_a_run_continued_after_a_signal_is_the_uninterrupted_run(train, tmp_path
     assert parts.status == "finished"
     assert parts.final == whole.final
     assert parts.stability == whole.stability
-    assert parts.stability.spike_steps_judged == 16
+    assert parts.stability.judged_steps == 16
     pd.testing.assert_frame_equal(curve(tmp_path, "whole"), curve(tmp_path, "parts"), check_exact=True)
     weights = [
         (tmp_path / "checkpoints_dir" / "test" / run / "model.safetensors").read_bytes() for run in ("whole", "parts")
