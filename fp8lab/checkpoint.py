@@ -71,7 +71,7 @@ PARTS = ("model", "optimizer", "trainer")
 TABLES = ("metrics", "validation", "health")
 HISTORY_FILES = (*(f"{name}.parquet" for name in TABLES), "state.json")
 KEEP = 2
-"""Resumable checkpoints kept: the newest, and the one to fall back on if it is damaged."""
+"""Resumable checkpoints kept beside those to keep: the newest, and the one to fall back on if it is damaged."""
 
 
 @dataclass
@@ -419,9 +419,9 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _remove_old(folder: Path, keep_at: Collection[int]) -> None:
-    for path in _checkpoints(folder)[:-KEEP]:
-        if int(path.name.removeprefix("step-")) not in keep_at:
-            _remove(path)
+    others = [path for path in _checkpoints(folder) if int(path.name.removeprefix("step-")) not in keep_at]
+    for path in others[:-KEEP]:
+        _remove(path)
 
 
 def _remove(path: Path) -> None:
