@@ -31,7 +31,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 from fp8lab import records
-from fp8lab.config import MAY_CHANGE, Plan, RunConfig, read_run_config, validate
+from fp8lab.config import Plan, RunConfig, changed_fields, earlier_config, read_run_config
 from fp8lab.errors import UserError
 from fp8lab.progress import Progress, is_locked, read_progress
 
@@ -309,7 +309,8 @@ def _check_unchanged(config: RunConfig, workspace: Workspace, *, replace: bool) 
     record = finished_record(folder)
     if record is None:
         return
-    changed = _changed_fields(config, record)
+    before = earlier_config(record.config, f"{folder / 'record.json'}: config")
+    changed = changed_fields(before, config)
     if not changed:
         return
     if not replace:
@@ -319,14 +320,6 @@ def _check_unchanged(config: RunConfig, workspace: Workspace, *, replace: bool) 
         )
     for old in (folder, workspace.work(config)):
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _changed_fields(config: RunConfig, record: records.TrainRecord) -> list[str]:
-    """Fields that matter to a result and differ from those it was made with; a newer field then had its default."""
-    planned = config.model_dump(mode="json", exclude=MAY_CHANGE)
-    known = {key: value for key, value in record.config.items() if key in RunConfig.model_fields}
-    recorded = validate(RunConfig, known, f"{record.plan}/{record.run}/record.json: config").model_dump(mode="json")
-    return [key for key in planned if recorded[key] != planned[key]]
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fp8lab import checkpoint, distributed, records
 from fp8lab.averaging import WeightAverage
-from fp8lab.config import MAY_CHANGE, RunConfig, validate
+from fp8lab.config import MAY_CHANGE, RunConfig, changed_fields, earlier_config
 from fp8lab.data import TokenDataset
 from fp8lab.distributed import ALONE, World
 from fp8lab.errors import UserError
@@ -482,9 +482,8 @@ class Session:
         self.started_utc = state.facts["started_utc"]
 
     def _check_compatible(self, state: checkpoint.History, folder: Path, may_change: set[str]) -> None:
-        config = self.config.model_dump(mode="json")
-        before = state.facts["config"]
-        changed = [key for key in config if key not in may_change and before.get(key) != config[key]]
+        before = earlier_config(state.facts["config"], f"{folder}: its checkpoint")
+        changed = changed_fields(before, self.config, may_change)
         if state.facts["data_sha256"] != self.dataset.sha256:
             changed.append("the mixture's data")
         if state.facts.get("mixture_weights", self.dataset.weights) != self.dataset.weights:
@@ -498,7 +497,7 @@ class Session:
 
     def _check_stable_part(self, state: checkpoint.History, folder: Path) -> None:
         """A branch may only leave a WSD parent, after the warm-up and before the decay."""
-        parent = validate(RunConfig, state.facts["config"], f"{folder}: its checkpoint")
+        parent = earlier_config(state.facts["config"], f"{folder}: its checkpoint")
         stable = range(warmup_steps(parent.schedule, parent.steps), decay_start(parent.schedule, parent.steps) + 1)
         if parent.schedule.kind != "wsd" or state.step not in stable:
             raise UserError(

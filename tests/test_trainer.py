@@ -23,7 +23,7 @@ from fp8lab.model import GPT
 from fp8lab.progress import read_progress
 from fp8lab.trainer import Diverged, Interrupted
 from tests import rule_data
-from tests.checkpoints import load_latest
+from tests.checkpoints import load_latest, replace_file
 from tests.rule_data import tiny_config, tiny_model
 
 
@@ -484,6 +484,18 @@ def test_a_checkpoint_of_another_configuration_is_refused(train, tmp_path) -> No
     with pytest.raises(UserError, match=r"another configuration \(tokens, optimizer changed\)"):
         train(tiny_config(tokens=40 * 128, optimizer={"peak_learning_rate": 1e-3}))
     assert (tmp_path / "records_dir" / "test" / "tiny" / "record.json").read_bytes() == before
+
+
+def test_a_checkpoint_from_before_a_field_was_added_resumes_with_its_default(train, tmp_path) -> None:
+    train(tiny_config(tokens=128))
+    checkpoint = tmp_path / "checkpoints_dir" / "test" / "tiny" / "step-00000001"
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["config"]["average_half_life"], state["config"]["optimizer"]["z_loss"], state["spikes"]
+    state["config"]["a_field_of_old"] = 1
+    replace_file(checkpoint, "state.json", json.dumps(state).encode())
+    assert train(tiny_config(tokens=128)).status == "finished"
+    with pytest.raises(UserError, match=r"another configuration \(average_half_life changed\)"):
+        train(tiny_config(tokens=128, average_half_life=0.5))
 
 
 @pytest.mark.parametrize(
