@@ -321,15 +321,23 @@ def load_history(path: Path) -> History:
     return History(step=facts.pop("step"), facts=facts, **tables)
 
 
-def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def load_tensors(path: Path, tensors: dict[str, Tensor], may_lack: Collection[str] = ()) -> None:
     """Fill `tensors`, by name and in place, from the checkpoint `path`, which is whole.
 
     A rank may ask for shares, whoever wrote the checkpoint, and asks for itself.
+
+    Args:
+        path: the checkpoint.
+        tensors: what to fill.
+        may_lack: names that stay as they are where the checkpoint is from before they were saved.
     """
+    reader = HuggingFaceStorageReader(str(path))
+    saved = reader.read_metadata().state_dict_metadata
+    tensors = {name: tensor for name, tensor in tensors.items() if name in saved or name not in may_lack}
     with warnings.catch_warnings():
         # That a single process loads is what is meant.
         warnings.filterwarnings("ignore", "torch.distributed is ", UserWarning)
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
 
 
 def find_damage(path: Path) -> str | None:

@@ -467,7 +467,7 @@ class Session:
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
         model, optimizer, trainer = self._tensors()
-        checkpoint.load_tensors(path, model | optimizer | trainer)
+        checkpoint.load_tensors(path, model | optimizer | trainer, may_lack=self.guard.state_dict())
         # They are in place; this tells a recipe's state that it has changed.
         self.model.load_state_dict(model)
 

@@ -303,26 +303,34 @@ class Recorder:
     def _divergence(self) -> str:
         """Why the run has diverged, and where it began."""
         session = self._session
-        # The weights are still those of the first bad step: what fails now failed then.
+        # No step was taken since these were first skipped: what fails now failed then.
         rows = torch.from_numpy(self._loader.batch(session.step - 1)[: session.config.micro_batch])
         self._bad_output = session.first_non_finite_output(rows)
-        step, layer = self._first_bad()
-        began = f"; the first loss or gradient that is not finite was at step {step}, in {layer}" if step else ""
-        return f"{DIVERGED_AFTER} steps in a row were skipped{began}"
+        guard = session.guard
+        began, first = self._bad(guard.streak_bad_step, guard.streak_bad_parameters), self._first_bad()
+        reason = f"{int(guard.skipped_in_a_row)} steps in a row were skipped"
+        if began[0] is not None:
+            reason += f"; their first loss or gradient that is not finite was at step {began[0]}, in {began[1]}"
+            if first != began:
+                reason += f"; the run's first was at step {first[0]}, in {first[1]}"
+        return reason
 
     def _first_bad(self) -> tuple[int | None, str | None]:
-        """Number of the first step with a loss or gradient that is not finite, and the layer where it arose."""
-        guard = self._session.guard
-        step = int(guard.first_bad_step)
+        """Number of the run's first step with a loss or gradient that is not finite, and the layer where it arose."""
+        return self._bad(self._session.guard.first_bad_step, self._session.guard.first_bad_parameters)
+
+    def _bad(self, step: Tensor, parameters: Tensor) -> tuple[int | None, str | None]:
+        """Number of a step that the guard has noted, and the layer where what is not finite arose."""
         if step < 0:
             return None, None
-        is_bad = guard.first_bad_parameters.tolist()
+        is_bad = parameters.tolist()
         names = [name for name, _ in self._session.model.named_parameters()]
         bad_blocks = [name for name, bad in zip(names, is_bad, strict=True) if bad and name.startswith("blocks.")]
         if all(is_bad) or not bad_blocks:
-            return step + 1, self._bad_output or "the forward pass"
+            in_these_weights = step == self._session.guard.streak_bad_step
+            return int(step) + 1, (self._bad_output if in_these_weights else None) or "the forward pass"
         # Backward runs from the last layer to the first and hands non-finite values on: it began in the last.
-        return step + 1, bad_blocks[-1].removesuffix(".weight")
+        return int(step) + 1, bad_blocks[-1].removesuffix(".weight")
 
     def _samples(self, model: GPT) -> list[str]:
         """The model's continuation of the start of each domain's validation text."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -270,6 +271,28 @@ def test_a_run_that_stays_non_finite_stops_as_diverged_and_names_the_layer(
     )
 
 
+def test_a_divergence_is_told_from_a_bad_step_long_before_it(train, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(trainer, "FLUSH_SECONDS", 0.0)
+    real, calls = session.training_loss, []
+
+    def break_down(model, hidden, targets, z_loss):
+        calls.append(1)
+        if len(calls) == 2:
+            hidden = hidden * math.nan
+        if len(calls) == 6:
+            model.blocks[1].mlp.down.weight.data.fill_(math.nan)
+        return real(model, hidden, targets, z_loss)
+
+    monkeypatch.setattr(session, "training_loss", break_down)
+    message = (
+        r"^20 steps .* was at step 7, in blocks\.1\.mlp\.down; the run's first was at step 2, in the forward pass$"
+    )
+    with pytest.raises(Diverged, match=message):
+        train(tiny_config(tokens=100 * 128))
+    stability = records.read(tmp_path / "records_dir" / "test" / "tiny").stability
+    assert (stability.first_bad_step, stability.first_bad_layer) == (2, "the forward pass")
+
+
 def test_outlier_steps_are_skipped_when_asked(train, monkeypatch, fault_report) -> None:
     real, calls = session.training_loss, []
 
@@ -493,6 +516,10 @@ def test_a_checkpoint_from_before_a_field_was_added_resumes_with_its_default(tra
     del state["config"]["average_half_life"], state["config"]["optimizer"]["z_loss"], state["spikes"]
     state["config"]["a_field_of_old"] = 1
     replace_file(checkpoint, "state.json", json.dumps(state).encode())
+    tensors = load_file(checkpoint / "trainer.safetensors")
+    older = {name: tensor for name, tensor in tensors.items() if not name.startswith("streak")}
+    assert len(older) == len(tensors) - 2
+    replace_file(checkpoint, "trainer.safetensors", save(older))
     assert train(tiny_config(tokens=128)).status == "finished"
     with pytest.raises(UserError, match=r"another configuration \(average_half_life changed\)"):
         train(tiny_config(tokens=128, average_half_life=0.5))
