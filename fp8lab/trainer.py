@@ -49,6 +49,8 @@ from fp8lab.progress import Progress, ProgressFile
 from fp8lab.records import DomainLoss, FinalLosses, Speed, Stability, TrainRecord, ValidationLosses
 from fp8lab.session import Session, device_name
 
+log = logging.getLogger(__name__)
+
 FLUSH_SECONDS = 1.0
 """Between readings of the device's metrics."""
 PREFETCH_BATCHES = 4
@@ -204,9 +206,19 @@ class Recorder:
             self._write_failure(_one_line(error))
             raise
         finally:
-            if self._events is not None:
-                self._events.close()
+            self._end_writing()
         return self.record
+
+    def _end_writing(self) -> None:
+        """Nothing writes to the run's folder once it is another process's to train."""
+        if self._events is not None:
+            self._events.close()
+        if self.writer is not None:
+            try:
+                self.writer.wait()
+            except Exception as error:
+                # A finished run has waited before: what ends this one is another error, and is told already.
+                log.warning("the last checkpoint could not be written: %s", _one_line(error))
 
     def _loop(self, received: list[int]) -> None:
         session, config = self._session, self._session.config
@@ -226,6 +238,8 @@ class Recorder:
             self._validate()
         if not config.compact:
             self._save(wait=True)
+        elif self.writer is not None:
+            self.writer.wait()
 
     def _stop_if_asked(self, received: list[int]) -> None:
         """What one rank has seen, a signal or divergence, stops all of them after the same step."""
@@ -370,15 +384,28 @@ class Recorder:
         if not self._leads:
             return
         session, record = self._session, self.record
-        metrics = session.log.table()
-        step, layer = self._first_bad()
-        counts = overflow_counts(session.model)
+        # What the host knows comes first: reading from a device that has failed ends here.
         record.status, record.reason = status, reason
         record.steps, record.tokens = session.step, session.tokens
         record.flops = records.Flops(**flops.flops_record(session.config.model, session.tokens))
         record.provenance.ended_utc = records.utc_now()
         record.provenance.epochs = self._loader.epochs(session.step)
-        record.stability = Stability(
+        metrics = session.log.table()
+        record.speed = self._speed(metrics)
+        record.stability = self._stability()
+        folder = records.write(record, self._records_dir)
+        records.write_table(folder, "metrics", metrics)
+        records.write_table(folder, "validation", session.validation_table())
+        health = session.health.table()
+        if not health.empty:
+            records.write_table(folder, "health", health)
+
+    def _stability(self) -> Stability:
+        """Signs of instability so far; waits for the device."""
+        session = self._session
+        step, layer = self._first_bad()
+        counts = overflow_counts(session.model)
+        return Stability(
             spike_score=session.spikes.score,
             judged_steps=session.spikes.judged,
             first_spike_step=session.spikes.first_step,
@@ -388,22 +415,16 @@ class Recorder:
             saturated_steps=counts and counts.saturated,
             underflowing_steps=counts and counts.underflowing,
         )
-        record.speed = self._speed(metrics)
-        folder = records.write(record, self._records_dir)
-        records.write_table(folder, "metrics", metrics)
-        records.write_table(folder, "validation", session.validation_table())
-        health = session.health.table()
-        if not health.empty:
-            records.write_table(folder, "health", health)
 
     def _write_failure(self, reason: str) -> None:
         """Record the failure as fully as what failed allows."""
         try:
             self._write("failed", reason)
         except Exception:
-            # The device or the disk may be what failed: then the reason alone, where it can be written.
+            # The device or the disk may be what failed: then what the host knows, where it can be written.
             with contextlib.suppress(OSError):
-                records.write(self.record, self._records_dir)
+                if self._leads:
+                    records.write(self.record, self._records_dir)
 
     def _speed(self, metrics: pd.DataFrame) -> Speed | None:
         session = self._session

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import signal
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fp8lab import records, session, spikes, trainer
+from fp8lab import checkpoint, records, session, spikes, trainer
 from fp8lab.checkpoint import load_model
 from fp8lab.config import RECIPES, load_plan, parameter_count
 from fp8lab.errors import UserError
@@ -336,6 +338,78 @@ def test_an_exception_leaves_a_failed_record_with_the_reason(train, tmp_path, mo
     assert not (tmp_path / "checkpoints_dir" / "test" / "tiny" / "model.safetensors").exists()
 
 
+class DeadDevice:
+    """What is left of a guard whose device is lost."""
+
+    def __getattr__(self, name):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+def test_a_device_that_dies_leaves_a_failed_record_with_the_reason(train, tmp_path, monkeypatch) -> None:
+    real = session.Session.take_step
+
+    def take_step(self, batch):
+        if self.step == 5:
+            self.guard = DeadDevice()
+        real(self, batch)
+
+    monkeypatch.setattr(session.Session, "take_step", take_step)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        train()
+    record = records.read(tmp_path / "records_dir" / "test" / "tiny")
+    assert (record.status, record.steps) == ("failed", 5)
+    assert record.reason == "RuntimeError: CUDA error: device-side assert triggered"
+
+
+def slow_write(monkeypatch, error: OSError | None = None) -> None:
+    """Make every checkpoint take a while to write, then fail with `error` if there is one."""
+    real = checkpoint.write
+
+    def write(*arguments):
+        time.sleep(0.2)
+        if error is not None:
+            raise error
+        return real(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+
+
+def fail_after(monkeypatch, step: int) -> None:
+    """Make the batch after `step` unreadable."""
+    real = rule_data.RuleLoader.batch
+
+    def batch(self, number, *rank):
+        if number >= step:
+            raise ValueError("no such batch")
+        return real(self, number, *rank)
+
+    monkeypatch.setattr(rule_data.RuleLoader, "batch", batch)
+
+
+def test_a_run_is_over_when_its_last_checkpoint_is_written(train, tmp_path, monkeypatch) -> None:
+    slow_write(monkeypatch)
+    work = tmp_path / "checkpoints_dir" / "test"
+    train(tiny_config(run="compact", tokens=5 * 128, checkpoint_interval=4, compact=True))
+    assert not list((work / "compact").glob("*step-*"))
+    fail_after(monkeypatch, 4)
+    with pytest.raises(ValueError, match="no such batch"):
+        train(tiny_config(run="failed", checkpoint_interval=4))
+    assert [path.name for path in (work / "failed").glob("*step-*")] == ["step-00000004"]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told(train, tmp_path, monkeypatch, caplog) -> None:
+    slow_write(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(OSError, match="No space left"):
+        train(tiny_config(run="compact", tokens=5 * 128, checkpoint_interval=4, compact=True))
+    record = records.read(tmp_path / "records_dir" / "test" / "compact")
+    assert (record.status, record.reason) == ("failed", "OSError: [Errno 28] No space left on device")
+    fail_after(monkeypatch, 4)
+    with pytest.raises(ValueError, match="no such batch"):
+        train(tiny_config(run="failed", checkpoint_interval=4))
+    assert "ValueError" in records.read(tmp_path / "records_dir" / "test" / "failed").reason
+    assert "last checkpoint could not be written: OSError: [Errno 28] No space left" in caplog.text
+
+
 def stop_at(monkeypatch, step: int, number: int) -> None:
     """Send this process a signal while a step's batch is being loaded."""
     real = session.Session.take_step
@@ -511,15 +585,15 @@ def test_a_checkpoint_of_another_configuration_is_refused(train, tmp_path) -> No
 
 def test_a_checkpoint_from_before_a_field_was_added_resumes_with_its_default(train, tmp_path) -> None:
     train(tiny_config(tokens=128))
-    checkpoint = tmp_path / "checkpoints_dir" / "test" / "tiny" / "step-00000001"
-    state = json.loads((checkpoint / "state.json").read_text())
+    path = tmp_path / "checkpoints_dir" / "test" / "tiny" / "step-00000001"
+    state = json.loads((path / "state.json").read_text())
     del state["config"]["average_half_life"], state["config"]["optimizer"]["z_loss"], state["spikes"]
     state["config"]["a_field_of_old"] = 1
-    replace_file(checkpoint, "state.json", json.dumps(state).encode())
-    tensors = load_file(checkpoint / "trainer.safetensors")
+    replace_file(path, "state.json", json.dumps(state).encode())
+    tensors = load_file(path / "trainer.safetensors")
     older = {name: tensor for name, tensor in tensors.items() if not name.startswith("streak")}
     assert len(older) == len(tensors) - 2
-    replace_file(checkpoint, "trainer.safetensors", save(older))
+    replace_file(path, "trainer.safetensors", save(older))
     assert train(tiny_config(tokens=128)).status == "finished"
     with pytest.raises(UserError, match=r"another configuration \(average_half_life changed\)"):
         train(tiny_config(tokens=128, average_half_life=0.5))
