@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import logging
 import math
 import shutil
@@ -30,7 +31,7 @@ from fp8lab.averaging import WeightAverage
 from fp8lab.config import MAY_CHANGE, RunConfig, changed_fields, earlier_config
 from fp8lab.data import TokenDataset
 from fp8lab.distributed import ALONE, World
-from fp8lab.errors import UserError
+from fp8lab.errors import OutOfMemory, UserError
 from fp8lab.guard import StepGuard
 from fp8lab.health import HealthLog, HealthProbe
 from fp8lab.kernels import end_step
@@ -256,27 +257,24 @@ class Session:
 
         Args:
             batch: (rows, seq_len + 1) token ids, this rank's rows of the global batch.
+
+        Raises:
+            OutOfMemory: the step does not fit the device's memory.
         """
-        config, optimizer = self.config, self.optimizer
+        config = self.config
         stopwatch = Stopwatch(self.device).start()
         lr = config.optimizer.peak_learning_rate * learning_rate_fraction(config.schedule, self.step, self.steps)
-        for group in optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
         batch = batch.to(self.device, non_blocking=True)
+        fits = True
         try:
-            loss = self.world.sum(self._accumulate_gradients(batch, config.micro_batch))
+            loss, norm, skip = self._update(batch)
         except torch.OutOfMemoryError:
-            raise UserError(self._advise_micro_batch(batch)) from None
-        parameters = list(self.model.parameters())
-        norms = distributed.norms([cast(Tensor, parameter.grad) for parameter in parameters])
-        norm, skip = self.guard.judge(self.step, loss, norms)
-        self._measure_health(batch, norms)
-        # Fused AdamW divides gradients by grad_scale and leaves everything as it was where found_inf is 1:
-        # clipping and skipping cost no pass over memory of their own.
-        optimizer.grad_scale = (norm / config.optimizer.gradient_clip).clamp(min=1.0)  # type: ignore[attr-defined]
-        optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            fits = False
+        if not fits:
+            # Not in the handler: the error's traceback keeps alive all that the attempt has allocated.
+            raise OutOfMemory(self._advise_micro_batch(batch))
         end_step(self.model)
         self.step += 1
         if self.average is not None:
@@ -285,6 +283,25 @@ class Session:
         self._losses.add(self.step, loss)
         if self.step % config.log_interval == 0 or self.step == self.steps:
             self.log.add(self.step, lr, torch.stack((loss, norm, skip.float())), stopwatch)
+
+    def _update(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the batch, the guard's verdict on them, and the optimizer's step.
+
+        Returns:
+            The loss, the gradient norm, and whether the step was skipped: scalars.
+        """
+        config, optimizer = self.config, self.optimizer
+        loss = self.world.sum(self._accumulate_gradients(batch, config.micro_batch))
+        norms = distributed.norms([cast(Tensor, parameter.grad) for parameter in self.model.parameters()])
+        norm, skip = self.guard.judge(self.step, loss, norms)
+        self._measure_health(batch, norms)
+        # Fused AdamW divides gradients by grad_scale and leaves everything as it was where found_inf is 1:
+        # clipping and skipping cost no pass over memory of their own.
+        optimizer.grad_scale = (norm / config.optimizer.gradient_clip).clamp(min=1.0)  # type: ignore[attr-defined]
+        optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss, norm, skip
 
     def _measure_health(self, batch: Tensor, gradient_norms: Tensor) -> None:
         """Every `health_interval` steps, before the optimizer changes the weights."""
@@ -327,19 +344,26 @@ class Session:
         if self.world.size > 1:
             # One rank cannot try by itself.
             return f"{problem}; take a smaller one" + (", or sharding: fsdp" if self.config.sharding == "ddp" else "")
-        # Before the first step the optimizer has yet to take its share.
-        moments = [] if self.optimizer.state else [torch.zeros_like(p) for p in self.model.parameters() for _ in "mv"]
         for micro_batch in range(self.config.micro_batch // 2, 0, -1):
-            if self.config.micro_batch % micro_batch:
-                continue
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            with contextlib.suppress(torch.OutOfMemoryError):
-                self._accumulate_gradients(batch[:micro_batch], micro_batch)
-                del moments
+            if self.config.micro_batch % micro_batch == 0 and self._fits(batch[:micro_batch]):
                 return f"{problem}; {micro_batch} do"
         return f"{problem}; not even 1 does: take a smaller model or seq_len, or activation_checkpointing"
+
+    def _fits(self, rows: Tensor) -> bool:
+        """Try a micro-batch, with the room that the optimizer has yet to take before its first step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        # A failed attempt's graph may be in reference cycles.
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            without = [parameter for parameter in self.model.parameters() if not self.optimizer.state.get(parameter)]
+            moments = [torch.zeros_like(parameter) for parameter in without for _ in ("exp_avg", "exp_avg_sq")]
+            self._accumulate_gradients(rows, len(rows))
+            del moments
+        except torch.OutOfMemoryError:
+            return False
+        return True
 
     def validate(self) -> None:
         """Loss and bits per byte of each domain's validation text, into `validation`."""

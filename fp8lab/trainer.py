@@ -99,6 +99,8 @@ def train(
     Raises:
         UserError: bad data or configuration, a run that another process trains, or damaged checkpoints;
             no record is written.
+        OutOfMemory: a step does not fit the device's memory; the record's status is 'failed', and the reason names
+            the micro-batch that would fit.
         Interrupted: a signal arrived; the record's status is 'interrupted'.
         Diverged: the loss or gradient stayed non-finite; the record's status is 'diverged'.
         Exception: anything else, after a record with status 'failed' and the reason.

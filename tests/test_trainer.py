@@ -8,6 +8,7 @@ import logging
 import math
 import signal
 import time
+import weakref
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fp8lab import checkpoint, records, session, spikes, trainer
 from fp8lab.checkpoint import load_model
 from fp8lab.config import RECIPES, load_plan, parameter_count
-from fp8lab.errors import UserError
+from fp8lab.errors import OutOfMemory, UserError
 from fp8lab.generation import generate
 from fp8lab.model import GPT
 from fp8lab.progress import read_progress
@@ -530,17 +531,21 @@ def test_budgets_of_a_plan_branch_off_one_run(train, tmp_path) -> None:
 
 
 def test_out_of_memory_names_the_micro_batch_that_fits(train, tmp_path, monkeypatch, fault_report) -> None:
-    real = session.training_loss
+    real, attempts = session.training_loss, []
 
     def limited(model, hidden, targets, z_loss):
+        # On a device that an earlier attempt still filled, no smaller one would fit either.
+        assert not any(attempt() is not None for attempt in attempts)
+        attempts.append(weakref.ref(hidden))
         if len(targets) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, hidden, targets, z_loss)
 
     monkeypatch.setattr(session, "training_loss", limited)
     message = r"micro_batch: 8 sequences do not fit the memory of CPU.*; 2 do$"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(OutOfMemory, match=message):
         train(tiny_config(micro_batch=8, global_batch_tokens=256))
+    assert len(attempts) == 3
     record = records.read(tmp_path / "records_dir" / "test" / "tiny")
     assert record.status == "failed"
     assert "2 do" in record.reason
@@ -553,6 +558,17 @@ def test_out_of_memory_names_the_micro_batch_that_fits(train, tmp_path, monkeypa
         named=2,
         status=record.status,
     )
+
+
+def test_without_memory_for_the_optimizer_s_moments_the_run_says_so(train, tmp_path, monkeypatch) -> None:
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    # What AdamW makes its moments with, at its first step.
+    monkeypatch.setattr(torch, "zeros_like", no_memory)
+    with pytest.raises(OutOfMemory, match=r"micro_batch: 4 sequences do not fit .*; not even 1 does: take a smaller"):
+        train()
+    assert records.read(tmp_path / "records_dir" / "test" / "tiny").status == "failed"
 
 
 def test_training_a_finished_run_again_changes_no_result(train, tmp_path) -> None:
