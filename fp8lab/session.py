@@ -148,6 +148,18 @@ def first_non_finite_output(model: GPT, forward: Callable[[], object]) -> str | 
     return found[0] if found else None
 
 
+def check_model(config: RunConfig) -> None:
+    """Raise what building the run's model would raise, in an instant and without memory for it.
+
+    Raises:
+        UserError: the recipe cannot convert the model, or a pattern matches no Linear of it.
+    """
+    with torch.device("meta"):
+        model, plain = GPT(config.model), GPT(config.model)
+    conversion = convert(model, config.recipe, config.head, config.high_precision)
+    HealthProbe(config, model, plain, conversion)
+
+
 class Objective(nn.Module):
     """The loss as a module, so that what wraps a model for several GPUs sees both uses of the tied weight."""
 

@@ -47,7 +47,7 @@ from fp8lab.model import GPT
 from fp8lab.precision import FP8_MULTIPLE, uses_fp8
 from fp8lab.progress import Progress, ProgressFile
 from fp8lab.records import DomainLoss, FinalLosses, Speed, Stability, TrainRecord, ValidationLosses
-from fp8lab.session import Session, device_name
+from fp8lab.session import Session, check_model, device_name
 
 log = logging.getLogger(__name__)
 
@@ -114,14 +114,16 @@ def train(
                 f"model.vocab_size: {config.model.vocab_size} is less than the {dataset.encoding.n_vocab} "
                 f"tokens of mixture {config.mixture}"
             )
+        check_model(config)
         folder = checkpoints_dir / config.plan / config.run
-        session = Session(config, dataset, folder, world)
 
         def take_folder() -> None:
             held.enter_context(checkpoint.lock(folder))
             checkpoint.clean_up(folder)
 
+        # Before anything takes memory on a device where another process may be training this run.
         world.first(take_folder)
+        session = Session(config, dataset, folder, world)
         session.resume()
         return Recorder(session, loader, records_dir, on_log).run()
 

@@ -624,6 +624,8 @@ def test_a_checkpoint_from_before_a_field_was_added_resumes_with_its_default(tra
         ),
         ({"model": tiny_model(vocab_size=128)}, "model.vocab_size: 128 is less than the 257 tokens"),
         ({"recipe": "rowwise", "high_precision": ("blocks.9.*",)}, "high_precision: 'blocks.9.*' matches no Linear"),
+        ({"recipe": "fused", "high_precision": ("*.qkv",)}, "recipe: fused converts whole blocks, but of block 0 only"),
+        ({"health_layers": ("blocks.9.*",)}, "health_layers: 'blocks.9.*' matches no Linear"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(train, tmp_path, changes, message) -> None:
@@ -632,6 +634,15 @@ def test_mistakes_are_one_line_and_nothing_is_written(train, tmp_path, changes, 
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_another_process_trains_is_refused_before_its_model_is_built(train, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(session.Session, "__init__", lambda *_: pytest.fail("a second model beside the first"))
+    with (
+        checkpoint.lock(tmp_path / "checkpoints_dir" / "test" / "tiny"),
+        pytest.raises(UserError, match="is training this run"),
+    ):
+        train()
 
 
 def test_without_a_compiler_the_run_goes_on_and_says_so(train, monkeypatch, caplog) -> None:
