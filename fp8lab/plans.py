@@ -4,7 +4,7 @@ Each run is one execution of ``runs/train.ipynb`` and, where its plan asks for s
 ``runs/evaluate.ipynb``, in a process of its own; an entry's compact runs are one execution of
 ``runs/series.ipynb`` together. This module never imports torch: it starts the
 notebooks, draws progress from the file that each worker keeps (`fp8lab.progress`), passes SIGINT and
-SIGTERM on as one request to checkpoint and stop, and makes sure that however a notebook dies, a
+SIGTERM on as requests to checkpoint and stop, and makes sure that however a notebook dies, a
 record says so.
 """
 
@@ -397,11 +397,10 @@ class _Stage:
             self.print(f"{label}: {record.status}: {record.reason}", style="red")
 
     def stop(self, number: int, _frame: FrameType | None) -> None:
-        """Signal handler: every worker once, and no new ones."""
-        if self.received is None:
-            self.received = number
-            for worker in list(self._workers):
-                worker.stop()
+        """Signal handler: no new workers, and each signal to all there are: the second ends what is slow to stop."""
+        self.received = self.received or number
+        for worker in list(self._workers):
+            worker.stop()
 
     def execute(self, template: str, config: RunConfig, parameters: dict[str, Any], label: str) -> bool:
         """Execute ``runs/<template>.ipynb`` into the run's record. True if the notebook ran to its end."""

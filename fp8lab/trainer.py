@@ -476,16 +476,22 @@ def _prefetched(loader: Loader, session: Session) -> Iterator[Iterator[Tensor]]:
         executor.shutdown(wait=True, cancel_futures=True)
 
 
+_collected: list[int] | None = None
+"""What the outermost `stop_signals` has received."""
+
+
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Collect SIGTERM and SIGINT instead of dying of them; a second one has its usual effect.
 
     Not under torchrun, which passes on what the rank may have received already, and kills what does not end.
+    Inside another `stop_signals` it is that one's list: a signal too late to stop a run stops its series.
     """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
+    global _collected
+    if _collected is not None or threading.current_thread() is not threading.main_thread():
+        yield [] if _collected is None else _collected
         return
+    received = _collected = []
     previous: dict[int, Any] = {}
 
     def handle(number: int, _frame: FrameType | None) -> None:
@@ -500,6 +506,7 @@ def stop_signals() -> Iterator[list[int]]:
     try:
         yield received
     finally:
+        _collected = None
         for number, handler in previous.items():
             signal.signal(number, handler)
 

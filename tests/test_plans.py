@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +21,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from fp8lab import checkpoint, records
+from fp8lab import checkpoint, plans, records
 from fp8lab.config import Plan, load_plan
 from fp8lab.errors import UserError
 from fp8lab.plans import Options, Workspace, run_plan, status_rows
@@ -215,6 +216,29 @@ def test_compact_runs_share_a_process_and_one_that_kills_it_stops_no_other(tmp_p
     assert not list(workspace.records.rglob("*.ipynb"))
     assert "t-bf16-s2: failed: " in output
     assert output.count("finished, ") == 2
+
+
+def test_a_second_signal_ends_a_worker_that_is_slow_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, workspace = make_project(tmp_path, FINISH, seeds=[1])
+    script = (
+        "import signal, sys, time; from pathlib import Path\n"
+        "def slow(number, frame): signal.signal(number, signal.SIG_DFL); Path('stopping').touch()\n"
+        "signal.signal(signal.SIGTERM, slow); Path('started').touch(); time.sleep(60); time.sleep(60)\n"
+    )
+    monkeypatch.setattr(
+        plans._Stage, "_start", lambda *_: subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
+    )
+
+    def interrupt() -> None:
+        for mark in ("started", "stopping"):
+            while not (tmp_path / mark).exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(plans.Interrupted) as stopped:
+        execute(plan, workspace)
+    assert stopped.value.exit_code == 130
 
 
 def test_a_signal_stops_the_worker_at_a_checkpoint_and_starts_no_other(tmp_path: Path) -> None:

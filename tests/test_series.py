@@ -123,6 +123,29 @@ def test_a_signal_keeps_what_is_finished_and_the_same_call_goes_on(
         assert finals[0] == finals[1]
 
 
+def test_a_signal_too_late_to_stop_a_run_stops_the_series_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = session.Session.validate
+
+    def validate(self):
+        if self.config.seed == 2:
+            signal.raise_signal(signal.SIGTERM)
+        real(self)
+
+    monkeypatch.setattr(session.Session, "validate", validate)
+    with pytest.raises(Interrupted) as stopped:
+        run_series(tmp_path, seeds(1, 2, 3, tokens=2 * 128))
+    assert stopped.value.exit_code == 143
+    plan = tmp_path / "records_dir" / "test"
+    statuses = {path.parent.name: records.read(path.parent).status for path in plan.glob("*/record.json")}
+    assert statuses == {"s1": "finished", "s2": "finished"}
+    assert set(curves(tmp_path)["run"]) == {"s1", "s2"}
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    # With nothing left to train, there is nothing to interrupt.
+    assert [record.status for record in run_series(tmp_path, seeds(2, tokens=2 * 128))] == ["finished"]
+
+
 def test_processes_may_share_tables_at_once(tmp_path: Path) -> None:
     columns = {"metrics": records.COLUMNS["metrics"], "validation": records.COLUMNS["validation"]}
     names = [f"run{number}" for number in range(12)]
