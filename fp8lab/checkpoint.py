@@ -60,7 +60,7 @@ from fp8lab.distributed import ALONE, World
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
 from fp8lab.progress import LOCK_FILE_NAME
-from fp8lab.records import write_atomically
+from fp8lab.records import TRAINING_TABLES, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +68,7 @@ MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CHECKSUMS_FILE = "checksums.json"
 PARTS = ("model", "optimizer", "trainer")
-TABLES = ("metrics", "validation", "health")
-HISTORY_FILES = (*(f"{name}.parquet" for name in TABLES), "state.json")
+HISTORY_FILES = (*(f"{name}.parquet" for name in TRAINING_TABLES), "state.json")
 KEEP = 2
 """Resumable checkpoints kept beside those to keep: the newest, and the one to fall back on if it is damaged."""
 
@@ -272,7 +271,7 @@ def _write_shards(folder: Path, state: TrainingState, world: World) -> list[Path
 
 
 def _write_history(folder: Path, history: History) -> list[Path]:
-    for name in TABLES:
+    for name in TRAINING_TABLES:
         getattr(history, name).to_parquet(folder / f"{name}.parquet", index=False)
     (folder / "state.json").write_text(json.dumps(history.facts | {"step": history.step}))
     return [folder / name for name in HISTORY_FILES]
@@ -317,7 +316,7 @@ def at_step(folder: Path, step: int) -> Path:
 def load_history(path: Path) -> History:
     """How far the run had come at the checkpoint `path`, which is whole."""
     facts = json.loads((path / "state.json").read_bytes())
-    tables = {name: pd.read_parquet(path / f"{name}.parquet") for name in TABLES}
+    tables = {name: pd.read_parquet(path / f"{name}.parquet") for name in TRAINING_TABLES}
     return History(step=facts.pop("step"), facts=facts, **tables)
 
 

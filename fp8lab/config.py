@@ -219,8 +219,8 @@ class RunConfig(Config):
     compact: bool = False
     """For plans of many short runs: keep a finished run's record alone, without weights, samples and notebook.
 
-    Its tables go into those that the plan's runs share. An entry's compact runs train one after another in one
-    process (`fp8lab.series`), so that its start and compilation are paid once.
+    Its tables go into those that the plan's runs share. Of one GPU each, an entry's compact runs train one after
+    another in one process (`fp8lab.series`), so that its start and compilation are paid once.
     """
 
     @model_validator(mode="after")

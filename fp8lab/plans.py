@@ -56,6 +56,10 @@ class Workspace:
         """Where a run keeps what is not its record: checkpoints, weights, progress, logs."""
         return self.checkpoints / config.plan / config.run
 
+    def notebooks(self, config: RunConfig) -> Path:
+        """Where a run's executed notebooks go: beside its record, or with its logs if the record is to be small."""
+        return self.work(config) if config.compact else self.record(config)
+
     def parameters(self) -> dict[str, Any]:
         """The folders, as notebooks take them."""
         return {
@@ -253,7 +257,7 @@ def _train_and_score(config: RunConfig, plan: Plan, options: Options, stage: _St
     if stage.received is not None:
         return False
     folder = stage.workspace.record(config)
-    trained = finished_record(folder)
+    trained = _finished_and_shared(config, stage.workspace)
     scored = config.evaluation == "none" or (folder / "eval.json").exists()
     if trained is not None and scored:
         stage.print(f"{label}: already finished, {_loss(trained)}")
@@ -265,10 +269,10 @@ def _train_and_score(config: RunConfig, plan: Plan, options: Options, stage: _St
             return False
         parameters = {"plan": str(plan.path), "run": config.run, "mixture": options.mixture, "nproc": options.nproc}
         stage.execute("train", config, parameters, label)
-        trained = finished_record(folder)
+        trained = _finished_and_shared(config, stage.workspace)
         if trained is None:
-            record = records.read(folder)
-            stage.print(f"{label}: {record.status}: {record.reason}; see {folder / 'train.ipynb'}", style="red")
+            record, notebook = records.read(folder), stage.workspace.notebooks(config) / "train.ipynb"
+            stage.print(f"{label}: {record.status}: {record.reason}; see {notebook}", style="red")
             return False
     if config.evaluation != "none" and not _evaluate(
         stage, config, plan.path, options.mixture, config.evaluation, options.evaluation_data, None, label
@@ -277,6 +281,14 @@ def _train_and_score(config: RunConfig, plan: Plan, options: Options, stage: _St
         return False
     stage.print(f"{label}: finished, {_loss(trained)}")
     return True
+
+
+def _finished_and_shared(config: RunConfig, workspace: Workspace) -> records.TrainRecord | None:
+    """The run's record if the run finished; a compact one's tables are then among those that its plan shares."""
+    record = finished_record(workspace.record(config))
+    if record is not None and config.compact:
+        records.share_tables(workspace.records, config.plan, config.run)
+    return record
 
 
 def _loss(record: records.TrainRecord) -> str:
@@ -318,6 +330,7 @@ def _check_unchanged(config: RunConfig, workspace: Workspace, *, replace: bool) 
             f"{folder}: made with another configuration ({', '.join(changed)} changed); "
             "--replace runs it again, or give the plan another name"
         )
+    records.drop_shared_rows(workspace.records, config.plan, config.run)
     for old in (folder, workspace.work(config)):
         shutil.rmtree(old, ignore_errors=True)
 
@@ -403,10 +416,10 @@ class _Stage:
             worker.stop()
 
     def execute(self, template: str, config: RunConfig, parameters: dict[str, Any], label: str) -> bool:
-        """Execute ``runs/<template>.ipynb`` into the run's record. True if the notebook ran to its end."""
+        """Execute ``runs/<template>.ipynb`` for one run. True if the notebook ran to its end."""
         folder, work = self.workspace.record(config), self.workspace.work(config)
         before = _record_bytes(folder)
-        done = self.notebook(template, folder, work, parameters, {work: label})
+        done = self.notebook(template, self.workspace.notebooks(config), work, parameters, {work: label})
         if template == "train":
             self._ensure_record(config, folder, work / f"{template}.log", before)
         return done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -161,6 +162,39 @@ def test_processes_may_share_tables_at_once(tmp_path: Path) -> None:
         assert sorted(shared["run"]) == sorted(names * 3)
         assert all(float(row["run"][3:]) == row["step"] for _, row in shared.iterrows())
         assert not list((tmp_path / "p").glob(f"*/{table}.parquet"))
+
+
+def own_tables(records_dir: Path, run: str, value: float, names: Sequence[str]) -> None:
+    """Give a run tables of its own with `value` in every column."""
+    (records_dir / "p" / run).mkdir(parents=True, exist_ok=True)
+    for name in names:
+        rows = pd.DataFrame({column: [value] * 3 for column in records.COLUMNS[name]})
+        records.write_table(records_dir / "p" / run, name, rows)
+
+
+def shared_values(records_dir: Path, name: str) -> dict[str, float]:
+    """The value of each run's rows in a shared table."""
+    table = records.read_table(records_dir / "p", name)
+    return {run: rows["step"].unique().item() for run, rows in table.groupby("run")}
+
+
+def test_shared_tables_hold_the_last_attempt_alone(tmp_path: Path) -> None:
+    for run, value in (("a", 1.0), ("b", 2.0)):
+        own_tables(tmp_path, run, value, records.TRAINING_TABLES)
+        records.share_tables(tmp_path, "p", run)
+    own_tables(tmp_path, "a", 3.0, ["metrics", "validation"])
+    records.share_tables(tmp_path, "p", "a")
+    assert shared_values(tmp_path, "metrics") == shared_values(tmp_path, "validation") == {"a": 3.0, "b": 2.0}
+    assert shared_values(tmp_path, "health") == {"b": 2.0}
+    # Shared already: alone, or with what a process left that died between sharing and removing its own.
+    for left in ([], ["validation"]):
+        own_tables(tmp_path, "b", 2.0, left)
+        records.share_tables(tmp_path, "p", "b")
+        assert [shared_values(tmp_path, name)["b"] for name in records.TRAINING_TABLES] == [2.0] * 3
+        assert not list((tmp_path / "p" / "b").iterdir())
+    records.drop_shared_rows(tmp_path, "p", "b")
+    assert shared_values(tmp_path, "metrics") == {"a": 3.0}
+    assert shared_values(tmp_path, "health") == {}
 
 
 def test_runs_that_differ_in_seed_keep_their_compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
