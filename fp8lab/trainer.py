@@ -35,12 +35,13 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from fp8lab import checkpoint, distributed, flops, records
+from fp8lab import checkpoint, distributed, failures, flops, records
 from fp8lab.config import RunConfig, load_run, read_run_config
 from fp8lab.data import Loader, TokenDataset, load_mixture
 from fp8lab.distributed import ALONE, World
 from fp8lab.errors import UserError
 from fp8lab.events import EventFile
+from fp8lab.failures import PeerFailed, one_line, shared_with_peers
 from fp8lab.generation import generate
 from fp8lab.health import overflow_counts
 from fp8lab.model import GPT
@@ -103,6 +104,7 @@ def train(
             the micro-batch that would fit.
         Interrupted: a signal arrived; the record's status is 'interrupted'.
         Diverged: the loss or gradient stayed non-finite; the record's status is 'diverged'.
+        PeerFailed: another rank failed; the reason in the record is that rank's.
         Exception: anything else, after a record with status 'failed' and the reason.
     """
     world = distributed.meet()
@@ -120,12 +122,15 @@ def train(
         def take_folder() -> None:
             held.enter_context(checkpoint.lock(folder))
             checkpoint.clean_up(folder)
+            failures.forget(folder)
 
         # Before anything takes memory on a device where another process may be training this run.
         world.first(take_folder)
-        session = Session(config, dataset, folder, world)
-        session.resume()
-        return Recorder(session, loader, records_dir, on_log).run()
+        with shared_with_peers(folder, world, agreed=(UserError,)):
+            session = Session(config, dataset, folder, world)
+            session.resume()
+            recorder = Recorder(session, loader, records_dir, on_log)
+        return recorder.run()
 
 
 def open_data(config: RunConfig, data_dir: Path) -> tuple[TokenDataset, Loader]:
@@ -193,21 +198,23 @@ class Recorder:
 
     def run(self) -> TrainRecord:
         """Train to the end, and write the record as it then is."""
+        session = self._session
         try:
-            self._write("running")
-            with stop_signals() as received:
-                self._loop(received)
-            self._finish()
+            with shared_with_peers(session.folder, session.world, agreed=(Interrupted, Diverged)):
+                self._write("running")
+                with stop_signals() as received:
+                    self._loop(received)
+                self._finish()
         except Interrupted as error:
             self._write("interrupted", str(error))
-            self._session.world.wait()
+            session.world.wait()
             raise
         except Diverged as error:
             self._write("diverged", str(error))
-            self._session.world.wait()
+            session.world.wait()
             raise
         except BaseException as error:
-            self._write_failure(_one_line(error))
+            self._write_failure(one_line(error))
             raise
         finally:
             self._end_writing()
@@ -222,7 +229,7 @@ class Recorder:
                 self.writer.wait()
             except Exception as error:
                 # A finished run has waited before: what ends this one is another error, and is told already.
-                log.warning("the last checkpoint could not be written: %s", _one_line(error))
+                log.warning("the last checkpoint could not be written: %s", one_line(error))
 
     def _loop(self, received: list[int]) -> None:
         session, config = self._session, self._session.config
@@ -450,10 +457,6 @@ def _median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
 @contextlib.contextmanager
 def _prefetched(loader: Loader, session: Session) -> Iterator[Iterator[Tensor]]:
     """The rank's rows of the batches still to come, a few of them loaded ahead by a thread."""
@@ -521,7 +524,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoints-dir", type=Path, default=Path("checkpoints"))
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="fp8lab: %(message)s")
-    leads = os.environ.get("RANK", "0") == "0"
+    rank = int(os.environ.get("RANK", "0"))
     try:
         record = train(
             load_run(options.config, options.run) if options.run else read_run_config(options.config),
@@ -535,8 +538,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _exit_code(error)
         if code is None:
             raise
-        if leads:
-            print(f"fp8lab: {'stopped by ' if isinstance(error, Interrupted) else ''}{error}", file=sys.stderr)
+        # Of what all ranks raise alike the leader tells; a mistake may be one rank's alone.
+        if rank == 0 or isinstance(error, UserError):
+            who = f"rank {rank}: " if rank else "stopped by " if isinstance(error, Interrupted) else ""
+            print(f"fp8lab: {who}{error}", file=sys.stderr)
         return code
     finally:
         distributed.part()
@@ -547,7 +552,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _exit_code(error: BaseException) -> int | None:
     """Of an error that is told in one line; None for one that wants a traceback."""
-    if isinstance(error, Interrupted):
+    if isinstance(error, Interrupted | PeerFailed):
         return error.exit_code
     return 2 if isinstance(error, UserError) else 1 if isinstance(error, Diverged) else None
 
