@@ -519,9 +519,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fp8lab.trainer", description="Train one run without a notebook.")
     parser.add_argument("config", type=Path, help="a run's resolved configuration (JSON), or a plan (YAML)")
     parser.add_argument("run", nargs="?", help="name of the plan's run")
-    parser.add_argument("--records-dir", type=Path, default=Path("runs/records"))
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--checkpoints-dir", type=Path, default=Path("checkpoints"))
+    for option, default, what in (
+        ("--records-dir", Path("runs/records"), "the run's record goes to DIR/<plan>/<run>/"),
+        ("--data-dir", Path("data"), "token shards, in DIR/<mixture>/"),
+        ("--checkpoints-dir", Path("checkpoints"), "weights and resumable state go to DIR/<plan>/<run>/"),
+    ):
+        parser.add_argument(option, type=Path, default=default, metavar="DIR", help=f"{what} (default: {default})")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="fp8lab: %(message)s")
     rank = int(os.environ.get("RANK", "0"))
