@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 import torch
 
-from fp8lab import checkpoint, launch, records, trainer
+from fp8lab import checkpoint, distributed, launch, records, trainer
 from fp8lab.checkpoint import load_model
 from fp8lab.config import RunConfig
 from fp8lab.errors import UserError
@@ -28,6 +28,7 @@ from fp8lab.trainer import Interrupted
 from tests import rule_data
 from tests.checkpoints import load_latest
 from tests.conftest import ROOT
+from tests.faults import worker
 from tests.faults.test_strangers import plain_pickle
 from tests.ranks import CROWDED_RUN, POISONED_STEP
 from tests.rule_data import tiny_config, tiny_model
@@ -278,12 +279,35 @@ def test_a_signal_to_one_rank_stops_all_at_a_checkpoint(tmp_path, monkeypatch) -
     assert state.step == left.steps == len(curve(tmp_path, "stopped"))
 
 
-def test_a_mistake_of_all_ranks_is_one_error(tmp_path, monkeypatch) -> None:
+def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(distributed, "meet", lambda: distributed.World(0, 2))
+    with pytest.raises(UserError, match="128 is not a multiple of processes x micro_batch x seq_len = 2 x 4 x 32 "):
+        train(tmp_path, tiny_config(micro_batch=4))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_of_one_rank_is_the_reason_that_all_give(tmp_path, monkeypatch, capfd, fault_report) -> None:
     monkeypatch.setattr(launch, "WORKER", "tests.faults.worker")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv(worker.OUT_OF_MEMORY, "1,3")
     folders = {name: tmp_path / name for name in ("records_dir", "data_dir", "checkpoints_dir")}
-    with pytest.raises(UserError, match="128 is not a multiple of processes x micro_batch x seq_len = 2 x 4 x 32 "):
-        launch.launch(tiny_config(micro_batch=4), 2, **folders)
+    advice = "micro_batch: 2 sequences do not fit the memory of CPU"
+    with pytest.raises(UserError, match=advice):
+        launch.launch(tiny_config(run="full", micro_batch=2), 2, **folders)
+    left = record(tmp_path, "full")
+    assert (left.status, left.steps) == ("failed", 2)
+    assert left.reason.startswith(f"rank 1: {advice}")
+    assert f"fp8lab: rank 1: {advice}" in capfd.readouterr().err
+    fault_report(
+        "memory",
+        "One rank of two runs out of memory (simulated: the allocation fails)",
+        "All stop; the record, the launcher and that rank itself name it and give its reason, not the lost connection "
+        "that the others saw",
+        recipe="bf16",
+        reason=left.reason,
+        status=left.status,
+    )
 
 
 def test_each_rank_casts_a_weight_once_a_step_whatever_the_micro_steps_and_recomputations(two) -> None:
