@@ -13,29 +13,30 @@ the same clock.
 
 from __future__ import annotations
 
-import shlex
+import functools
+import multiprocessing
+import os
+import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fp8lab import records, trainer
-from fp8lab.checkpoint import MODEL_FILE
+from fp8lab.checkpoint import MODEL_FILE, CheckpointWriter
 from fp8lab.config import RunConfig, load_plan, validate
 from fp8lab.data import Loader
-from fp8lab.data.benchmark import PLAN, print_summary, summary, write_benchmark
-from fp8lab.errors import UserError
+from fp8lab.measurement import begin_provenance, console, print_summary, run_app, summary, write_benchmark
 from fp8lab.model import GPT
 from fp8lab.precision import convert, fp8_tensor_cores, uses_fp8
 from fp8lab.session import Session, compile_blocks, device_name, make_optimizer, training_device
@@ -47,7 +48,6 @@ POLL_SECONDS = 0.01
 PATIENCE_SECONDS = 600
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-console = Console()
 
 
 class _Enough(Exception):
@@ -55,13 +55,13 @@ class _Enough(Exception):
 
 
 class _PacedSession(Session):
-    """A session under the trainer's own loop that calls `between` before each step, and times what it can."""
-
-    between: Callable[[int], None] | None = None
-    """Called with the number of steps done."""
+    """A session under the trainer's own loop that takes turns with something else, and times what it can."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
+        self.turns: Iterator[int] = iter(())
+        """Runs between the session's steps: yields how many of them come next, and ends the run where it ends."""
+        self._turn_ends = 0
         self.validation_seconds: list[float] = []
         self.health_seconds: list[float] = []
         self.save_seconds: list[float] = []
@@ -72,8 +72,11 @@ class _PacedSession(Session):
         if self._save_began is not None:
             self.save_seconds.append(time.perf_counter() - self._save_began)
             self._save_began = None
-        if self.between is not None:
-            self.between(self.step)
+        if self.step == self._turn_ends:
+            steps = next(self.turns, None)
+            if steps is None:
+                raise _Enough
+            self._turn_ends += steps
         super().take_step(batch)
 
     def validate(self) -> None:
@@ -125,6 +128,32 @@ class _BareStep:
         return self._session.now() - began
 
 
+@dataclass
+class _OverheadTurns:
+    """The trainer and the bare step in turns, after a turn of each that compiles; one figure of each a round."""
+
+    session: _PacedSession
+    bare: _BareStep
+    rounds: int
+    steps: int
+    """Steps a turn."""
+    bare_seconds: list[float] = field(default_factory=list)
+    """A step."""
+    trainer_seconds: list[float] = field(default_factory=list)
+    """A step, without validation and health."""
+
+    def __iter__(self) -> Iterator[int]:
+        session = self.session
+        yield self.steps
+        self.bare.seconds(self.steps)
+        for _ in range(self.rounds):
+            self.bare_seconds.append(self.bare.seconds(self.steps) / self.steps)
+            began = session.now()
+            yield self.steps
+            apart = session.validation_seconds[-1] + sum(session.health_seconds[-1:])
+            self.trainer_seconds.append((session.now() - began - apart) / self.steps)
+
+
 def measure_overhead(
     config: RunConfig, *, data_dir: Path, scratch: Path, rounds: int, steps_per_round: int
 ) -> dict[str, Any]:
@@ -138,48 +167,34 @@ def measure_overhead(
         `health_seconds`, and round by round, as shares of the bare step: what the trainer adds to each step
         (`loop_share`), what validation and health add at the plan's intervals (None where it has none), and the sum.
     """
+    intervals = {
+        "validation_interval": steps_per_round,
+        "health_interval": steps_per_round if config.health_interval else 0,
+    }
     session, recorder, loader = _paced(
-        _short(
-            config,
-            steps_per_round * (rounds + 1) + 1,
-            validation_interval=steps_per_round,
-            health_interval=steps_per_round if config.health_interval else 0,
-        ),
-        data_dir,
-        scratch,
+        _short(config, steps_per_round * (rounds + 1) + 1, **intervals), data_dir, scratch
     )
     bare = _BareStep(session, loader, distinct_batches=steps_per_round)
-    ours: list[float] = []
-    theirs: list[float] = []
-    began = 0.0
+    turns = _OverheadTurns(session, bare, rounds, steps_per_round)
+    _drive(recorder, session, turns)
+    return {"steps_per_round": steps_per_round} | _overhead(config, turns)
 
-    def between(step: int) -> None:
-        nonlocal began
-        if step == 0 or step % steps_per_round:
-            return
-        if step == steps_per_round:
-            bare.seconds(steps_per_round)  # compiles, as this first round of the trainer did
-        else:
-            apart = session.validation_seconds[-1] + sum(session.health_seconds[-1:])
-            ours.append((session.now() - began - apart) / steps_per_round)
-        if len(ours) == rounds:
-            raise _Enough
-        theirs.append(bare.seconds(steps_per_round) / steps_per_round)
-        began = session.now()
 
-    session.between = between
-    _drive(recorder)
+def _overhead(config: RunConfig, turns: _OverheadTurns) -> dict[str, Any]:
+    """What the turns say of the run that the plan asks for, `config`."""
+    ours, theirs = turns.trainer_seconds, turns.bare_seconds
+    # The first of each compiles.
+    validation_seconds, health_seconds = turns.session.validation_seconds[1:], turns.session.health_seconds[1:]
+    micro_steps = config.global_batch_tokens / _tokens_a_step(config)
     loop = [own / other - 1 for own, other in zip(ours, theirs, strict=True)]
-    steps = config.global_batch_tokens / _tokens_a_step(config)
-    validation = _shares(session.validation_seconds[1:], theirs, steps * config.validation_interval)
-    health = _shares(session.health_seconds[1:], theirs, steps * config.health_interval)
+    validation = _shares(validation_seconds, theirs, micro_steps * config.validation_interval)
+    health = _shares(health_seconds, theirs, micro_steps * config.health_interval)
     parts = [part for part in (loop, validation, health) if part]
     return {
-        "steps_per_round": steps_per_round,
         "bare_step_seconds": summary(theirs),
         "trainer_step_seconds": summary(ours),
-        "validation_seconds": summary(session.validation_seconds[1:]),
-        "health_seconds": summary(session.health_seconds[1:]) if health else None,
+        "validation_seconds": summary(validation_seconds),
+        "health_seconds": summary(health_seconds) if health else None,
         "loop_share": summary(loop),
         "validation_share": summary(validation) if validation else None,
         "health_share": summary(health) if health else None,
@@ -192,6 +207,37 @@ def _shares(seconds: Sequence[float], step_seconds: Sequence[float], steps: floa
     if not steps:
         return []
     return [own / (steps * other) for own, other in zip(seconds, step_seconds, strict=True)]
+
+
+@dataclass
+class _CheckpointTurns:
+    """Turns with a checkpoint near their beginning and turns without; one figure of each a round."""
+
+    session: _PacedSession
+    writer: CheckpointWriter
+    rounds: int
+    steps: int
+    """Steps a turn; the session saves every two turns."""
+    seconds_with: list[float] = field(default_factory=list)
+    """A step."""
+    seconds_without: list[float] = field(default_factory=list)
+    """A step."""
+    write_seconds: list[float] = field(default_factory=list)
+    """Of each write, in the background."""
+
+    def __iter__(self) -> Iterator[int]:
+        # The trainer saves after its step: a turn that begins one step earlier has the save in it.
+        yield 2 * self.steps - 1
+        for _ in range(self.rounds):
+            yield from self._turn(self.seconds_with)
+            self.write_seconds.append(self.writer.write_seconds)
+            yield from self._turn(self.seconds_without)
+
+    def _turn(self, seconds: list[float]) -> Iterator[int]:
+        began = self.session.now()
+        yield self.steps
+        seconds.append((self.session.now() - began) / self.steps)
+        self.writer.wait()
 
 
 def measure_checkpoint(
@@ -207,50 +253,50 @@ def measure_checkpoint(
     """
     steps = steps_per_round * (2 * rounds + 2) + 1
     session, recorder, _ = _paced(_short(config, steps, checkpoint_interval=2 * steps_per_round), data_dir, scratch)
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    writes: list[float] = []
     writer = recorder.writer
-    assert writer is not None  # a process alone writes its checkpoints
-    began = 0.0
-
-    def between(step: int) -> None:
-        nonlocal began
-        # The trainer saves after its step: a round that begins one step earlier has the save in it.
-        turn, rest = divmod(step + 1, steps_per_round)
-        if rest or turn < 2:
-            return
-        if turn > 2:
-            saving = turn % 2 == 1
-            seconds[saving].append((session.now() - began) / steps_per_round)
-            writer.wait()
-            if saving:
-                writes.append(writer.write_seconds)
-        if turn == 2 * rounds + 2:
-            raise _Enough
-        began = session.now()
-
-    session.between = between
-    _drive(recorder)
+    assert writer is not None, "a process alone writes its checkpoints"
+    turns = _CheckpointTurns(session, writer, rounds, steps_per_round)
+    _drive(recorder, session, turns)
     newest = max(session.folder.glob("step-*"))
-    lost = [
-        (with_save - without) * steps_per_round
-        for with_save, without in zip(seconds[True], seconds[False], strict=True)
-    ]
-    step_seconds = statistics.median(seconds[False])
+    return {"checkpoint_bytes": sum(path.stat().st_size for path in newest.iterdir())} | _checkpoint_cost(turns)
+
+
+def _checkpoint_cost(turns: _CheckpointTurns) -> dict[str, Any]:
+    pairs = zip(turns.seconds_with, turns.seconds_without, strict=True)
+    lost = [(with_save - without) * turns.steps for with_save, without in pairs]
+    step_seconds = statistics.median(turns.seconds_without)
+    stalls = turns.session.save_seconds
     return {
-        "steps_per_round": steps_per_round,
+        "steps_per_round": turns.steps,
         "save_every": SAVE_EVERY,
-        "step_seconds": summary(seconds[False]),
-        "step_seconds_with_a_save": summary(seconds[True]),
+        "step_seconds": summary(turns.seconds_without),
+        "step_seconds_with_a_save": summary(turns.seconds_with),
         "lost_seconds": summary(lost),
         "cost": summary([loss / (SAVE_EVERY * step_seconds) for loss in lost]),
         # The first save page-locks its memory.
-        "first_stall_seconds": session.save_seconds[0],
-        "stall_seconds": summary(session.save_seconds[1:] or session.save_seconds),
-        "write_seconds": summary(writes),
-        "write_outlasted_a_round": max(writes) > steps_per_round * step_seconds,
-        "checkpoint_bytes": sum(path.stat().st_size for path in newest.iterdir()),
+        "first_stall_seconds": stalls[0],
+        "stall_seconds": summary(stalls[1:] or stalls),
+        "write_seconds": summary(turns.write_seconds),
+        "write_outlasted_a_round": max(turns.write_seconds) > turns.steps * step_seconds,
     }
+
+
+StartWorker = Callable[[list[str], Path], BaseProcess]
+"""Starts a process that trains by the arguments of `fp8lab.trainer.main`, and says to a file what it has to say."""
+
+
+def spawn(arguments: list[str], output: Path) -> BaseProcess:
+    """The training worker in a new interpreter."""
+    process = multiprocessing.get_context("spawn").Process(target=_train, args=(arguments, output))
+    process.start()
+    return process
+
+
+def _train(arguments: list[str], output: Path) -> None:
+    with output.open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.exit(trainer.main(arguments))
 
 
 def measure_resume(
@@ -259,7 +305,7 @@ def measure_resume(
     data_dir: Path,
     scratch: Path,
     steps: int,
-    worker: Sequence[str] = (sys.executable, "-m", "fp8lab.trainer"),
+    start: StartWorker = spawn,
 ) -> dict[str, Any]:
     """Train the same short run three times: twice to its end, and once killed (SIGKILL) and resumed.
 
@@ -271,10 +317,10 @@ def measure_resume(
     """
     interval = max(1, steps // 4)
     config = _short(config, steps, checkpoint_interval=interval, log_interval=1)
-    runs = {name: _Worker(config, worker, data_dir, scratch / name) for name in ("whole", "control", "resumed")}
+    runs = {name: _Worker(config, start, data_dir, scratch / name) for name in ("whole", "control", "resumed")}
     runs["whole"].run()
     runs["control"].run()
-    killed_after = runs["resumed"].kill(after_checkpoint=2 * interval)
+    killed_after = runs["resumed"].kill(after_checkpoint=interval)
     runs["resumed"].run()
     return {
         "steps": steps,
@@ -287,34 +333,42 @@ def measure_resume(
 class _Worker:
     """The training worker in a process of its own, on folders of its own."""
 
-    def __init__(self, config: RunConfig, command: Sequence[str], data_dir: Path, root: Path) -> None:
+    def __init__(self, config: RunConfig, start: StartWorker, data_dir: Path, root: Path) -> None:
         root.mkdir(parents=True)
         self.checkpoints = root / "checkpoints" / config.plan / config.run
         self.record_folder = root / "records" / config.plan / config.run
         path = root / "config.json"
         path.write_text(config.model_dump_json())
         folders = {"records": root / "records", "data": data_dir, "checkpoints": root / "checkpoints"}
-        self._command = [*command, str(path)]
-        self._command += [f"--{name}-dir={folder}" for name, folder in folders.items()]
+        arguments = [str(path), *(f"--{name}-dir={folder}" for name, folder in folders.items())]
+        # Not a pipe: one that nobody empties stops who writes to it.
+        self._output = root / "output.txt"
+        self._start = functools.partial(start, arguments, self._output)
 
     def run(self) -> None:
         """Train to the end."""
-        done = subprocess.run(self._command, stderr=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"the worker ended with {done.returncode}: {done.stderr.strip()}")
+        process = self._start()
+        process.join()
+        if process.exitcode:
+            raise RuntimeError(f"the worker ended with {process.exitcode}: {self._said()}")
 
     def kill(self, *, after_checkpoint: int) -> int:
         """Start, and kill as soon as the checkpoint after that step is there; returns the newest one's step."""
-        process = subprocess.Popen(self._command, stderr=subprocess.PIPE, text=True)
+        process = self._start()
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not (self.checkpoints / f"step-{after_checkpoint:08d}").exists():
-            if process.poll() is not None or time.monotonic() > deadline:
+            if not process.is_alive() or time.monotonic() > deadline:
                 process.kill()
-                raise RuntimeError(f"no checkpoint to kill the worker after: {process.communicate()[1].strip()}")
+                raise RuntimeError(f"no checkpoint to kill the worker after: {self._said()}")
             time.sleep(POLL_SECONDS)
         process.kill()
-        process.communicate()
+        process.join()
+        if process.exitcode != -signal.SIGKILL:
+            raise RuntimeError("the worker was through before it could be killed: let it take more steps")
         return max(int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*"))
+
+    def _said(self) -> str:
+        return self._output.read_text().strip()
 
 
 def _compare(one: _Worker, other: _Worker) -> dict[str, Any]:
@@ -346,7 +400,7 @@ def _compare(one: _Worker, other: _Worker) -> dict[str, Any]:
 def _short(config: RunConfig, steps: int, **changes: Any) -> RunConfig:
     """`config` for `steps` steps of one micro-batch, with no validation or checkpoint that is not asked for."""
     values = config.model_dump(mode="json") | {
-        "plan": PLAN,
+        "plan": records.BENCHMARK_PLAN,
         "tokens": steps * _tokens_a_step(config),
         "global_batch_tokens": _tokens_a_step(config),
         "validation_interval": 0,
@@ -375,7 +429,9 @@ def _paced(config: RunConfig, data_dir: Path, scratch: Path) -> tuple[_PacedSess
     return session, trainer.Recorder(session, loader, scratch / "records", None), loader
 
 
-def _drive(recorder: trainer.Recorder) -> None:
+def _drive(recorder: trainer.Recorder, session: _PacedSession, turns: Iterable[int]) -> None:
+    """Train until `turns` ends."""
+    session.turns = iter(turns)
     try:
         recorder.run()
     except _Enough:
@@ -418,10 +474,8 @@ def overhead_command(
     records_dir: RecordsDir = Path("runs/records"),
 ) -> None:
     """The trainer's time a step beside the bare step's: data, logging, health and validation."""
-    with _measured("overhead", plan, run, mixture, scratch, records_dir) as (config, folder, results):
-        results |= measure_overhead(
-            config, data_dir=data_dir, scratch=folder, rounds=rounds, steps_per_round=steps_per_round
-        )
+    measure = functools.partial(measure_overhead, data_dir=data_dir, rounds=rounds, steps_per_round=steps_per_round)
+    results = _recorded("overhead", measure, plan, run, mixture, scratch, records_dir)
     print_summary("overhead (%)", summary([100 * value for value in results["overhead"]["rounds"]]))
 
 
@@ -437,10 +491,8 @@ def checkpoint_command(
     records_dir: RecordsDir = Path("runs/records"),
 ) -> None:
     """What saving a checkpoint in the background costs."""
-    with _measured("checkpoint", plan, run, mixture, scratch, records_dir) as (config, folder, results):
-        results |= measure_checkpoint(
-            config, data_dir=data_dir, scratch=folder, rounds=rounds, steps_per_round=steps_per_round
-        )
+    measure = functools.partial(measure_checkpoint, data_dir=data_dir, rounds=rounds, steps_per_round=steps_per_round)
+    results = _recorded("checkpoint", measure, plan, run, mixture, scratch, records_dir)
     for what in ("lost_seconds", "stall_seconds", "write_seconds"):
         print_summary(what, results[what])
     print_summary(f"cost every {SAVE_EVERY} steps (%)", summary([100 * value for value in results["cost"]["rounds"]]))
@@ -457,32 +509,32 @@ def resume_command(
     records_dir: RecordsDir = Path("runs/records"),
 ) -> None:
     """A run killed with SIGKILL and resumed, beside one that was not, and the same run again as the control."""
-    with _measured("resume", plan, run, mixture, scratch, records_dir) as (config, folder, results):
-        results |= measure_resume(config, data_dir=data_dir, scratch=folder, steps=steps)
+    measure = functools.partial(measure_resume, data_dir=data_dir, steps=steps)
+    results = _recorded("resume", measure, plan, run, mixture, scratch, records_dir)
     for what in ("control", "resumed"):
         console.print(f"{what}: {results[what]}")
 
 
-@contextmanager
-def _measured(
-    what: str, plan: Path, run: str, mixture: str | None, scratch: Path | None, records_dir: Path
-) -> Iterator[tuple[RunConfig, Path, dict[str, Any]]]:
-    """The run to measure, a folder that goes afterwards, and the results of the record that is then written."""
+def _recorded(
+    what: str,
+    measure: Callable[..., dict[str, Any]],
+    plan: Path,
+    run: str,
+    mixture: str | None,
+    scratch: Path | None,
+    records_dir: Path,
+) -> dict[str, Any]:
+    """Call `measure` with the plan's run and a folder that goes afterwards; write the record; return what it found."""
     config = load_plan(plan)[run]
     if mixture is not None:
         config = config.model_copy(update={"mixture": mixture})
-    provenance = records.collect_provenance(device_name(training_device()))
-    provenance.command = shlex.join(["python", "-m", "fp8lab.benchmark", *sys.argv[1:]])
-    results: dict[str, Any] = _facts(config)
+    provenance = begin_provenance("fp8lab.benchmark", device_name(training_device()))
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        yield config, Path(folder), results
+        results = _facts(config) | measure(config, scratch=Path(folder))
     name = f"trainer-{what}-{config.model.name}-{config.recipe}"
     write_benchmark(name, results, provenance, records_dir, config=config.model_dump(mode="json"))
+    return results
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except UserError as error:
-        print(f"fp8lab: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_app(app)

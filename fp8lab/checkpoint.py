@@ -60,7 +60,7 @@ from fp8lab.distributed import ALONE, World
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
 from fp8lab.progress import LOCK_FILE_NAME
-from fp8lab.records import write_atomically
+from fp8lab.records import TRAINING_TABLES, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +68,9 @@ MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CHECKSUMS_FILE = "checksums.json"
 PARTS = ("model", "optimizer", "trainer")
-TABLES = ("metrics", "validation", "health")
-HISTORY_FILES = (*(f"{name}.parquet" for name in TABLES), "state.json")
+HISTORY_FILES = (*(f"{name}.parquet" for name in TRAINING_TABLES), "state.json")
 KEEP = 2
-"""Resumable checkpoints kept: the newest, and the one to fall back on if it is damaged."""
+"""Resumable checkpoints kept beside those to keep: the newest, and the one to fall back on if it is damaged."""
 
 
 @dataclass
@@ -272,7 +271,7 @@ def _write_shards(folder: Path, state: TrainingState, world: World) -> list[Path
 
 
 def _write_history(folder: Path, history: History) -> list[Path]:
-    for name in TABLES:
+    for name in TRAINING_TABLES:
         getattr(history, name).to_parquet(folder / f"{name}.parquet", index=False)
     (folder / "state.json").write_text(json.dumps(history.facts | {"step": history.step}))
     return [folder / name for name in HISTORY_FILES]
@@ -317,19 +316,27 @@ def at_step(folder: Path, step: int) -> Path:
 def load_history(path: Path) -> History:
     """How far the run had come at the checkpoint `path`, which is whole."""
     facts = json.loads((path / "state.json").read_bytes())
-    tables = {name: pd.read_parquet(path / f"{name}.parquet") for name in TABLES}
+    tables = {name: pd.read_parquet(path / f"{name}.parquet") for name in TRAINING_TABLES}
     return History(step=facts.pop("step"), facts=facts, **tables)
 
 
-def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def load_tensors(path: Path, tensors: dict[str, Tensor], may_lack: Collection[str] = ()) -> None:
     """Fill `tensors`, by name and in place, from the checkpoint `path`, which is whole.
 
     A rank may ask for shares, whoever wrote the checkpoint, and asks for itself.
+
+    Args:
+        path: the checkpoint.
+        tensors: what to fill.
+        may_lack: names that stay as they are where the checkpoint is from before they were saved.
     """
+    reader = HuggingFaceStorageReader(str(path))
+    saved = reader.read_metadata().state_dict_metadata
+    tensors = {name: tensor for name, tensor in tensors.items() if name in saved or name not in may_lack}
     with warnings.catch_warnings():
         # That a single process loads is what is meant.
         warnings.filterwarnings("ignore", "torch.distributed is ", UserWarning)
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
 
 
 def find_damage(path: Path) -> str | None:
@@ -419,9 +426,9 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _remove_old(folder: Path, keep_at: Collection[int]) -> None:
-    for path in _checkpoints(folder)[:-KEEP]:
-        if int(path.name.removeprefix("step-")) not in keep_at:
-            _remove(path)
+    others = [path for path in _checkpoints(folder) if int(path.name.removeprefix("step-")) not in keep_at]
+    for path in others[:-KEEP]:
+        _remove(path)
 
 
 def _remove(path: Path) -> None:

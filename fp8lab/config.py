@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -186,7 +186,11 @@ class RunConfig(Config):
     micro_batch: int = Field(gt=0)
     """Sequences a GPU holds at once."""
     sharding: Sharding = "ddp"
-    """Of several GPUs, each holds all of the state (ddp) or its share (fsdp); see `fp8lab.distributed`."""
+    """Of several GPUs, each holds all of the state (ddp) or its share (fsdp).
+
+    With fsdp some is whole on each GPU nevertheless: the embedding, `fused`'s FP8 weights (2 bytes each), and while
+    it validates all weights (4 bytes each). See `fp8lab.distributed`.
+    """
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     activation_checkpointing: bool = False
@@ -211,7 +215,7 @@ class RunConfig(Config):
     checkpoint_interval: int = Field(default=500, gt=0)
     """Steps between checkpoints."""
     keep_checkpoints_at: tuple[int, ...] = ()
-    """Checkpoint after these steps too and keep them: decay branches start there. Of all others the last two stay."""
+    """Checkpoint after these steps too and keep them: decay branches start there. Of the others the last two stay."""
     parent: ParentConfig | None = None
     """Set for a decay branch: trains only the steps after the parent's."""
     evaluation: Literal["none", "demo", "full"] = "none"
@@ -219,8 +223,8 @@ class RunConfig(Config):
     compact: bool = False
     """For plans of many short runs: keep a finished run's record alone, without weights, samples and notebook.
 
-    Its tables go into those that the plan's runs share. An entry's compact runs train one after another in one
-    process (`fp8lab.series`), so that its start and compilation are paid once.
+    Its tables go into those that the plan's runs share. Of one GPU each, an entry's compact runs train one after
+    another in one process (`fp8lab.series`), so that its start and compilation are paid once.
     """
 
     @model_validator(mode="after")
@@ -274,6 +278,25 @@ MAY_CHANGE = {
     "sharding",
 }
 """Fields that change no result: a run may be resumed, or counts as finished, with other values of them."""
+
+
+def changed_fields(before: RunConfig, now: RunConfig, may_change: Set[str] = MAY_CHANGE) -> list[str]:
+    """Fields that matter to a result and in which two configurations differ."""
+    return [
+        field
+        for field in RunConfig.model_fields
+        if field not in may_change and getattr(before, field) != getattr(now, field)
+    ]
+
+
+def earlier_config(values: Mapping[str, Any], where: str) -> RunConfig:
+    """The configuration that an earlier version wrote: a field newer than that then had what is now its default.
+
+    Raises:
+        UserError: it is no configuration of a run.
+    """
+    known = {field: value for field, value in values.items() if field in RunConfig.model_fields}
+    return validate(RunConfig, known, where)
 
 
 class Plan(Config):

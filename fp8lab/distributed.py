@@ -11,6 +11,14 @@ writes records, progress and events. What a rank holds is the run's `sharding`:
            weights are gathered when the block needs them (FSDP2, `fully_shard`: ZeRO stage 3)
 =========  =====================================================================================
 
+Beside its share a rank of ``fsdp`` holds some things whole, and for them more ranks save no memory:
+
+- during a step, the embedding's weight, gathered (4 bytes a weight), and its gradient;
+- with `fused`, from the first forward pass to the step's end, both FP8 copies of all blocks' matrices (2 bytes
+  a weight): they are cast once a step, whatever the micro-steps, from weights that are gathered for moments;
+- during a validation, all weights in FP32 on every rank (4 bytes a weight), because each rank reads texts of its own;
+- during a health probe and at the end of the run, the same on the leader alone.
+
 Neither changes a result but by rounding, so a run may go on with another sharding and on another number of GPUs.
 Weights are FP32, are gathered in FP32, and are rounded to BF16 or FP8 where one GPU would: a BF16 gather would
 halve the traffic, but round norm gains, and FP8 weights twice. The objective is divided by the number of
@@ -27,7 +35,7 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -100,6 +108,12 @@ class World:
         """`values` summed over ranks, in place; on a GPU only queued."""
         if self.size > 1:
             dist.all_reduce(values)
+        return values
+
+    def max(self, values: Tensor) -> Tensor:
+        """The largest `values` of any rank, in place; on a GPU only queued."""
+        if self.size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
 
     def apart(self) -> World:
@@ -201,9 +215,45 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """`tensor` with every rank's share; all ranks ask together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def gather(shares: Mapping[str, Tensor], world: World, *, everywhere: bool) -> dict[str, Tensor]:
+    """Whole tensors of what the ranks hold of each; all ranks ask together.
+
+    Args:
+        shares: by name, the sharded tensors.
+        everywhere: every rank gets them; otherwise the leader alone, and the others nothing.
+
+    Raises:
+        torch.OutOfMemoryError: on all ranks, if one of them has no memory for it.
+    """
+    wanted = everywhere or world.leads
+    own: dict[str, Tensor] = {}
+    whole: dict[str, Tensor] = {}
+    # All of it before anything is sent: who fails on the way leaves the others waiting.
+    try:
+        own = {name: _evenly(share, world.size) for name, share in shares.items()}
+        whole = {name: _room_for(share, world.size) for name, share in own.items()} if wanted else {}
+    except torch.OutOfMemoryError:
+        own.clear()
+    if world.largest(len(shares) - len(own)):
+        raise torch.OutOfMemoryError(f"no memory to gather {len(shares)} sharded tensors")
+    for name, share in own.items():
+        if everywhere:
+            dist.all_gather_into_tensor(whole[name], share)
+        else:
+            dist.gather(share, list(whole[name].chunk(world.size)) if wanted else None)
+    return {name: tensor[: len(shares[name])] for name, tensor in whole.items()}
+
+
+def _evenly(share: Tensor, size: int) -> Tensor:
+    """What this rank holds of `share`, padded to as many rows as every rank holds."""
+    own = local(share)
+    missing = -(-len(share) // size) - len(own)
+    return own if not missing else torch.cat((own, own.new_empty(missing, *own.shape[1:])))
+
+
+def _room_for(share: Tensor, size: int) -> Tensor:
+    """Memory for the shares of all ranks, `share` being one."""
+    return share.new_empty(size * len(share), *share.shape[1:])
 
 
 @functools.cache

@@ -3,7 +3,8 @@
 A step whose loss or gradient is not finite would destroy the weights, so it is skipped; optionally
 also one whose loss or gradient norm is an outlier against recent steps (the step-skipping optimizer
 of OLMo-core). The verdict stays on the device, where the fused optimizer reads it as `found_inf`: the
-host learns of it when metrics are flushed, and never waits.
+host learns of it when metrics are flushed, and never waits. It judges with few operations: where a step
+takes a GPU less time than the host needs to queue it, each one costs.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class StepGuard(nn.Module):
     skipped_in_a_row: Tensor
     first_bad_step: Tensor
     first_bad_parameters: Tensor
+    streak_bad_step: Tensor
+    streak_bad_parameters: Tensor
 
     def __init__(self, parameters: int, outlier_deviations: float | None) -> None:
         """
@@ -39,15 +42,18 @@ class StepGuard(nn.Module):
         self.register_buffer("taken", torch.zeros((), dtype=torch.int64))
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
         self.register_buffer("skipped_in_a_row", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("first_bad_step", torch.full((), -1, dtype=torch.int64))
-        self.register_buffer("first_bad_parameters", torch.zeros(parameters, dtype=torch.bool))
+        # The first step that was not finite, and the parameters whose gradients were not: of the run, and of the
+        # skipped steps in a row that it is in. -1: none.
+        for which in ("first", "streak"):
+            self.register_buffer(f"{which}_bad_step", torch.full((), -1, dtype=torch.int64))
+            self.register_buffer(f"{which}_bad_parameters", torch.zeros(parameters, dtype=torch.bool))
 
     @torch.no_grad()
     def judge(self, step: int, loss: Tensor, parameter_norms: Tensor) -> tuple[Tensor, Tensor]:
         """The verdict on one step.
 
         Args:
-            step: the step's number, kept if it is the first bad one.
+            step: the step's number, kept if it is the first bad one of the run or in a row.
             loss: scalar.
             parameter_norms: (parameters,) L2 norm of each parameter's gradient.
 
@@ -55,23 +61,37 @@ class StepGuard(nn.Module):
             The global gradient norm, and whether to skip the step: a scalar, and a boolean scalar.
         """
         norm = torch.linalg.vector_norm(parameter_norms)
-        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-        first = bad & (self.first_bad_step < 0)
-        self.first_bad_step.copy_(torch.where(first, step, self.first_bad_step))
-        self.first_bad_parameters.copy_(torch.where(first, ~torch.isfinite(parameter_norms), self.first_bad_parameters))
+        bad = _not_finite(loss) | _not_finite(norm)
         skip = bad
         limit = self._outlier_deviations
         if limit is not None:
-            skip = skip | self._exceeds(self.losses, loss, limit) | self._exceeds(self.norms, norm, limit)
-        # A skipped step leaves the history alone, or one outlier would excuse the next.
-        slot = torch.arange(OUTLIER_WINDOW, device=loss.device) == self.taken % OUTLIER_WINDOW
-        self.losses.copy_(torch.where(slot & ~skip, loss, self.losses))
-        self.norms.copy_(torch.where(slot & ~skip, norm, self.norms))
+            skip = bad | self._exceeds(self.losses, loss, limit) | self._exceeds(self.norms, norm, limit)
+            self._remember(loss, norm, skip)
+        self.streak_bad_step.masked_fill_(~skip, -1)
+        bad_parameters = _not_finite(parameter_norms)
+        for noted, parameters in (
+            (self.first_bad_step, self.first_bad_parameters),
+            (self.streak_bad_step, self.streak_bad_parameters),
+        ):
+            is_first = bad & (noted < 0)
+            noted.masked_fill_(is_first, step)
+            torch.where(is_first, bad_parameters, parameters, out=parameters)
         self.taken += ~skip
         self.skipped += skip
-        self.skipped_in_a_row.copy_(torch.where(skip, self.skipped_in_a_row + 1, 0))
+        self.skipped_in_a_row.add_(1).mul_(skip)
         return norm, skip
+
+    def _remember(self, loss: Tensor, norm: Tensor, skip: Tensor) -> None:
+        # A skipped step leaves the history alone, or one outlier would excuse the next.
+        slot = (torch.arange(OUTLIER_WINDOW, device=loss.device) == self.taken % OUTLIER_WINDOW) & ~skip
+        self.losses.copy_(torch.where(slot, loss, self.losses))
+        self.norms.copy_(torch.where(slot, norm, self.norms))
 
     def _exceeds(self, history: Tensor, value: Tensor, limit: float) -> Tensor:
         deviation = (value - history.mean()) / history.std().clamp(min=1e-12)
         return (self.taken >= OUTLIER_WINDOW) & (deviation > limit)
+
+
+def _not_finite(values: Tensor) -> Tensor:
+    # Infinities and NaN less themselves are NaN: two launches, where torch.isfinite takes four.
+    return values - values != 0

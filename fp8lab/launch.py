@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from fp8lab import records
 from fp8lab.config import RunConfig
 from fp8lab.errors import UserError
+from fp8lab.failures import PeerFailed
 from fp8lab.progress import Progress, ProgressFile
 from fp8lab.records import TrainRecord
 from fp8lab.trainer import Interrupted, OnLog
@@ -31,6 +34,8 @@ from fp8lab.trainer import Interrupted, OnLog
 WORKER = "fp8lab.trainer"
 """Module that each rank runs."""
 WATCH_SECONDS = 2.0
+CONSEQUENCE = f"{PeerFailed.__name__}: "
+"""Begins what the launcher has of a rank that failed of another's failure; the rest is the other's."""
 
 
 def launch(
@@ -47,7 +52,7 @@ def launch(
     Raises:
         UserError: as `train`.
         Interrupted: as `train`: a signal reached a rank, or this process, which passes it on and waits.
-        RuntimeError: a rank failed or diverged; the message is the first one's.
+        RuntimeError: a rank failed, or all diverged; the message is the first one's.
     """
     folder = records.record_dir(records_dir, config.plan, config.run)
     work = checkpoints_dir / config.plan / config.run
@@ -83,14 +88,29 @@ def launch(
 
 
 def _what_happened(error: ChildFailedError, folder: Path) -> Exception:
-    """The first failure of a rank as the exception that `train` would have raised."""
-    rank, failure = error.get_first_failure()
+    """The failure that came first, as the exception that `train` would have raised."""
+    rank, failure = min(error.failures.items(), key=lambda item: _order(item[1]))
     if failure.exitcode in (128 + signal.SIGTERM, 128 + signal.SIGINT):
         return Interrupted(failure.exitcode - 128, _steps(folder))
-    message = failure.message["message"] if isinstance(failure.message, dict) else failure.message
     if failure.exitcode == 2:
-        return UserError(message.removeprefix("UserError: "))
-    return RuntimeError(f"rank {rank}: {message}")
+        return UserError(re.sub(r"^\w+: ", "", _message(failure)))
+    if _is_consequence(failure):
+        return RuntimeError(_message(failure).removeprefix(CONSEQUENCE))
+    return RuntimeError(f"rank {rank}: {_message(failure)}")
+
+
+def _order(failure: ProcessFailure) -> tuple[bool, bool, int]:
+    """Causes before consequences; of causes first a process that was killed, which could not say so."""
+    return _is_consequence(failure), failure.exitcode >= 0, failure.timestamp
+
+
+def _is_consequence(failure: ProcessFailure) -> bool:
+    return _message(failure).startswith(CONSEQUENCE)
+
+
+def _message(failure: ProcessFailure) -> str:
+    """'<type>: <text>' of a rank's exception."""
+    return str(failure.message["message"] if isinstance(failure.message, dict) else failure.message)
 
 
 def _steps(folder: Path) -> int:
@@ -116,18 +136,24 @@ def _signal_handlers_kept() -> Iterator[None]:
 @contextlib.contextmanager
 def _watched(folder: Path, on_log: OnLog | None) -> Iterator[None]:
     """Call `on_log`, from a thread, whenever the ranks have written the record's tables."""
+    if on_log is None:
+        yield
+        return
     done = threading.Event()
     # The record writes it last.
     path = folder / "validation.parquet"
 
     def watch() -> None:
-        seen = stopping = 0
+        seen, stopping = 0, False
         while not stopping:
             stopping = done.wait(WATCH_SECONDS)
-            written = path.stat().st_mtime_ns if path.exists() else 0
-            if written != seen and on_log is not None:
-                seen = written
-                on_log(lambda: records.read_table(folder, "metrics"), lambda: records.read_table(folder, "validation"))
+            # What is not there, or not yet, or is being replaced, the next turn may find.
+            with contextlib.suppress(UserError, OSError):
+                written = path.stat().st_mtime_ns
+                if written != seen:
+                    read = partial(records.read_table, folder)
+                    on_log(partial(read, "metrics"), partial(read, "validation"))
+                    seen = written
 
     thread = threading.Thread(target=watch, name="watch", daemon=True)
     thread.start()

@@ -4,7 +4,7 @@ Each run is one execution of ``runs/train.ipynb`` and, where its plan asks for s
 ``runs/evaluate.ipynb``, in a process of its own; an entry's compact runs are one execution of
 ``runs/series.ipynb`` together. This module never imports torch: it starts the
 notebooks, draws progress from the file that each worker keeps (`fp8lab.progress`), passes SIGINT and
-SIGTERM on as one request to checkpoint and stop, and makes sure that however a notebook dies, a
+SIGTERM on as requests to checkpoint and stop, and makes sure that however a notebook dies, a
 record says so.
 """
 
@@ -31,7 +31,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 from fp8lab import records
-from fp8lab.config import MAY_CHANGE, Plan, RunConfig, read_run_config, validate
+from fp8lab.config import Plan, RunConfig, changed_fields, earlier_config, read_run_config
 from fp8lab.errors import UserError
 from fp8lab.progress import Progress, is_locked, read_progress
 
@@ -55,6 +55,10 @@ class Workspace:
     def work(self, config: RunConfig) -> Path:
         """Where a run keeps what is not its record: checkpoints, weights, progress, logs."""
         return self.checkpoints / config.plan / config.run
+
+    def notebooks(self, config: RunConfig) -> Path:
+        """Where a run's executed notebooks go: beside its record, or with its logs if the record is to be small."""
+        return self.work(config) if config.compact else self.record(config)
 
     def parameters(self) -> dict[str, Any]:
         """The folders, as notebooks take them."""
@@ -253,7 +257,7 @@ def _train_and_score(config: RunConfig, plan: Plan, options: Options, stage: _St
     if stage.received is not None:
         return False
     folder = stage.workspace.record(config)
-    trained = finished_record(folder)
+    trained = _finished_and_shared(config, stage.workspace)
     scored = config.evaluation == "none" or (folder / "eval.json").exists()
     if trained is not None and scored:
         stage.print(f"{label}: already finished, {_loss(trained)}")
@@ -265,10 +269,10 @@ def _train_and_score(config: RunConfig, plan: Plan, options: Options, stage: _St
             return False
         parameters = {"plan": str(plan.path), "run": config.run, "mixture": options.mixture, "nproc": options.nproc}
         stage.execute("train", config, parameters, label)
-        trained = finished_record(folder)
+        trained = _finished_and_shared(config, stage.workspace)
         if trained is None:
-            record = records.read(folder)
-            stage.print(f"{label}: {record.status}: {record.reason}; see {folder / 'train.ipynb'}", style="red")
+            record, notebook = records.read(folder), stage.workspace.notebooks(config) / "train.ipynb"
+            stage.print(f"{label}: {record.status}: {record.reason}; see {notebook}", style="red")
             return False
     if config.evaluation != "none" and not _evaluate(
         stage, config, plan.path, options.mixture, config.evaluation, options.evaluation_data, None, label
@@ -277,6 +281,14 @@ def _train_and_score(config: RunConfig, plan: Plan, options: Options, stage: _St
         return False
     stage.print(f"{label}: finished, {_loss(trained)}")
     return True
+
+
+def _finished_and_shared(config: RunConfig, workspace: Workspace) -> records.TrainRecord | None:
+    """The run's record if the run finished; a compact one's tables are then among those that its plan shares."""
+    record = finished_record(workspace.record(config))
+    if record is not None and config.compact:
+        records.share_tables(workspace.records, config.plan, config.run)
+    return record
 
 
 def _loss(record: records.TrainRecord) -> str:
@@ -309,7 +321,8 @@ def _check_unchanged(config: RunConfig, workspace: Workspace, *, replace: bool) 
     record = finished_record(folder)
     if record is None:
         return
-    changed = _changed_fields(config, record)
+    before = earlier_config(record.config, f"{folder / 'record.json'}: config")
+    changed = changed_fields(before, config)
     if not changed:
         return
     if not replace:
@@ -317,16 +330,9 @@ def _check_unchanged(config: RunConfig, workspace: Workspace, *, replace: bool) 
             f"{folder}: made with another configuration ({', '.join(changed)} changed); "
             "--replace runs it again, or give the plan another name"
         )
+    records.drop_shared_rows(workspace.records, config.plan, config.run)
     for old in (folder, workspace.work(config)):
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _changed_fields(config: RunConfig, record: records.TrainRecord) -> list[str]:
-    """Fields that matter to a result and differ from those it was made with; a newer field then had its default."""
-    planned = config.model_dump(mode="json", exclude=MAY_CHANGE)
-    known = {key: value for key, value in record.config.items() if key in RunConfig.model_fields}
-    recorded = validate(RunConfig, known, f"{record.plan}/{record.run}/record.json: config").model_dump(mode="json")
-    return [key for key in planned if recorded[key] != planned[key]]
 
 
 @contextmanager
@@ -404,17 +410,16 @@ class _Stage:
             self.print(f"{label}: {record.status}: {record.reason}", style="red")
 
     def stop(self, number: int, _frame: FrameType | None) -> None:
-        """Signal handler: every worker once, and no new ones."""
-        if self.received is None:
-            self.received = number
-            for worker in list(self._workers):
-                worker.stop()
+        """Signal handler: no new workers, and each signal to all there are: the second ends what is slow to stop."""
+        self.received = self.received or number
+        for worker in list(self._workers):
+            worker.stop()
 
     def execute(self, template: str, config: RunConfig, parameters: dict[str, Any], label: str) -> bool:
-        """Execute ``runs/<template>.ipynb`` into the run's record. True if the notebook ran to its end."""
+        """Execute ``runs/<template>.ipynb`` for one run. True if the notebook ran to its end."""
         folder, work = self.workspace.record(config), self.workspace.work(config)
         before = _record_bytes(folder)
-        done = self.notebook(template, folder, work, parameters, {work: label})
+        done = self.notebook(template, self.workspace.notebooks(config), work, parameters, {work: label})
         if template == "train":
             self._ensure_record(config, folder, work / f"{template}.log", before)
         return done

@@ -27,7 +27,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
@@ -75,6 +75,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     ),
 }
 """Columns that each table must have; a table may have more (a shared one has `run`)."""
+TRAINING_TABLES = ("metrics", "validation", "health")
+"""Those that a training run writes."""
 
 
 class _Part(BaseModel):
@@ -127,7 +129,13 @@ class FinalLosses(ValidationLosses):
 
 class Stability(_Part):
     spike_score: float
-    """Share of logged losses at least 7 standard deviations from the mean of the 1,000 before (OLMo 2, 2501.00656)."""
+    """Share of the judged losses at least 7 standard deviations from the mean of the 1,000 before (OLMo 2, 2501.00656).
+
+    Of every step's; where `judged_steps` is None, of the logged steps' alone.
+    """
+    judged_steps: int | None = None
+    """Steps that `spike_score` could judge: finite losses but the first 100. None where a record does not say."""
+    first_spike_step: int | None = None
     skipped_steps: int
     first_bad_step: int | None
     first_bad_layer: str | None
@@ -233,8 +241,12 @@ class DataRecord(_Record):
     config: dict[str, Any]
 
 
+BENCHMARK_PLAN = "benchmarks"
+"""Plan of every `BenchmarkRecord`; their runs are 'data-...', 'trainer-...' and 'kernels-<device>'."""
+
+
 class BenchmarkRecord(_Record):
-    """A measurement of this software itself: tokeniser, loader, checkpoint or trainer overhead."""
+    """A measurement of this software itself: tokeniser, loader, checkpoint, trainer overhead or kernels."""
 
     kind: Literal["benchmark"] = "benchmark"
     results: dict[str, Any]
@@ -426,23 +438,40 @@ def read_table(folder: Path, name: str) -> pd.DataFrame:
 def share_tables(records_dir: Path, plan: str, run: str) -> None:
     """Move a run's tables into those that the runs of its plan share, where a column `run` tells them apart.
 
-    Rows of an earlier attempt are replaced. Several processes may do so at once: each holds a lock on the
-    plan's folder. Until its rows are in the shared table the run has its own, which readers prefer.
+    Rows of an earlier attempt are replaced, also by none. Until all is shared the run has its own tables, which
+    readers prefer; where it has none, it is shared already. Several processes may share at once.
     """
-    plan_folder, folder = records_dir / plan, record_dir(records_dir, plan, run)
+    folder = record_dir(records_dir, plan, run)
+    own = {name: folder / f"{name}.parquet" for name in TRAINING_TABLES}
+    # Every attempt writes metrics. They go first: what a process that died here has left behind is shared already.
+    if own["metrics"].exists():
+        rows = {name: read_table(folder, name) for name in TRAINING_TABLES if own[name].exists()}
+        _replace_shared_rows(records_dir / plan, run, rows)
+    for path in own.values():
+        path.unlink(missing_ok=True)
+
+
+def drop_shared_rows(records_dir: Path, plan: str, run: str) -> None:
+    """Remove a run's rows from the tables that its plan's runs share, if there are any."""
+    if (records_dir / plan).is_dir():
+        _replace_shared_rows(records_dir / plan, run, {})
+
+
+def _replace_shared_rows(plan_folder: Path, run: str, rows: Mapping[str, pd.DataFrame]) -> None:
+    """Put `rows`, by name of table, in the place of all that the shared tables have of `run`."""
     descriptor = os.open(plan_folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        for name in ("metrics", "validation", "health"):
-            own = folder / f"{name}.parquet"
-            if not own.exists():
-                continue
-            table = read_table(folder, name).assign(run=run)
-            if (plan_folder / own.name).exists():
-                shared = read_table(plan_folder, name)
-                table = pd.concat([shared[shared["run"] != run], table], ignore_index=True)
-            write_table(plan_folder, name, table.sort_values("run", kind="stable"))
-            own.unlink()
+        for name in TRAINING_TABLES:
+            path = plan_folder / f"{name}.parquet"
+            shared = read_table(plan_folder, name) if path.exists() else pd.DataFrame({"run": []})
+            others = shared[shared["run"] != run]
+            if name in rows:
+                table = rows[name].assign(run=run)
+                table = pd.concat([others, table], ignore_index=True) if len(others) else table
+                write_table(plan_folder, name, table.sort_values("run", kind="stable"))
+            elif len(others) < len(shared):
+                write_table(plan_folder, name, others)
     finally:
         os.close(descriptor)
 

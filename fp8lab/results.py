@@ -22,7 +22,7 @@ from fp8lab import records
 from fp8lab.comparison import Deviation, Gap
 from fp8lab.config import RECIPES, Recipe
 from fp8lab.errors import UserError
-from fp8lab.records import BenchmarkRecord, DataRecord, SpeedRecord, TestRecord, TrainRecord
+from fp8lab.records import BENCHMARK_PLAN, BenchmarkRecord, DataRecord, SpeedRecord, TestRecord, TrainRecord
 
 MEASURED_PLANS = ("article", "ladder-h200", "pilot-h200")
 """Plans trained on GPUs that the article draws, the most complete first."""
@@ -40,8 +40,6 @@ SPEED_COMMAND = "fp8lab speed runs/plans/speed-h200.yaml"
 DATA_PLAN = "data"
 """Data builds are recorded under this plan, each as a run with the mixture's name."""
 SCALING_OUT_PLAN = "scaling-out"
-BENCHMARK_PLAN = "benchmarks"
-"""Measurements of this software itself: of the data path as runs 'data-...', of the trainer as 'trainer-...'."""
 RELIABILITY_PLAN = "reliability"
 FAULT_RUN = "fault-tests"
 """The record that the fault tests wrote themselves."""

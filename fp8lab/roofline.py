@@ -46,16 +46,28 @@ H100 = Device("H100", 3.35e12)
 DEVICES = (H200, H100)
 """One chip under the same power limit, with other memory: only the bandwidth differs."""
 
+SOURCE = "speed-h200/2026-11-24-a"
+"""The record, among the speed records, that the H200's constants are held against."""
 COPY_SHARE = 0.9
-"""Of the data sheet's bandwidth that a copy reaches: measured, 4.3 of 4.8 TB/s on an H200, 3.0 of 3.35 on an H100."""
+"""Of the data sheet's bandwidth that a copy reaches: 4.3 of 4.8 TB/s on an H200, 3.0 of 3.35 on an H100.
+
+Measured without a record; `fp8lab.kernels.benchmark` writes one with the copy's bandwidth in it.
+"""
 COMPILED_SHARE = 0.55
-"""Of a copy's bandwidth that compiled elementwise kernels reach: fitted to BF16's step at 1.5B on an H200."""
+"""Of a copy's bandwidth that compiled elementwise kernels reach: fitted to BF16's step at 1.5B in `SOURCE`."""
 WRITTEN_SHARE = 0.8
-"""Of a copy's bandwidth that this project's kernels reach together: measured alone on an H100, weighted by bytes."""
+"""Of a copy's bandwidth that this project's kernels reach together, alone on an H100, weighted by bytes.
+
+From the table of 2026-11-25 in ``runs/LOG.md``. The record of that measurement was not kept: it is still to be written,
+by `fp8lab.kernels.benchmark`.
+"""
 GEMM_FLOPS = {"bf16": 690e12, "fp8": 1320e12}
-"""FLOP/s of large GEMMs under the power limit: the twelve of a 1.5B block alone, measured on an H200."""
+"""FLOP/s of large GEMMs under the power limit: the twelve of a 1.5B block alone on an H200, measured without a record.
+
+`SOURCE` has the same GEMMs 6% faster, each timed for a few calls only.
+"""
 ATTENTION_FLOPS = {64: 246e12, 128: 363e12}
-"""FLOP/s of cuDNN's causal attention, forward and backward, by head dimension: from profiles on an H200."""
+"""FLOP/s of cuDNN's causal attention, forward and backward, by head dimension: from BF16's profiles in `SOURCE`."""
 OPTIMIZER_BYTES = 32
 """A parameter: fused AdamW reads four FP32 numbers and writes three; its gradient's norm reads one."""
 

@@ -17,7 +17,7 @@ from fp8lab.config import RunConfig
 from fp8lab.errors import UserError
 from fp8lab.progress import is_locked
 from fp8lab.records import TrainRecord
-from fp8lab.trainer import Diverged, stop_signals, train
+from fp8lab.trainer import Diverged, Interrupted, stop_signals, train
 
 OnEnd = Callable[[TrainRecord], None]
 """Called with the record of each run that has ended, whatever its status."""
@@ -31,14 +31,16 @@ def train_series(
     On SIGTERM or SIGINT the run in progress is checkpointed and no other begins.
 
     Raises:
-        Interrupted: a signal arrived during a run.
+        Interrupted: a signal arrived, and not every run has been trained.
         Exception: a run failed in a way that may have left the device unusable; its record says so, and the rest
             should be trained in another process.
     """
+    record: TrainRecord | None = None
     with stop_signals() as received:
         for config in configs:
             if received:
-                break
+                # It came too late to stop the run before, which is finished.
+                raise Interrupted(received[0], record.steps if record else 0)
             folder = records.record_dir(records_dir, config.plan, config.run)
             record = _read(folder)
             if record is None or record.status != "finished":

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import gc
 import logging
 import math
 import shutil
 import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,19 +29,20 @@ from torch import Tensor, nn
 
 from fp8lab import checkpoint, distributed, records
 from fp8lab.averaging import WeightAverage
-from fp8lab.config import MAY_CHANGE, RunConfig, validate
+from fp8lab.config import MAY_CHANGE, RunConfig, changed_fields, earlier_config
 from fp8lab.data import TokenDataset
 from fp8lab.distributed import ALONE, World
-from fp8lab.errors import UserError
+from fp8lab.errors import OutOfMemory, UserError
 from fp8lab.guard import StepGuard
 from fp8lab.health import HealthLog, HealthProbe
 from fp8lab.kernels import end_step
 from fp8lab.loss import total_nats, training_loss
-from fp8lab.metrics import MetricsLog, Stopwatch
+from fp8lab.metrics import Arrivals, MetricsLog, Stopwatch
 from fp8lab.model import GPT
 from fp8lab.precision import convert, fp8_tensor_cores, uses_fp8
 from fp8lab.records import DomainLoss
 from fp8lab.schedule import decay_start, learning_rate_fraction, warmup_steps
+from fp8lab.spikes import SpikeCount
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +149,18 @@ def first_non_finite_output(model: GPT, forward: Callable[[], object]) -> str | 
     return found[0] if found else None
 
 
+def check_model(config: RunConfig) -> None:
+    """Raise what building the run's model would raise, in an instant and without memory for it.
+
+    Raises:
+        UserError: the recipe cannot convert the model, or a pattern matches no Linear of it.
+    """
+    with torch.device("meta"):
+        model, plain = GPT(config.model), GPT(config.model)
+    conversion = convert(model, config.recipe, config.head, config.high_precision)
+    HealthProbe(config, model, plain, conversion)
+
+
 class Objective(nn.Module):
     """The loss as a module, so that what wraps a model for several GPUs sees both uses of the tied weight."""
 
@@ -189,12 +205,16 @@ class Session:
         if self.is_sharded:
             self.bf16_model.to("meta")
         self.optimizer = make_optimizer(self.model, config, self.device)
-        self.guard = StepGuard(len(list(self.model.parameters())), config.optimizer.skip_outliers).to(self.device)
+        # Kept: walking the modules at every step would take the host longer than some of its kernels the GPU.
+        self._parameters = list(self.model.parameters())
+        self.guard = StepGuard(len(self._parameters), config.optimizer.skip_outliers).to(self.device)
         self.average: WeightAverage | None = None
         if config.average_half_life:
             parameters = dict(self.model.named_parameters())
             self.average = WeightAverage(parameters, config.average_half_life * config.steps)
         self.log = MetricsLog(self.device, config.global_batch_tokens)
+        self.spikes = SpikeCount()
+        self._losses: Arrivals[int] = Arrivals(self.device)
         self._probe = HealthProbe(config, self.model, self.bf16_model, self.conversion)
         self.health = HealthLog(self.device)
         self.validation: list[dict[str, Any]] = []
@@ -214,15 +234,23 @@ class Session:
         return distributed.is_sharded(self._objective)
 
     @contextlib.contextmanager
-    def whole_weights(self) -> Iterator[GPT]:
-        """`bf16_model` with its weights: a sharded run's are gathered for as long as this lasts, on all ranks."""
+    def whole_weights(self, *, everywhere: bool = False) -> Iterator[GPT]:
+        """`bf16_model` with its weights: a sharded run's are gathered for as long as this lasts.
+
+        All ranks enter together; where the run is sharded, only the leader may use the model, unless `everywhere`.
+
+        Raises:
+            torch.OutOfMemoryError: on all ranks, if one of them has no memory for the weights.
+        """
         model = self.bf16_model
         if not self.is_sharded:
             yield model
             return
-        weights = {name: distributed.whole(weight.detach()) for name, weight in self.model.named_parameters()}
-        model.load_state_dict(weights, assign=True)
-        model.cos, model.sin = self.model.cos, self.model.sin
+        shares = {name: weight.detach() for name, weight in self.model.named_parameters()}
+        weights = distributed.gather(shares, self.world, everywhere=everywhere)
+        if weights:
+            model.load_state_dict(weights, assign=True)
+            model.cos, model.sin = self.model.cos, self.model.sin
         try:
             yield model
         finally:
@@ -252,19 +280,42 @@ class Session:
 
         Args:
             batch: (rows, seq_len + 1) token ids, this rank's rows of the global batch.
+
+        Raises:
+            OutOfMemory: the step does not fit the device's memory.
         """
-        config, optimizer = self.config, self.optimizer
+        config = self.config
         stopwatch = Stopwatch(self.device).start()
         lr = config.optimizer.peak_learning_rate * learning_rate_fraction(config.schedule, self.step, self.steps)
-        for group in optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
         batch = batch.to(self.device, non_blocking=True)
+        fits = True
         try:
-            loss = self.world.sum(self._accumulate_gradients(batch, config.micro_batch))
+            loss, norm, skip = self._update(batch)
         except torch.OutOfMemoryError:
-            raise UserError(self._advise_micro_batch(batch)) from None
-        parameters = list(self.model.parameters())
-        norms = distributed.norms([cast(Tensor, parameter.grad) for parameter in parameters])
+            fits = False
+        if not fits:
+            # Not in the handler: the error's traceback keeps alive all that the attempt has allocated.
+            raise OutOfMemory(self._advise_micro_batch(batch))
+        end_step(self.model, skip, self.world.max)
+        self.step += 1
+        if self.average is not None:
+            self.average.update(self.step, skip)
+        stopwatch.stop()
+        self._losses.add(self.step, loss)
+        if self.step % config.log_interval == 0 or self.step == self.steps:
+            self.log.add(self.step, lr, torch.stack((loss, norm, skip.float())), stopwatch)
+
+    def _update(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the batch, the guard's verdict on them, and the optimizer's step.
+
+        Returns:
+            The loss, the gradient norm, and whether the step was skipped: scalars.
+        """
+        config, optimizer = self.config, self.optimizer
+        loss = self.world.sum(self._accumulate_gradients(batch, config.micro_batch))
+        norms = distributed.norms([cast(Tensor, parameter.grad) for parameter in self._parameters])
         norm, skip = self.guard.judge(self.step, loss, norms)
         self._measure_health(batch, norms)
         # Fused AdamW divides gradients by grad_scale and leaves everything as it was where found_inf is 1:
@@ -273,21 +324,21 @@ class Session:
         optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        end_step(self.model)
-        self.step += 1
-        if self.average is not None:
-            self.average.update(self.step, skip)
-        stopwatch.stop()
-        if self.step % config.log_interval == 0 or self.step == self.steps:
-            self.log.add(self.step, lr, torch.stack((loss, norm, skip.float())), stopwatch)
+        return loss, norm, skip
 
     def _measure_health(self, batch: Tensor, gradient_norms: Tensor) -> None:
         """Every `health_interval` steps, before the optimizer changes the weights."""
-        interval, step = self.config.health_interval, self.step + 1
+        config, step = self.config, self.step + 1
+        interval = config.health_interval
         if not interval or step % interval:
             return
-        with self.whole_weights():
-            values = self._probe.measure(batch, gradient_norms) if self.world.leads else None
+        values = None
+        try:
+            with self.whole_weights():
+                if self.world.leads:
+                    values = self._probe.measure(batch, gradient_norms)
+        except torch.OutOfMemoryError:
+            log.warning("no memory to gather the weights of %s for a health probe: a step is not measured", config.run)
         if values is not None:
             self.health.add(step, self._probe.rows, values)
 
@@ -295,6 +346,8 @@ class Session:
         """Move what has arrived from the device into the tables (see `fp8lab.metrics`)."""
         self.log.flush(wait=wait)
         self.health.flush(wait=wait)
+        if losses := self._losses.flush(wait=wait):
+            self.spikes.add([step for step, _ in losses], [float(loss) for _, loss in losses])
 
     def _accumulate_gradients(self, batch: Tensor, micro_batch: int) -> Tensor:
         """Gradients of the mean loss over all ranks' batches, `micro_batch` sequences at a time.
@@ -304,13 +357,14 @@ class Session:
         """
         micro_batches = batch.split(micro_batch)
         count = len(micro_batches) * self.world.size
-        total = torch.zeros((), device=self.device)
+        share = torch.full((), 1 / count, device=self.device)
+        losses = []
         for index, tokens in enumerate(micro_batches, start=1):
             with distributed.micro_step(self._objective, last=index == len(micro_batches)):
                 objective, loss = self._objective(tokens)
-                (objective / count).backward()
-            total += loss / count
-        return total
+                objective.backward(share)
+            losses.append(loss / count)
+        return functools.reduce(torch.add, losses)
 
     def _advise_micro_batch(self, batch: Tensor) -> str:
         """Which micro-batch fits the device's memory, found by trying."""
@@ -320,23 +374,30 @@ class Session:
         if self.world.size > 1:
             # One rank cannot try by itself.
             return f"{problem}; take a smaller one" + (", or sharding: fsdp" if self.config.sharding == "ddp" else "")
-        # Before the first step the optimizer has yet to take its share.
-        moments = [] if self.optimizer.state else [torch.zeros_like(p) for p in self.model.parameters() for _ in "mv"]
         for micro_batch in range(self.config.micro_batch // 2, 0, -1):
-            if self.config.micro_batch % micro_batch:
-                continue
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            with contextlib.suppress(torch.OutOfMemoryError):
-                self._accumulate_gradients(batch[:micro_batch], micro_batch)
-                del moments
+            if self.config.micro_batch % micro_batch == 0 and self._fits(batch[:micro_batch]):
                 return f"{problem}; {micro_batch} do"
         return f"{problem}; not even 1 does: take a smaller model or seq_len, or activation_checkpointing"
 
+    def _fits(self, rows: Tensor) -> bool:
+        """Try a micro-batch, with the room that the optimizer has yet to take before its first step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        # A failed attempt's graph may be in reference cycles.
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            without = [parameter for parameter in self.model.parameters() if not self.optimizer.state.get(parameter)]
+            moments = [torch.zeros_like(parameter) for parameter in without for _ in ("exp_avg", "exp_avg_sq")]
+            self._accumulate_gradients(rows, len(rows))
+            del moments
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
     def validate(self) -> None:
         """Loss and bits per byte of each domain's validation text, into `validation`."""
-        with self.whole_weights() as model:
+        with self.whole_weights(everywhere=True) as model:
             losses = self._validation_losses(model)
         for domain, loss in losses.items():
             self.validation.append({"step": self.step, "tokens": self.tokens, "domain": domain} | loss.model_dump())
@@ -410,6 +471,7 @@ class Session:
                 "mixture_weights": self.dataset.weights,
                 "wall_seconds": self.wall_seconds,
                 "started_utc": self.started_utc,
+                "spikes": asdict(self.spikes),
             },
         )
 
@@ -448,6 +510,7 @@ class Session:
             self._check_compatible(history, folder, BRANCH_MAY_CHANGE)
             self._check_stable_part(history, folder)
             self._restore_tensors(path)
+            self.spikes = SpikeCount(recent=_spikes_of(history).recent)
             self.step = self.resumed_at = history.step
 
     def _restore_tensors(self, path: Path) -> None:
@@ -458,7 +521,7 @@ class Session:
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
         model, optimizer, trainer = self._tensors()
-        checkpoint.load_tensors(path, model | optimizer | trainer)
+        checkpoint.load_tensors(path, model | optimizer | trainer, may_lack=self.guard.state_dict())
         # They are in place; this tells a recipe's state that it has changed.
         self.model.load_state_dict(model)
 
@@ -467,14 +530,14 @@ class Session:
         self.log = MetricsLog(self.device, self.config.global_batch_tokens, rows)
         self.validation = cast(list[dict[str, Any]], state.validation.to_dict("records"))
         self.health = HealthLog(self.device, state.health)
+        self.spikes = _spikes_of(state)
         self.step = self.resumed_at = state.step
         self.earlier_seconds = state.facts["wall_seconds"]
         self.started_utc = state.facts["started_utc"]
 
     def _check_compatible(self, state: checkpoint.History, folder: Path, may_change: set[str]) -> None:
-        config = self.config.model_dump(mode="json")
-        before = state.facts["config"]
-        changed = [key for key in config if key not in may_change and before.get(key) != config[key]]
+        before = earlier_config(state.facts["config"], f"{folder}: its checkpoint")
+        changed = changed_fields(before, self.config, may_change)
         if state.facts["data_sha256"] != self.dataset.sha256:
             changed.append("the mixture's data")
         if state.facts.get("mixture_weights", self.dataset.weights) != self.dataset.weights:
@@ -488,13 +551,18 @@ class Session:
 
     def _check_stable_part(self, state: checkpoint.History, folder: Path) -> None:
         """A branch may only leave a WSD parent, after the warm-up and before the decay."""
-        parent = validate(RunConfig, state.facts["config"], f"{folder}: its checkpoint")
+        parent = earlier_config(state.facts["config"], f"{folder}: its checkpoint")
         stable = range(warmup_steps(parent.schedule, parent.steps), decay_start(parent.schedule, parent.steps) + 1)
         if parent.schedule.kind != "wsd" or state.step not in stable:
             raise UserError(
                 f"parent.step: {state.step} is not in the stable part of {parent.run}, "
                 f"steps {stable.start} to {stable.stop - 1} of a WSD schedule"
             )
+
+
+def _spikes_of(history: checkpoint.History) -> SpikeCount:
+    """The count so far; checkpoints from before there was one begin it anew."""
+    return SpikeCount(**history.facts.get("spikes", {}))
 
 
 def _share_weights(model: GPT, weights: Mapping[str, Tensor] | None = None) -> GPT:

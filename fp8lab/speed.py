@@ -21,7 +21,6 @@ On a CPU the same plan runs emulated, to test this code: those times say nothing
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib.util
 import itertools
@@ -50,6 +49,7 @@ from fp8lab.model import GPT
 from fp8lab.precision import convert, fp8_tensor_cores, uses_fp8
 from fp8lab.records import SpeedRecord
 from fp8lab.session import compile_blocks, device_name, training_device
+from fp8lab.timing import Telemetry, gpu_milliseconds
 
 GRADIENT_CLIP = 1.0
 DISTINCT_BATCHES = 4
@@ -316,10 +316,11 @@ def optimizer_step(model: GPT, optimizer: torch.optim.Optimizer, tokens: Tensor)
         torch.stack(torch._foreach_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
     )
     optimizer.grad_scale = (norm / GRADIENT_CLIP).clamp(min=1.0)  # type: ignore[attr-defined]
-    optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+    skip = ~torch.isfinite(norm)
+    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    end_step(model)
+    end_step(model, skip)
     return loss
 
 
@@ -432,7 +433,7 @@ class _Measurement:
         self._synchronise()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        telemetry = _Telemetry()
+        telemetry = Telemetry()
         milliseconds = self._timed(entrant.model, self._plan.steps_per_round, telemetry)
         model = self._case.sized_model
         return [
@@ -453,7 +454,7 @@ class _Measurement:
             for step, step_ms in enumerate(milliseconds)
         ]
 
-    def _timed(self, model: GPT, steps: int, telemetry: _Telemetry) -> list[float]:
+    def _timed(self, model: GPT, steps: int, telemetry: Telemetry) -> list[float]:
         """Milliseconds of each of `steps` steps; the host runs ahead, as in training, then reads the GPU's state."""
         if self._device.type != "cuda":
             times = [time.perf_counter()]
@@ -577,20 +578,7 @@ def _gemm_time(m: int, k: int, n: int, dtype: torch.dtype) -> dict[str, float]:
     def fp8() -> None:
         torch._scaled_mm(a8, b8.t(), scale_a=one, scale_b=one, out_dtype=dtype, use_fast_accum=True)
 
-    return {"bf16": _milliseconds(bf16), "fp8": _milliseconds(fp8)}
-
-
-def _milliseconds(function: Callable[[], None]) -> float:
-    """Median time of a call on the GPU."""
-    for _ in range(3):
-        function()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(GEMM_REPEATS + 1)]
-    events[0].record()
-    for event in events[1:]:
-        function()
-        event.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in itertools.pairwise(events))
+    return {"bf16": gpu_milliseconds(bf16, GEMM_REPEATS), "fp8": gpu_milliseconds(fp8, GEMM_REPEATS)}
 
 
 def _initialised(config: ModelConfig, seed: int, device: torch.device) -> GPT:
@@ -650,26 +638,3 @@ def _release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-@dataclass
-class _Telemetry:
-    """Readings of the GPU during a turn."""
-
-    clocks_mhz: list[float] = field(default_factory=list)
-    powers_w: list[float] = field(default_factory=list)
-
-    def read(self) -> None:
-        """Read SM clock and power once, where NVML's Python package (extra `gpu`) is installed."""
-        # Whatever NVML objects to: a reading less must not end a measurement.
-        with contextlib.suppress(Exception):
-            self.clocks_mhz.append(torch.cuda.clock_rate())
-            self.powers_w.append(torch.cuda.power_draw() / 1e3)
-
-    @property
-    def median_clock_mhz(self) -> float:
-        return statistics.median(self.clocks_mhz) if self.clocks_mhz else float("nan")
-
-    @property
-    def median_power_w(self) -> float:
-        return statistics.median(self.powers_w) if self.powers_w else float("nan")

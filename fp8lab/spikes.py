@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import numpy as np
 import pandas as pd
 
@@ -23,7 +26,29 @@ def spikes(losses: pd.Series) -> pd.Series:
     return spiked.astype(float).where(mean.notna() & losses.notna())
 
 
-def spike_score(losses: pd.Series) -> float:
-    """Share of spikes among the losses that can be judged; 0 where there are none."""
-    judged = spikes(losses).dropna()
-    return float(judged.mean()) if len(judged) else 0.0
+@dataclass
+class SpikeCount:
+    """Counts the spikes of a run over every step, from losses that come in bunches; JSON values only."""
+
+    judged: int = 0
+    """Steps whose loss could be judged."""
+    spiked: int = 0
+    first_step: int | None = None
+    """Number of the first step that spiked."""
+    recent: list[float] = field(default_factory=list)
+    """The last losses, at most 1,000: what the next are judged by."""
+
+    @property
+    def score(self) -> float:
+        """Share of spikes among the steps that could be judged; 0 where there are none."""
+        return self.spiked / self.judged if self.judged else 0.0
+
+    def add(self, steps: Sequence[int], losses: Sequence[float]) -> None:
+        """Judge the losses of the next `steps`, in order."""
+        verdicts = spikes(pd.Series([*self.recent, *losses], dtype="float64")).iloc[len(self.recent) :]
+        self.judged += int(verdicts.notna().sum())
+        spiked = [step for step, verdict in zip(steps, verdicts, strict=True) if verdict == 1]
+        self.spiked += len(spiked)
+        if spiked and self.first_step is None:
+            self.first_step = spiked[0]
+        self.recent = [*self.recent, *losses][-SPIKE_WINDOW:]

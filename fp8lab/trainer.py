@@ -35,20 +35,22 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from fp8lab import checkpoint, distributed, flops, records
+from fp8lab import checkpoint, distributed, failures, flops, records
 from fp8lab.config import RunConfig, load_run, read_run_config
 from fp8lab.data import Loader, TokenDataset, load_mixture
 from fp8lab.distributed import ALONE, World
 from fp8lab.errors import UserError
 from fp8lab.events import EventFile
+from fp8lab.failures import PeerFailed, one_line, shared_with_peers
 from fp8lab.generation import generate
 from fp8lab.health import overflow_counts
 from fp8lab.model import GPT
 from fp8lab.precision import FP8_MULTIPLE, uses_fp8
 from fp8lab.progress import Progress, ProgressFile
 from fp8lab.records import DomainLoss, FinalLosses, Speed, Stability, TrainRecord, ValidationLosses
-from fp8lab.session import Session, device_name
-from fp8lab.spikes import spike_score
+from fp8lab.session import Session, check_model, device_name
+
+log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 1.0
 """Between readings of the device's metrics."""
@@ -98,8 +100,11 @@ def train(
     Raises:
         UserError: bad data or configuration, a run that another process trains, or damaged checkpoints;
             no record is written.
+        OutOfMemory: a step does not fit the device's memory; the record's status is 'failed', and the reason names
+            the micro-batch that would fit.
         Interrupted: a signal arrived; the record's status is 'interrupted'.
         Diverged: the loss or gradient stayed non-finite; the record's status is 'diverged'.
+        PeerFailed: another rank failed; the reason in the record is that rank's.
         Exception: anything else, after a record with status 'failed' and the reason.
     """
     world = distributed.meet()
@@ -111,16 +116,21 @@ def train(
                 f"model.vocab_size: {config.model.vocab_size} is less than the {dataset.encoding.n_vocab} "
                 f"tokens of mixture {config.mixture}"
             )
+        check_model(config)
         folder = checkpoints_dir / config.plan / config.run
-        session = Session(config, dataset, folder, world)
 
         def take_folder() -> None:
             held.enter_context(checkpoint.lock(folder))
             checkpoint.clean_up(folder)
+            failures.forget(folder)
 
+        # Before anything takes memory on a device where another process may be training this run.
         world.first(take_folder)
-        session.resume()
-        return Recorder(session, loader, records_dir, on_log).run()
+        with shared_with_peers(folder, world, agreed=(UserError,)):
+            session = Session(config, dataset, folder, world)
+            session.resume()
+            recorder = Recorder(session, loader, records_dir, on_log)
+        return recorder.run()
 
 
 def open_data(config: RunConfig, data_dir: Path) -> tuple[TokenDataset, Loader]:
@@ -188,26 +198,38 @@ class Recorder:
 
     def run(self) -> TrainRecord:
         """Train to the end, and write the record as it then is."""
+        session = self._session
         try:
-            self._write("running")
-            with stop_signals() as received:
-                self._loop(received)
-            self._finish()
+            with shared_with_peers(session.folder, session.world, agreed=(Interrupted, Diverged)):
+                self._write("running")
+                with stop_signals() as received:
+                    self._loop(received)
+                self._finish()
         except Interrupted as error:
             self._write("interrupted", str(error))
-            self._session.world.wait()
+            session.world.wait()
             raise
         except Diverged as error:
             self._write("diverged", str(error))
-            self._session.world.wait()
+            session.world.wait()
             raise
         except BaseException as error:
-            self._write_failure(_one_line(error))
+            self._write_failure(one_line(error))
             raise
         finally:
-            if self._events is not None:
-                self._events.close()
+            self._end_writing()
         return self.record
+
+    def _end_writing(self) -> None:
+        """Nothing writes to the run's folder once it is another process's to train."""
+        if self._events is not None:
+            self._events.close()
+        if self.writer is not None:
+            try:
+                self.writer.wait()
+            except Exception as error:
+                # A finished run has waited before: what ends this one is another error, and is told already.
+                log.warning("the last checkpoint could not be written: %s", one_line(error))
 
     def _loop(self, received: list[int]) -> None:
         session, config = self._session, self._session.config
@@ -227,6 +249,8 @@ class Recorder:
             self._validate()
         if not config.compact:
             self._save(wait=True)
+        elif self.writer is not None:
+            self.writer.wait()
 
     def _stop_if_asked(self, received: list[int]) -> None:
         """What one rank has seen, a signal or divergence, stops all of them after the same step."""
@@ -304,26 +328,34 @@ class Recorder:
     def _divergence(self) -> str:
         """Why the run has diverged, and where it began."""
         session = self._session
-        # The weights are still those of the first bad step: what fails now failed then.
+        # No step was taken since these were first skipped: what fails now failed then.
         rows = torch.from_numpy(self._loader.batch(session.step - 1)[: session.config.micro_batch])
         self._bad_output = session.first_non_finite_output(rows)
-        step, layer = self._first_bad()
-        began = f"; the first loss or gradient that is not finite was at step {step}, in {layer}" if step else ""
-        return f"{DIVERGED_AFTER} steps in a row were skipped{began}"
+        guard = session.guard
+        began, first = self._bad(guard.streak_bad_step, guard.streak_bad_parameters), self._first_bad()
+        reason = f"{int(guard.skipped_in_a_row)} steps in a row were skipped"
+        if began[0] is not None:
+            reason += f"; their first loss or gradient that is not finite was at step {began[0]}, in {began[1]}"
+            if first != began:
+                reason += f"; the run's first was at step {first[0]}, in {first[1]}"
+        return reason
 
     def _first_bad(self) -> tuple[int | None, str | None]:
-        """Number of the first step with a loss or gradient that is not finite, and the layer where it arose."""
-        guard = self._session.guard
-        step = int(guard.first_bad_step)
+        """Number of the run's first step with a loss or gradient that is not finite, and the layer where it arose."""
+        return self._bad(self._session.guard.first_bad_step, self._session.guard.first_bad_parameters)
+
+    def _bad(self, step: Tensor, parameters: Tensor) -> tuple[int | None, str | None]:
+        """Number of a step that the guard has noted, and the layer where what is not finite arose."""
         if step < 0:
             return None, None
-        is_bad = guard.first_bad_parameters.tolist()
+        is_bad = parameters.tolist()
         names = [name for name, _ in self._session.model.named_parameters()]
         bad_blocks = [name for name, bad in zip(names, is_bad, strict=True) if bad and name.startswith("blocks.")]
         if all(is_bad) or not bad_blocks:
-            return step + 1, self._bad_output or "the forward pass"
+            in_these_weights = step == self._session.guard.streak_bad_step
+            return int(step) + 1, (self._bad_output if in_these_weights else None) or "the forward pass"
         # Backward runs from the last layer to the first and hands non-finite values on: it began in the last.
-        return step + 1, bad_blocks[-1].removesuffix(".weight")
+        return int(step) + 1, bad_blocks[-1].removesuffix(".weight")
 
     def _samples(self, model: GPT) -> list[str]:
         """The model's continuation of the start of each domain's validation text."""
@@ -363,23 +395,15 @@ class Recorder:
         if not self._leads:
             return
         session, record = self._session, self.record
-        metrics = session.log.table()
-        step, layer = self._first_bad()
-        counts = overflow_counts(session.model)
+        # What the host knows comes first: reading from a device that has failed ends here.
         record.status, record.reason = status, reason
         record.steps, record.tokens = session.step, session.tokens
         record.flops = records.Flops(**flops.flops_record(session.config.model, session.tokens))
         record.provenance.ended_utc = records.utc_now()
         record.provenance.epochs = self._loader.epochs(session.step)
-        record.stability = Stability(
-            spike_score=spike_score(metrics["loss"]),
-            skipped_steps=int(session.guard.skipped),
-            first_bad_step=step,
-            first_bad_layer=layer,
-            saturated_steps=counts and counts.saturated,
-            underflowing_steps=counts and counts.underflowing,
-        )
+        metrics = session.log.table()
         record.speed = self._speed(metrics)
+        record.stability = self._stability()
         folder = records.write(record, self._records_dir)
         records.write_table(folder, "metrics", metrics)
         records.write_table(folder, "validation", session.validation_table())
@@ -387,14 +411,31 @@ class Recorder:
         if not health.empty:
             records.write_table(folder, "health", health)
 
+    def _stability(self) -> Stability:
+        """Signs of instability so far; waits for the device."""
+        session = self._session
+        step, layer = self._first_bad()
+        counts = overflow_counts(session.model)
+        return Stability(
+            spike_score=session.spikes.score,
+            judged_steps=session.spikes.judged,
+            first_spike_step=session.spikes.first_step,
+            skipped_steps=int(session.guard.skipped),
+            first_bad_step=step,
+            first_bad_layer=layer,
+            saturated_steps=counts and counts.saturated,
+            underflowing_steps=counts and counts.underflowing,
+        )
+
     def _write_failure(self, reason: str) -> None:
         """Record the failure as fully as what failed allows."""
         try:
             self._write("failed", reason)
         except Exception:
-            # The device or the disk may be what failed: then the reason alone, where it can be written.
+            # The device or the disk may be what failed: then what the host knows, where it can be written.
             with contextlib.suppress(OSError):
-                records.write(self.record, self._records_dir)
+                if self._leads:
+                    records.write(self.record, self._records_dir)
 
     def _speed(self, metrics: pd.DataFrame) -> Speed | None:
         session = self._session
@@ -414,10 +455,6 @@ class Recorder:
 
 def _median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 @contextlib.contextmanager
@@ -442,16 +479,22 @@ def _prefetched(loader: Loader, session: Session) -> Iterator[Iterator[Tensor]]:
         executor.shutdown(wait=True, cancel_futures=True)
 
 
+_collected: list[int] | None = None
+"""What the outermost `stop_signals` has received."""
+
+
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Collect SIGTERM and SIGINT instead of dying of them; a second one has its usual effect.
 
     Not under torchrun, which passes on what the rank may have received already, and kills what does not end.
+    Inside another `stop_signals` it is that one's list: a signal too late to stop a run stops its series.
     """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
+    global _collected
+    if _collected is not None or threading.current_thread() is not threading.main_thread():
+        yield [] if _collected is None else _collected
         return
+    received = _collected = []
     previous: dict[int, Any] = {}
 
     def handle(number: int, _frame: FrameType | None) -> None:
@@ -466,6 +509,7 @@ def stop_signals() -> Iterator[list[int]]:
     try:
         yield received
     finally:
+        _collected = None
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -475,12 +519,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fp8lab.trainer", description="Train one run without a notebook.")
     parser.add_argument("config", type=Path, help="a run's resolved configuration (JSON), or a plan (YAML)")
     parser.add_argument("run", nargs="?", help="name of the plan's run")
-    parser.add_argument("--records-dir", type=Path, default=Path("runs/records"))
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--checkpoints-dir", type=Path, default=Path("checkpoints"))
+    for option, default, what in (
+        ("--records-dir", Path("runs/records"), "the run's record goes to DIR/<plan>/<run>/"),
+        ("--data-dir", Path("data"), "token shards, in DIR/<mixture>/"),
+        ("--checkpoints-dir", Path("checkpoints"), "weights and resumable state go to DIR/<plan>/<run>/"),
+    ):
+        parser.add_argument(option, type=Path, default=default, metavar="DIR", help=f"{what} (default: {default})")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="fp8lab: %(message)s")
-    leads = os.environ.get("RANK", "0") == "0"
+    rank = int(os.environ.get("RANK", "0"))
     try:
         record = train(
             load_run(options.config, options.run) if options.run else read_run_config(options.config),
@@ -494,8 +541,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _exit_code(error)
         if code is None:
             raise
-        if leads:
-            print(f"fp8lab: {'stopped by ' if isinstance(error, Interrupted) else ''}{error}", file=sys.stderr)
+        # Of what all ranks raise alike the leader tells; a mistake may be one rank's alone.
+        if rank == 0 or isinstance(error, UserError):
+            who = f"rank {rank}: " if rank else "stopped by " if isinstance(error, Interrupted) else ""
+            print(f"fp8lab: {who}{error}", file=sys.stderr)
         return code
     finally:
         distributed.part()
@@ -506,7 +555,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _exit_code(error: BaseException) -> int | None:
     """Of an error that is told in one line; None for one that wants a traceback."""
-    if isinstance(error, Interrupted):
+    if isinstance(error, Interrupted | PeerFailed):
         return error.exit_code
     return 2 if isinstance(error, UserError) else 1 if isinstance(error, Diverged) else None
 

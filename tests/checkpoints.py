@@ -1,7 +1,9 @@
-"""Looking into a checkpoint of one process: its tensors whole, as their files hold them."""
+"""Looking into a checkpoint of one process, its tensors whole as their files hold them, and tampering with one."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,6 +22,14 @@ def load_latest(folder: Path) -> TrainingState | None:
 def load_step(folder: Path, step: int) -> TrainingState:
     """The checkpoint after `step` steps."""
     return _load(checkpoint.at_step(folder, step))
+
+
+def replace_file(path: Path, name: str, content: bytes) -> None:
+    """Give the checkpoint `path` another file `name`, with a checksum to match."""
+    (path / name).write_bytes(content)
+    checksums = json.loads((path / "checksums.json").read_text())
+    checksums[name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    (path / "checksums.json").write_text(json.dumps(checksums))
 
 
 def _load(path: Path) -> TrainingState:

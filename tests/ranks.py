@@ -6,12 +6,15 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 from fp8lab import distributed, session, trainer
 from fp8lab.config import RunConfig
 from fp8lab.kernels import block
 from tests import rule_data
 
 POISONED_RUN, POISONED_RANK, POISONED_STEP = "poisoned", 1, 3
+CROWDED_RUN = "crowded"
 
 
 def count_weight_casts() -> list[int]:
@@ -40,6 +43,17 @@ def poison_one_rank() -> None:
     session.training_loss = training_loss
 
 
+def crowd_the_leader() -> None:
+    """Let the leader find no memory for whole weights, once."""
+    real = distributed._room_for
+
+    def room_for(*arguments):
+        distributed._room_for = real
+        raise torch.OutOfMemoryError
+
+    distributed._room_for = room_for
+
+
 if __name__ == "__main__":
     trainer.open_data = rule_data.open_data
     configs, root = map(Path, sys.argv[1:])
@@ -49,6 +63,8 @@ if __name__ == "__main__":
         config = RunConfig(**values)
         if (config.run, int(os.environ["RANK"])) == (POISONED_RUN, POISONED_RANK):
             poison_one_rank()
+        if (config.run, os.environ["RANK"]) == (CROWDED_RUN, "0"):
+            crowd_the_leader()
         casts.clear()
         trainer.train(config, **folders)
         number[config.run] = len(casts)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import sys
+import multiprocessing
+import os
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from fp8lab.checkpoint import CheckpointWriter
 from fp8lab.health import HealthProbe
 from fp8lab.session import Session
 from tests import rule_data
+from tests.faults import worker
 from tests.rule_data import tiny_config, tiny_model
 
 
@@ -94,22 +97,55 @@ def test_the_cost_of_a_checkpoint_is_what_rounds_with_one_take_longer(tmp_path: 
     assert results["checkpoint_bytes"] > 3 * 4 * 272 * 32
 
 
-def test_a_killed_and_resumed_run_is_compared_with_whole_ones(tmp_path: Path) -> None:
-    results = benchmark.measure_resume(
-        # Steps of some milliseconds: the kill must come before the end.
-        tiny_config(recipe="fused", model=tiny_model(d_model=64, d_ff=192)),
-        data_dir=tmp_path,
-        scratch=tmp_path,
-        steps=40,
-        worker=(sys.executable, "-m", "tests.faults.worker"),
-    )
-    assert results["killed_after_checkpoint"] in (20, 30)
+def train_by_the_rule(arguments: list[str], output: Path) -> None:
+    """The worker, on tokens made by the rule."""
+    trainer.open_data = rule_data.open_data  # type: ignore[assignment]
+    benchmark._train(arguments, output)
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> benchmark.StartWorker:
+    """Starts workers that have imported everything already."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([worker.__name__, __name__])
+
+    def forked(arguments: list[str], output: Path) -> BaseProcess:
+        process = context.Process(target=train_by_the_rule, args=(arguments, output))
+        process.start()
+        return process
+
+    return forked
+
+
+def test_a_killed_and_resumed_run_is_compared_with_whole_ones(tmp_path: Path, start: benchmark.StartWorker) -> None:
+    # Steps of some milliseconds: the kill must come before the end.
+    config = tiny_config(recipe="fused", model=tiny_model(d_model=64, d_ff=192))
+    results = benchmark.measure_resume(config, data_dir=tmp_path, scratch=tmp_path, steps=24, start=start)
+    assert results["killed_after_checkpoint"] in (6, 12, 18)
     for what in ("control", "resumed"):
         assert results[what]["weights_identical"]
         assert results[what]["curve_identical"]
         assert results[what]["largest_weight_difference"] == results[what]["largest_loss_difference"] == 0
         assert results[what]["equal_weights_share"] == 1
-        assert results[what]["steps_logged"] == [40, 40]
+        assert results[what]["steps_logged"] == [24, 24]
+
+
+def test_a_worker_that_says_more_than_a_pipe_holds_is_heard_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def main(_: list[str]) -> int:
+        os.write(2, b"word " * 100_000 + b"the end")
+        return 3
+
+    def start(arguments: list[str], output: Path) -> BaseProcess:
+        process = multiprocessing.get_context("fork").Process(target=benchmark._train, args=(arguments, output))
+        process.start()
+        return process
+
+    monkeypatch.setattr(trainer, "main", main)
+    with pytest.raises(RuntimeError, match=r"the worker ended with 3: (?:word )+the end"):
+        benchmark.measure_resume(tiny_config(), data_dir=tmp_path, scratch=tmp_path, steps=8, start=start)
 
 
 def test_a_benchmark_writes_a_record_of_what_it_measured(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 import torch
 
-from fp8lab import checkpoint, launch, records, trainer
+from fp8lab import checkpoint, distributed, launch, records, trainer
 from fp8lab.checkpoint import load_model
 from fp8lab.config import RunConfig
 from fp8lab.errors import UserError
@@ -28,9 +28,10 @@ from fp8lab.trainer import Interrupted
 from tests import rule_data
 from tests.checkpoints import load_latest
 from tests.conftest import ROOT
+from tests.faults import worker
 from tests.faults.test_strangers import plain_pickle
-from tests.ranks import POISONED_STEP
-from tests.rule_data import tiny_config
+from tests.ranks import CROWDED_RUN, POISONED_STEP
+from tests.rule_data import tiny_config, tiny_model
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one worker launches for all
 PATIENCE_SECONDS = 240
@@ -81,6 +82,8 @@ RECIPES = {
     "fused": {"recipe": "fused"},
     "tensorwise": {"recipe": "tensorwise", "head": "fp8"},
 }
+UNEVEN = tiny_model(d_ff=63)
+"""Its matrices' rows do not divide by four ranks."""
 ALONE = [run_of(name, **changes) for name, changes in RECIPES.items()]
 REPLICATED = [
     *ALONE,
@@ -92,6 +95,7 @@ SHARDED = [
     *(run_of(f"{name}-fsdp", sharding="fsdp", health_interval=HALF, **changes) for name, changes in RECIPES.items()),
     run_of("recomputed-fsdp", recipe="fused", sharding="fsdp", activation_checkpointing=True),
     run_of("moved", recipe="fused", sharding="fsdp"),
+    run_of(CROWDED_RUN, sharding="fsdp", validation_interval=0, health_interval=HALF),
 ]
 
 
@@ -117,7 +121,9 @@ def two(tmp_path_factory, alone) -> Path:
 def four(tmp_path_factory) -> Path:
     """Runs sharded over four ranks."""
     root = tmp_path_factory.mktemp("four")
-    torchrun(4, root, [run_of(name, sharding="fsdp", **RECIPES[name]) for name in ("bf16", "fused")])
+    torchrun(
+        4, root, [run_of("uneven", sharding="fsdp", model=UNEVEN), run_of("fused", sharding="fsdp", recipe="fused")]
+    )
     return root
 
 
@@ -165,13 +171,20 @@ def test_a_sharded_run_measures_its_health_and_keeps_whole_weights(alone, two) -
         torch.testing.assert_close(shared, expected, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize(("run", "tolerance"), [("bf16", 1e-3), ("fused", 0.01)])
-def test_what_four_ranks_have_sharded_goes_on_in_one_process(four, tmp_path, run, tolerance) -> None:
+def test_a_leader_without_memory_for_whole_weights_measures_no_health_and_holds_up_nobody(two) -> None:
+    health = records.read_table(two / "records_dir" / "test" / CROWDED_RUN, "health")
+    assert health["step"].unique().tolist() == [STEPS]
+
+
+@pytest.mark.parametrize(
+    ("run", "changes", "tolerance"), [("uneven", {"model": UNEVEN}, 1e-3), ("fused", {"recipe": "fused"}, 0.01)]
+)
+def test_what_four_ranks_have_sharded_goes_on_in_one_process(four, tmp_path, run, changes, tolerance) -> None:
     move_half_way(four, tmp_path, run)
     # Where torch.distributed.checkpoint's own format keeps its index.
     index, mark = next(tmp_path.rglob("step-*")) / ".metadata", tmp_path / "executed"
     index.write_bytes(plain_pickle(mark))
-    train(tmp_path, run_of(run, **RECIPES[run]))
+    train(tmp_path, run_of(run, **changes))
     assert not mark.exists()
     assert record(tmp_path, run).provenance.device_count == 1
     assert_same_numbers(curves(four, run), curves(tmp_path, run), tolerance)
@@ -183,8 +196,8 @@ def test_what_one_process_has_begun_two_ranks_finish_sharded(alone, two) -> None
 
 
 def test_a_damaged_shard_is_found(four, tmp_path) -> None:
-    move_half_way(four, tmp_path, "bf16")
-    path = tmp_path / "checkpoints_dir" / "test" / "bf16" / f"step-{HALF:08d}"
+    move_half_way(four, tmp_path, "uneven")
+    path = tmp_path / "checkpoints_dir" / "test" / "uneven" / f"step-{HALF:08d}"
     assert checkpoint.find_damage(path) is None
     shards = sorted(path.glob("shard-*"))
     assert len(shards) == 4
@@ -266,12 +279,35 @@ def test_a_signal_to_one_rank_stops_all_at_a_checkpoint(tmp_path, monkeypatch) -
     assert state.step == left.steps == len(curve(tmp_path, "stopped"))
 
 
-def test_a_mistake_of_all_ranks_is_one_error(tmp_path, monkeypatch) -> None:
+def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(distributed, "meet", lambda: distributed.World(0, 2))
+    with pytest.raises(UserError, match="128 is not a multiple of processes x micro_batch x seq_len = 2 x 4 x 32 "):
+        train(tmp_path, tiny_config(micro_batch=4))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_of_one_rank_is_the_reason_that_all_give(tmp_path, monkeypatch, capfd, fault_report) -> None:
     monkeypatch.setattr(launch, "WORKER", "tests.faults.worker")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv(worker.OUT_OF_MEMORY, "1,3")
     folders = {name: tmp_path / name for name in ("records_dir", "data_dir", "checkpoints_dir")}
-    with pytest.raises(UserError, match="128 is not a multiple of processes x micro_batch x seq_len = 2 x 4 x 32 "):
-        launch.launch(tiny_config(micro_batch=4), 2, **folders)
+    advice = "micro_batch: 2 sequences do not fit the memory of CPU"
+    with pytest.raises(UserError, match=advice):
+        launch.launch(tiny_config(run="full", micro_batch=2), 2, **folders)
+    left = record(tmp_path, "full")
+    assert (left.status, left.steps) == ("failed", 2)
+    assert left.reason.startswith(f"rank 1: {advice}")
+    assert f"fp8lab: rank 1: {advice}" in capfd.readouterr().err
+    fault_report(
+        "memory",
+        "One rank of two runs out of memory (simulated: the allocation fails)",
+        "All stop; the record, the launcher and that rank itself name it and give its reason, not the lost connection "
+        "that the others saw",
+        recipe="bf16",
+        reason=left.reason,
+        status=left.status,
+    )
 
 
 def test_each_rank_casts_a_weight_once_a_step_whatever_the_micro_steps_and_recomputations(two) -> None:

@@ -247,13 +247,13 @@ def test_a_tensor_that_leaves_its_range_is_counted_under_its_name() -> None:
     model, _ = prepared("fused")
     batch = batch_of(4)
     backward(model, batch, 4)
-    end_step(model)
+    end_step(model, torch.tensor(False))
     assert overflow_counts(model) == ({}, {})
     with torch.no_grad():
         model.blocks[1].mlp.down.weight.mul_(1000)
         model.blocks[0].attention.output.weight.mul_(1e-6)
     backward(model, batch, 4)
-    end_step(model)
+    end_step(model, torch.tensor(False))
     counts = overflow_counts(model)
     assert counts.saturated["blocks.1.mlp.down weight"] == 1
     assert counts.underflowing["blocks.0.attention.output weight"] == 1

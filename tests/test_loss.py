@@ -43,6 +43,6 @@ def test_validation_never_holds_the_logits_of_the_whole_batch(monkeypatch) -> No
     largest: list[int] = []
     model.head.register_forward_hook(lambda *arguments: largest.append(arguments[2].numel()))
     whole = total_nats(model, hidden, targets).item()
-    monkeypatch.setattr(loss, "VALIDATION_CHUNK_LOGITS", 5 * VOCAB_SIZE)
+    monkeypatch.setattr(loss, "CPU_CHUNK_LOGITS", 5 * VOCAB_SIZE)
     assert abs(total_nats(model, hidden, targets).item() - whole) < 1e-4
     assert largest == [24 * VOCAB_SIZE] + [5 * VOCAB_SIZE] * 4 + [4 * VOCAB_SIZE]

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fp8lab.metrics import MetricsLog, Stopwatch
-from fp8lab.spikes import spike_score
+from fp8lab.spikes import SpikeCount
+
+
+def count_spikes(values, bunch: int = 1000) -> SpikeCount:
+    """The losses of steps 1, 2, ..., a bunch at a time; the count goes through JSON in between, as checkpoints do."""
+    count = SpikeCount()
+    for start in range(0, len(values), bunch):
+        losses = list(values[start : start + bunch])
+        count.add(range(start + 1, start + 1 + len(losses)), losses)
+        count = SpikeCount(**json.loads(json.dumps(asdict(count))))
+    return count
 
 
 def losses(count: int = 400) -> np.ndarray:
@@ -23,15 +35,29 @@ def test_spike_score_is_the_share_of_spikes(spikes) -> None:
     # Far apart in size: a spike in the window widens the deviation that the next is measured by.
     for rank, index in enumerate(sorted(spikes)):
         values[index] = 10.0 * 100**rank
-    assert spike_score(pd.Series(values)) == pytest.approx(len(spikes) / 300)
+    count = count_spikes(values)
+    assert (count.judged, count.spiked) == (300, len(spikes))
+    assert count.score == pytest.approx(len(spikes) / 300)
+    assert count.first_step == (min(spikes) + 1 if spikes else None)
 
 
 def test_spike_score_of_short_constant_or_non_finite_curves_is_zero() -> None:
-    assert spike_score(pd.Series([3.0, 900.0])) == 0
-    assert spike_score(pd.Series([3.0] * 300)) == 0
+    assert count_spikes([3.0, 900.0]).score == 0
+    assert count_spikes([3.0] * 300).score == 0
     values = losses()
     values[200:210] = np.nan
-    assert spike_score(pd.Series(values)) == 0
+    count = count_spikes(values)
+    assert (count.judged, count.score) == (290, 0)
+
+
+@pytest.mark.parametrize("bunch", [17, 250])
+def test_losses_that_come_in_bunches_are_judged_as_those_that_come_at_once(bunch) -> None:
+    values = losses(1300)
+    values[[120, 640, 1250]] = 30.0, 300.0, 3000.0
+    values[700] = np.nan
+    parts, whole = count_spikes(values, bunch), count_spikes(values, len(values))
+    assert (parts.judged, parts.spiked, parts.first_step) == (whole.judged, whole.spiked, whole.first_step)
+    assert (whole.judged, whole.spiked, whole.first_step) == (1199, 3, 121)
 
 
 def test_rows_arrive_once_and_in_order() -> None:

@@ -11,17 +11,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from rich.console import Console
 
-from fp8lab import checkpoint, records
-from fp8lab.config import Plan, load_plan
+from fp8lab import checkpoint, plans, records
+from fp8lab.config import Plan, load_plan, load_run
 from fp8lab.errors import UserError
 from fp8lab.plans import Options, Workspace, run_plan, status_rows
 
@@ -101,6 +103,22 @@ def execute(plan: Plan, workspace: Workspace, **options: object) -> tuple[int, s
     return unsuccessful, output.getvalue()
 
 
+@pytest.fixture
+def instantly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each notebook, without papermill: it finishes its run, leaves a table, and was executed."""
+
+    def start(stage: plans._Stage, template: str, folder: Path, parameters: dict[str, str], _log: Path) -> object:
+        (folder / f"{template}.ipynb").touch()
+        config = load_run(parameters["plan"], parameters["run"])
+        record = records.started(config, records.collect_provenance("CPU"), emulated=False)
+        record.status = "finished"
+        rows = pd.DataFrame({column: [1.0] for column in records.COLUMNS["metrics"]})
+        records.write_table(records.write(record, stage.workspace.records), "metrics", rows)
+        return subprocess.Popen(["true"])
+
+    monkeypatch.setattr(plans._Stage, "_start", start)
+
+
 def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
     plan, workspace = make_project(tmp_path, FINISH)
     unsuccessful, _ = execute(plan, workspace, jobs=2)
@@ -117,19 +135,26 @@ def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
     assert [(folder / "train.ipynb").stat().st_mtime_ns for folder in folders] == before
 
 
+@pytest.mark.usefixtures("instantly")
 def test_a_changed_configuration_does_not_pass_for_the_old_result(tmp_path: Path) -> None:
     plan, workspace = make_project(tmp_path, FINISH)
     execute(plan, workspace, jobs=2)
     plan.path.write_text(plan.path.read_text().replace("0.001", "0.002"))
     changed = load_plan(plan.path)
+    for config in plan.runs:
+        records.share_tables(workspace.records, "p", config.run)
     with pytest.raises(UserError, match=r"optimizer changed.*--replace"):
         execute(changed, workspace)
+    assert len(records.read_table(workspace.records / "p", "metrics")) == 2
     assert execute(changed, workspace, replace=True, jobs=2)[0] == 0
     record = records.read(workspace.record(changed.runs[0]))
     assert isinstance(record, records.TrainRecord)
     assert record.config["optimizer"]["peak_learning_rate"] == 0.002
+    # What the new runs have they have not shared: there it would still be the old ones'.
+    assert records.read_table(workspace.records / "p", "metrics").empty
 
 
+@pytest.mark.usefixtures("instantly")
 def test_fields_that_change_no_result_or_are_newer_than_a_record_do_not_make_it_another(tmp_path: Path) -> None:
     plan, workspace = make_project(tmp_path, FINISH)
     execute(plan, workspace, jobs=2)
@@ -215,6 +240,37 @@ def test_compact_runs_share_a_process_and_one_that_kills_it_stops_no_other(tmp_p
     assert not list(workspace.records.rglob("*.ipynb"))
     assert "t-bf16-s2: failed: " in output
     assert output.count("finished, ") == 2
+
+
+@pytest.mark.usefixtures("instantly")
+def test_compact_runs_of_several_gpus_keep_their_record_alone(tmp_path: Path) -> None:
+    plan, workspace = make_project(tmp_path, FINISH, compact=True)
+    assert execute(plan, workspace, nproc=2)[0] == 0
+    kept = sorted(str(path.relative_to(workspace.records)) for path in workspace.records.rglob("*") if path.is_file())
+    assert kept == ["p/metrics.parquet", "p/t-bf16-s1/record.json", "p/t-bf16-s2/record.json"]
+
+
+def test_a_second_signal_ends_a_worker_that_is_slow_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, workspace = make_project(tmp_path, FINISH, seeds=[1])
+    script = (
+        "import signal, sys, time; from pathlib import Path\n"
+        "def slow(number, frame): signal.signal(number, signal.SIG_DFL); Path('stopping').touch()\n"
+        "signal.signal(signal.SIGTERM, slow); Path('started').touch(); time.sleep(60); time.sleep(60)\n"
+    )
+    monkeypatch.setattr(
+        plans._Stage, "_start", lambda *_: subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
+    )
+
+    def interrupt() -> None:
+        for mark in ("started", "stopping"):
+            while not (tmp_path / mark).exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(plans.Interrupted) as stopped:
+        execute(plan, workspace)
+    assert stopped.value.exit_code == 130
 
 
 def test_a_signal_stops_the_worker_at_a_checkpoint_and_starts_no_other(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fp8lab import roofline
+from fp8lab import records, roofline
 from fp8lab.config import MODELS
 from fp8lab.errors import UserError
+from fp8lab.flops import linear_weights
 from fp8lab.kernels import Fp8Settings, reference
 from fp8lab.kernels.scaling import Slot
 from fp8lab.speed import load_speed_plan
@@ -133,3 +134,44 @@ def test_the_maps_plan_times_the_models_that_are_predicted() -> None:
     }
     with pytest.raises(UserError, match="256, 512"):
         roofline.map_model(300)
+
+
+MEASURED = {
+    "1.5B-T2048-B16": ("1.5B", 2048, 16),
+    "350M-T1024-B32": ("350M", 1024, 32),
+    "125M-T1024-B64": ("125M", 1024, 64),
+}
+"""Cases of the record behind the constants: model, context, sequences."""
+
+
+@pytest.mark.parametrize("case", MEASURED)
+def test_the_constants_are_those_of_the_record_that_they_name(case) -> None:
+    record = records.read(Path("runs/records", roofline.SOURCE))
+    assert isinstance(record, records.SpeedRecord)
+    assert roofline.device_of(record.provenance.device_name) is roofline.H200
+    name, seq_len, sequences = MEASURED[case]
+    model, tokens = MODELS[name].model_copy(update={"seq_len": seq_len}), seq_len * sequences
+    results = record.results["cases"][case]
+    measured = results["contestants"]["bf16"]
+    assert roofline.step_ms(model, tokens, "bf16", roofline.H200) == pytest.approx(
+        measured["step_ms_median"], rel=0.015
+    )
+    attention = roofline.predict(model, tokens, "bf16", roofline.H200)["attention"]
+    assert attention == pytest.approx(measured["profile"]["ms_by_category"]["attention"], rel=0.015)
+
+
+def test_the_gemms_of_the_record_are_a_little_faster_than_the_sustained_rate() -> None:
+    record = records.read(Path("runs/records", roofline.SOURCE))
+    assert isinstance(record, records.SpeedRecord)
+    name, seq_len, sequences = MEASURED["1.5B-T2048-B16"]
+    weights = sum(count for linear, count in linear_weights(MODELS[name]).items() if linear != "head")
+    layers, gemms = MODELS[name].n_layers, record.results["cases"]["1.5B-T2048-B16"]["gemms"]
+    for precision, rate in roofline.GEMM_FLOPS.items():
+        block_ms = sum(
+            times[f"{gemm}_{precision}"]
+            for linear, times in gemms.items()
+            if linear != "head"
+            for gemm in ("forward", "grad_input", "grad_weight")
+        )
+        flops = 6 * seq_len * sequences * weights / layers
+        assert flops / (block_ms * 1e-3) == pytest.approx(1.06 * rate, rel=0.01)

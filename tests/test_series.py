@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from fp8lab import records, session, trainer
 from fp8lab.config import RunConfig
@@ -123,6 +125,29 @@ def test_a_signal_keeps_what_is_finished_and_the_same_call_goes_on(
         assert finals[0] == finals[1]
 
 
+def test_a_signal_too_late_to_stop_a_run_stops_the_series_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = session.Session.validate
+
+    def validate(self):
+        if self.config.seed == 2:
+            signal.raise_signal(signal.SIGTERM)
+        real(self)
+
+    monkeypatch.setattr(session.Session, "validate", validate)
+    with pytest.raises(Interrupted) as stopped:
+        run_series(tmp_path, seeds(1, 2, 3, tokens=2 * 128))
+    assert stopped.value.exit_code == 143
+    plan = tmp_path / "records_dir" / "test"
+    statuses = {path.parent.name: records.read(path.parent).status for path in plan.glob("*/record.json")}
+    assert statuses == {"s1": "finished", "s2": "finished"}
+    assert set(curves(tmp_path)["run"]) == {"s1", "s2"}
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    # With nothing left to train, there is nothing to interrupt.
+    assert [record.status for record in run_series(tmp_path, seeds(2, tokens=2 * 128))] == ["finished"]
+
+
 def test_processes_may_share_tables_at_once(tmp_path: Path) -> None:
     columns = {"metrics": records.COLUMNS["metrics"], "validation": records.COLUMNS["validation"]}
     names = [f"run{number}" for number in range(12)]
@@ -140,10 +165,54 @@ def test_processes_may_share_tables_at_once(tmp_path: Path) -> None:
         assert not list((tmp_path / "p").glob(f"*/{table}.parquet"))
 
 
-def test_runs_that_differ_in_seed_keep_their_compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    resets: list[str] = []
+def own_tables(records_dir: Path, run: str, value: float, names: Sequence[str]) -> None:
+    """Give a run tables of its own with `value` in every column."""
+    (records_dir / "p" / run).mkdir(parents=True, exist_ok=True)
+    for name in names:
+        rows = pd.DataFrame({column: [value] * 3 for column in records.COLUMNS[name]})
+        records.write_table(records_dir / "p" / run, name, rows)
+
+
+def shared_values(records_dir: Path, name: str) -> dict[str, float]:
+    """The value of each run's rows in a shared table."""
+    table = records.read_table(records_dir / "p", name)
+    return {run: rows["step"].unique().item() for run, rows in table.groupby("run")}
+
+
+def test_shared_tables_hold_the_last_attempt_alone(tmp_path: Path) -> None:
+    for run, value in (("a", 1.0), ("b", 2.0)):
+        own_tables(tmp_path, run, value, records.TRAINING_TABLES)
+        records.share_tables(tmp_path, "p", run)
+    own_tables(tmp_path, "a", 3.0, ["metrics", "validation"])
+    records.share_tables(tmp_path, "p", "a")
+    assert shared_values(tmp_path, "metrics") == shared_values(tmp_path, "validation") == {"a": 3.0, "b": 2.0}
+    assert shared_values(tmp_path, "health") == {"b": 2.0}
+    # Shared already: alone, or with what a process left that died between sharing and removing its own.
+    for left in ([], ["validation"]):
+        own_tables(tmp_path, "b", 2.0, left)
+        records.share_tables(tmp_path, "p", "b")
+        assert [shared_values(tmp_path, name)["b"] for name in records.TRAINING_TABLES] == [2.0] * 3
+        assert not list((tmp_path / "p" / "b").iterdir())
+    records.drop_shared_rows(tmp_path, "p", "b")
+    assert shared_values(tmp_path, "metrics") == {"a": 3.0}
+    assert shared_values(tmp_path, "health") == {}
+
+
+def test_runs_that_differ_in_seed_compile_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "_compiled_for", "")
-    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append("reset"))
-    for config in (*seeds(1, 2, 3), *seeds(1, 2, recipe="fused")):
-        session.drop_other_graphs(config)
-    assert len(resets) == 2
+    real, compiled = torch.nn.Module.compile, []
+    # What is compiled is Dynamo's to decide; into what, takes most of the time.
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(self, backend="eager", **options))
+
+    def on_end(record: TrainRecord) -> None:
+        assert record.status == "finished"
+        compiled.append(counters["stats"]["unique_graphs"])
+
+    changes = {"compile": True, "tokens": 2 * 128, "model": tiny_model(n_layers=1)}
+    configs = [*seeds(1, 2, **changes), *seeds(3, 4, recipe="fused", **changes)]
+    counters.clear()
+    folders = {name: tmp_path / name for name in ("records_dir", "data_dir", "checkpoints_dir")}
+    train_series(configs, **folders, on_end=on_end)
+    bf16, fused = compiled[0], compiled[2]
+    assert 0 < bf16 < fused
+    assert compiled == [bf16, bf16, fused, fused]

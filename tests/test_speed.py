@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -266,3 +267,30 @@ def test_mistakes_are_named(tmp_path, change, message) -> None:
 )
 def test_kernels_have_categories(kernel, category) -> None:
     assert speed.kernel_category(kernel) == category
+
+
+def test_nanochats_version_is_its_own_commit_and_tells_of_local_edits(tmp_path, monkeypatch) -> None:
+    def git(folder: Path, *command: str) -> str:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        run = subprocess.run(["git", *identity, "-C", folder, *command], capture_output=True, text=True, check=True)
+        return run.stdout.strip()
+
+    def commit(folder: Path) -> str:
+        git(folder, "init")
+        git(folder, "add", ".")
+        git(folder, "commit", "--allow-empty", "-m", "x")
+        return git(folder, "rev-parse", "HEAD")
+
+    checkout = tmp_path / "checkout"
+    (checkout / "nanochat").mkdir(parents=True)
+    (checkout / "nanochat" / "fp8.py").write_text("")
+    monkeypatch.setenv("NANOCHAT", str(checkout))
+    version = speed.load_peer("nanochat").version
+    commit(tmp_path)
+    assert version() == "nanochat of unknown commit"
+    own = commit(checkout)
+    (checkout / "nanochat" / "__pycache__").mkdir()
+    (checkout / "nanochat" / "__pycache__" / "fp8.pyc").write_text("")
+    assert version() == f"nanochat {own}"
+    (checkout / "nanochat" / "fp8.py").write_text("edited = True")
+    assert version() == f"nanochat {own}-dirty"

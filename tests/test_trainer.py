@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import signal
+import time
+import weakref
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fp8lab import records, session, trainer
+from fp8lab import checkpoint, records, session, spikes, trainer
 from fp8lab.checkpoint import load_model
 from fp8lab.config import RECIPES, load_plan, parameter_count
-from fp8lab.errors import UserError
+from fp8lab.errors import OutOfMemory, UserError
 from fp8lab.generation import generate
 from fp8lab.model import GPT
 from fp8lab.progress import read_progress
 from fp8lab.trainer import Diverged, Interrupted
 from tests import rule_data
-from tests.checkpoints import load_latest
+from tests.checkpoints import load_latest, replace_file
 from tests.rule_data import tiny_config, tiny_model
 
 
@@ -194,6 +198,26 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(train, tmp_path, monke
     )
 
 
+def test_a_skipped_step_moves_no_scale_of_fused_even_where_its_gradients_are_finite(
+    train, tmp_path, monkeypatch
+) -> None:
+    real, calls, factor = session.training_loss, [], {"nan": math.nan, "huge": 1e30}
+
+    def poisoned(*arguments):
+        calls.append(1)
+        objective, loss = real(*arguments)
+        return objective * factor[run] if len(calls) == 5 else objective, loss
+
+    monkeypatch.setattr(session, "training_loss", poisoned)
+    for run in factor:
+        calls.clear()
+        record = train(tiny_config(run=run, recipe="fused", tokens=10 * 128))
+        assert record.stability.skipped_steps == 1
+        assert record.stability.underflowing_steps == {}
+    curves = [curve(tmp_path, run).drop(columns="grad_norm") for run in factor]
+    pd.testing.assert_frame_equal(*curves, check_exact=True)
+
+
 class HostReads(TorchDispatchMode):
     """Counts what would make the host wait for a GPU: reading a tensor's value, or copying it to the host."""
 
@@ -270,6 +294,28 @@ def test_a_run_that_stays_non_finite_stops_as_diverged_and_names_the_layer(
     )
 
 
+def test_a_divergence_is_told_from_a_bad_step_long_before_it(train, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(trainer, "FLUSH_SECONDS", 0.0)
+    real, calls = session.training_loss, []
+
+    def break_down(model, hidden, targets, z_loss):
+        calls.append(1)
+        if len(calls) == 2:
+            hidden = hidden * math.nan
+        if len(calls) == 6:
+            model.blocks[1].mlp.down.weight.data.fill_(math.nan)
+        return real(model, hidden, targets, z_loss)
+
+    monkeypatch.setattr(session, "training_loss", break_down)
+    message = (
+        r"^20 steps .* was at step 7, in blocks\.1\.mlp\.down; the run's first was at step 2, in the forward pass$"
+    )
+    with pytest.raises(Diverged, match=message):
+        train(tiny_config(tokens=100 * 128))
+    stability = records.read(tmp_path / "records_dir" / "test" / "tiny").stability
+    assert (stability.first_bad_step, stability.first_bad_layer) == (2, "the forward pass")
+
+
 def test_outlier_steps_are_skipped_when_asked(train, monkeypatch, fault_report) -> None:
     real, calls = session.training_loss, []
 
@@ -279,11 +325,14 @@ def test_outlier_steps_are_skipped_when_asked(train, monkeypatch, fault_report) 
         return objective, loss + (100 if len(calls) == 150 else 0)
 
     monkeypatch.setattr(session, "training_loss", spike)
-    config = tiny_config(tokens=160 * 128, optimizer={"peak_learning_rate": 1e-3, "skip_outliers": 8})
-    record = train(config)
+    optimizer = {"peak_learning_rate": 1e-3, "skip_outliers": 8}
+    record = train(tiny_config(tokens=160 * 128, log_interval=20, optimizer=optimizer))
     assert record.stability.skipped_steps == 1
     assert record.stability.first_bad_step is None
+    # Every step after the first 100 is judged, logged or not.
+    assert record.stability.judged_steps == 60
     assert record.stability.spike_score == pytest.approx(1 / 60)
+    assert record.stability.first_spike_step == 150
     fault_report(
         "non-finite",
         "A loss far above the last 128 steps', with `skip_outliers`",
@@ -308,6 +357,78 @@ def test_an_exception_leaves_a_failed_record_with_the_reason(train, tmp_path, mo
     record = records.read(tmp_path / "records_dir" / "test" / "tiny")
     assert (record.status, record.reason) == ("failed", "OSError: the disk went away")
     assert not (tmp_path / "checkpoints_dir" / "test" / "tiny" / "model.safetensors").exists()
+
+
+class DeadDevice:
+    """What is left of a guard whose device is lost."""
+
+    def __getattr__(self, name):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+def test_a_device_that_dies_leaves_a_failed_record_with_the_reason(train, tmp_path, monkeypatch) -> None:
+    real = session.Session.take_step
+
+    def take_step(self, batch):
+        if self.step == 5:
+            self.guard = DeadDevice()
+        real(self, batch)
+
+    monkeypatch.setattr(session.Session, "take_step", take_step)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        train()
+    record = records.read(tmp_path / "records_dir" / "test" / "tiny")
+    assert (record.status, record.steps) == ("failed", 5)
+    assert record.reason == "RuntimeError: CUDA error: device-side assert triggered"
+
+
+def slow_write(monkeypatch, error: OSError | None = None) -> None:
+    """Make every checkpoint take a while to write, then fail with `error` if there is one."""
+    real = checkpoint.write
+
+    def write(*arguments):
+        time.sleep(0.2)
+        if error is not None:
+            raise error
+        return real(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+
+
+def fail_after(monkeypatch, step: int) -> None:
+    """Make the batch after `step` unreadable."""
+    real = rule_data.RuleLoader.batch
+
+    def batch(self, number, *rank):
+        if number >= step:
+            raise ValueError("no such batch")
+        return real(self, number, *rank)
+
+    monkeypatch.setattr(rule_data.RuleLoader, "batch", batch)
+
+
+def test_a_run_is_over_when_its_last_checkpoint_is_written(train, tmp_path, monkeypatch) -> None:
+    slow_write(monkeypatch)
+    work = tmp_path / "checkpoints_dir" / "test"
+    train(tiny_config(run="compact", tokens=5 * 128, checkpoint_interval=4, compact=True))
+    assert not list((work / "compact").glob("*step-*"))
+    fail_after(monkeypatch, 4)
+    with pytest.raises(ValueError, match="no such batch"):
+        train(tiny_config(run="failed", checkpoint_interval=4))
+    assert [path.name for path in (work / "failed").glob("*step-*")] == ["step-00000004"]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told(train, tmp_path, monkeypatch, caplog) -> None:
+    slow_write(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(OSError, match="No space left"):
+        train(tiny_config(run="compact", tokens=5 * 128, checkpoint_interval=4, compact=True))
+    record = records.read(tmp_path / "records_dir" / "test" / "compact")
+    assert (record.status, record.reason) == ("failed", "OSError: [Errno 28] No space left on device")
+    fail_after(monkeypatch, 4)
+    with pytest.raises(ValueError, match="no such batch"):
+        train(tiny_config(run="failed", checkpoint_interval=4))
+    assert "ValueError" in records.read(tmp_path / "records_dir" / "test" / "failed").reason
+    assert "last checkpoint could not be written: OSError: [Errno 28] No space left" in caplog.text
 
 
 def stop_at(monkeypatch, step: int, number: int) -> None:
@@ -337,6 +458,7 @@ def test_averaged_weights_are_validated_beside_the_weights_and_change_nothing(tr
 
 @pytest.mark.parametrize("recipe", ["bf16", "tensorwise", "fused"])
 def test_a_run_continued_after_a_signal_is_the_uninterrupted_run(train, tmp_path, monkeypatch, recipe) -> None:
+    monkeypatch.setattr(spikes, "SPIKE_MIN_HISTORY", 4)
     whole = train(tiny_config(run="whole", recipe=recipe, average_half_life=0.1))
     with monkeypatch.context() as patch:
         stop_at(patch, 7, signal.SIGTERM)
@@ -349,6 +471,8 @@ def test_a_run_continued_after_a_signal_is_the_uninterrupted_run(train, tmp_path
     parts = train(tiny_config(run="parts", recipe=recipe, average_half_life=0.1))
     assert parts.status == "finished"
     assert parts.final == whole.final
+    assert parts.stability == whole.stability
+    assert parts.stability.judged_steps == 16
     pd.testing.assert_frame_equal(curve(tmp_path, "whole"), curve(tmp_path, "parts"), check_exact=True)
     weights = [
         (tmp_path / "checkpoints_dir" / "test" / run / "model.safetensors").read_bytes() for run in ("whole", "parts")
@@ -427,17 +551,21 @@ def test_budgets_of_a_plan_branch_off_one_run(train, tmp_path) -> None:
 
 
 def test_out_of_memory_names_the_micro_batch_that_fits(train, tmp_path, monkeypatch, fault_report) -> None:
-    real = session.training_loss
+    real, attempts = session.training_loss, []
 
     def limited(model, hidden, targets, z_loss):
+        # On a device that an earlier attempt still filled, no smaller one would fit either.
+        assert not any(attempt() is not None for attempt in attempts)
+        attempts.append(weakref.ref(hidden))
         if len(targets) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, hidden, targets, z_loss)
 
     monkeypatch.setattr(session, "training_loss", limited)
     message = r"micro_batch: 8 sequences do not fit the memory of CPU.*; 2 do$"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(OutOfMemory, match=message):
         train(tiny_config(micro_batch=8, global_batch_tokens=256))
+    assert len(attempts) == 3
     record = records.read(tmp_path / "records_dir" / "test" / "tiny")
     assert record.status == "failed"
     assert "2 do" in record.reason
@@ -450,6 +578,17 @@ def test_out_of_memory_names_the_micro_batch_that_fits(train, tmp_path, monkeypa
         named=2,
         status=record.status,
     )
+
+
+def test_without_memory_for_the_optimizer_s_moments_the_run_says_so(train, tmp_path, monkeypatch) -> None:
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    # What AdamW makes its moments with, at its first step.
+    monkeypatch.setattr(torch, "zeros_like", no_memory)
+    with pytest.raises(OutOfMemory, match=r"micro_batch: 4 sequences do not fit .*; not even 1 does: take a smaller"):
+        train()
+    assert records.read(tmp_path / "records_dir" / "test" / "tiny").status == "failed"
 
 
 def test_training_a_finished_run_again_changes_no_result(train, tmp_path) -> None:
@@ -480,6 +619,22 @@ def test_a_checkpoint_of_another_configuration_is_refused(train, tmp_path) -> No
     assert (tmp_path / "records_dir" / "test" / "tiny" / "record.json").read_bytes() == before
 
 
+def test_a_checkpoint_from_before_a_field_was_added_resumes_with_its_default(train, tmp_path) -> None:
+    train(tiny_config(tokens=128))
+    path = tmp_path / "checkpoints_dir" / "test" / "tiny" / "step-00000001"
+    state = json.loads((path / "state.json").read_text())
+    del state["config"]["average_half_life"], state["config"]["optimizer"]["z_loss"], state["spikes"]
+    state["config"]["a_field_of_old"] = 1
+    replace_file(path, "state.json", json.dumps(state).encode())
+    tensors = load_file(path / "trainer.safetensors")
+    older = {name: tensor for name, tensor in tensors.items() if not name.startswith("streak")}
+    assert len(older) == len(tensors) - 2
+    replace_file(path, "trainer.safetensors", save(older))
+    assert train(tiny_config(tokens=128)).status == "finished"
+    with pytest.raises(UserError, match=r"another configuration \(average_half_life changed\)"):
+        train(tiny_config(tokens=128, average_half_life=0.5))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -489,6 +644,8 @@ def test_a_checkpoint_of_another_configuration_is_refused(train, tmp_path) -> No
         ),
         ({"model": tiny_model(vocab_size=128)}, "model.vocab_size: 128 is less than the 257 tokens"),
         ({"recipe": "rowwise", "high_precision": ("blocks.9.*",)}, "high_precision: 'blocks.9.*' matches no Linear"),
+        ({"recipe": "fused", "high_precision": ("*.qkv",)}, "recipe: fused converts whole blocks, but of block 0 only"),
+        ({"health_layers": ("blocks.9.*",)}, "health_layers: 'blocks.9.*' matches no Linear"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(train, tmp_path, changes, message) -> None:
@@ -497,6 +654,15 @@ def test_mistakes_are_one_line_and_nothing_is_written(train, tmp_path, changes, 
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_another_process_trains_is_refused_before_its_model_is_built(train, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(session.Session, "__init__", lambda *_: pytest.fail("a second model beside the first"))
+    with (
+        checkpoint.lock(tmp_path / "checkpoints_dir" / "test" / "tiny"),
+        pytest.raises(UserError, match="is training this run"),
+    ):
+        train()
 
 
 def test_without_a_compiler_the_run_goes_on_and_says_so(train, monkeypatch, caplog) -> None:

@@ -4,8 +4,7 @@
     python -m fp8lab.data.benchmark loader --data-dir DATA
     python -m fp8lab.data.benchmark memory
 
-Each writes a benchmark record, ``runs/records/benchmarks/data-<what>/``, with every round's figure: a median alone
-would hide how much the machine wavers.
+Each writes a benchmark record (`fp8lab.measurement`), ``runs/records/benchmarks/data-<what>/``.
 """
 
 from __future__ import annotations
@@ -14,9 +13,6 @@ import itertools
 import json
 import os
 import random
-import shlex
-import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,21 +30,15 @@ from fp8lab.data.mixture import DomainConfig, JsonlSource, MixtureConfig, Tokeni
 from fp8lab.data.shards import TOKENIZER
 from fp8lab.data.sources import JsonlPart, Part, jsonl_parts
 from fp8lab.errors import UserError
+from fp8lab.measurement import begin_provenance, console, print_summary, run_app, summary, write_benchmark
 
-PLAN = "benchmarks"
 _DOCUMENTS_A_CALL = 1000
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-console = Console()
 
 Mixture = Annotated[str, typer.Option(help="A name in runs/mixtures, or a YAML file.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Timed rounds, after one that is not counted.")]
 RecordsDir = Annotated[Path, typer.Option(help="Folder of run records.")]
-
-
-def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Median, extremes and all rounds of a measurement."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "rounds": list(values)}
 
 
 def time_tokenising(
@@ -272,36 +262,8 @@ def memory_command(
 
 
 def _provenance() -> records.Provenance:
-    provenance = records.collect_provenance(records.cpu_name())
-    provenance.command = shlex.join(["python", "-m", "fp8lab.data.benchmark", *sys.argv[1:]])
-    return provenance
-
-
-def write_benchmark(
-    run: str,
-    results: dict[str, Any],
-    provenance: records.Provenance,
-    records_dir: Path,
-    config: dict[str, Any] | None = None,
-) -> None:
-    """Write the finished record ``<records_dir>/benchmarks/<run>/``."""
-    provenance.ended_utc = records.utc_now()
-    records.write(
-        records.BenchmarkRecord(
-            plan=PLAN, run=run, status="finished", provenance=provenance, results=results, config=config or {}
-        ),
-        records_dir,
-    )
-
-
-def print_summary(what: str, measured: dict[str, Any]) -> None:
-    """A line with the median and extremes of a `summary`."""
-    console.print(f"{what}: median {measured['median']:,.2f}, from {measured['min']:,.2f} to {measured['max']:,.2f}")
+    return begin_provenance("fp8lab.data.benchmark", records.cpu_name())
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except UserError as error:
-        print(f"fp8lab: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_app(app)

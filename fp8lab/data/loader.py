@@ -18,9 +18,12 @@ very first, and fewer than seq_len at the end).
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
+import itertools
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,18 +45,19 @@ class TokenRow:
     """Shards of one domain and split as one row of tokens, memory-mapped."""
 
     def __init__(self, folder: Path, shards: tuple[Shard, ...]) -> None:
-        self._maps = [np.memmap(folder / shard.file, dtype=TOKEN_DTYPE, mode="r") for shard in shards]
-        self._starts = np.cumsum([0, *(len(shard) for shard in self._maps)])
+        # Seen as plain arrays: slicing a memmap itself takes longer than copying a window.
+        self._maps = [np.asarray(np.memmap(folder / shard.file, dtype=TOKEN_DTYPE, mode="r")) for shard in shards]
+        self._starts = list(itertools.accumulate(map(len, self._maps), initial=0))
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def read_into(self, row: np.ndarray, start: int) -> None:
         """Fill `row` with the tokens from `start` on."""
-        index = int(np.searchsorted(self._starts, start, side="right")) - 1
+        index = bisect.bisect_right(self._starts, start) - 1
         filled = 0
         while filled < len(row):
-            offset = start + filled - int(self._starts[index])
+            offset = start + filled - self._starts[index]
             piece = self._maps[index][offset : offset + len(row) - filled]
             row[filled : filled + len(piece)] = piece
             filled += len(piece)
@@ -167,29 +171,33 @@ class Loader:
         rows = self._global_batch // world_size
         first = step * self._global_batch + rank * rows
         batch = np.empty((rows, self._seq_len + 1), dtype=np.int64)
-        for row in range(rows):
-            domain, window = self._locate(first + row)
+        for row, (domain, window) in enumerate(self._locate(np.arange(first, first + rows))):
             self._dataset.train[self._domains[domain]].read_into(batch[row], window * self._seq_len)
         self._warn_of_repeats(step + 1)
         return batch
 
     def epochs(self, step: int) -> dict[str, float]:
         """Passes over each domain's training text after `step` steps."""
-        drawn = self._drawn(step * self._global_batch)
+        drawn = self._drawn(np.array(step * self._global_batch))
         return {
             name: int(count) / windows for name, count, windows in zip(self._domains, drawn, self._windows, strict=True)
         }
 
-    def _drawn(self, sequences: int) -> np.ndarray:
-        """Sequences of each domain among the first `sequences`: (domains,)."""
-        periods, rest = divmod(sequences, len(self._pattern))
-        return periods * self._before[-1] + self._before[rest]
+    def _drawn(self, sequences: np.ndarray) -> np.ndarray:
+        """Sequences of each domain among the first so many: (..., domains) of `sequences` (...)."""
+        periods, rest = np.divmod(sequences, len(self._pattern))
+        return np.multiply.outer(periods, self._before[-1]) + self._before[rest]
 
-    def _locate(self, sequence: int) -> tuple[int, int]:
-        """Domain and window of a sequence of the run."""
-        domain = int(self._pattern[sequence % len(self._pattern)])
-        epoch, place = divmod(int(self._drawn(sequence)[domain]), self._windows[domain])
-        return domain, int(self._permutation(domain, epoch)[place])
+    def _locate(self, sequences: np.ndarray) -> Iterator[tuple[int, int]]:
+        """Domain and window of each of some sequences of the run.
+
+        All at once, as far as it goes: this runs in a thread, and takes the interpreter from the one that trains.
+        """
+        domains = self._pattern[sequences % len(self._pattern)]
+        before = np.take_along_axis(self._drawn(sequences), domains[:, None], axis=1)[:, 0]
+        epochs, places = np.divmod(before, np.array(self._windows)[domains])
+        for domain, epoch, place in zip(domains.tolist(), epochs.tolist(), places.tolist(), strict=True):
+            yield domain, int(self._permutation(domain, epoch)[place])
 
     def _draw_permutation(self, domain: int, epoch: int) -> np.ndarray:
         key = hashlib.sha256(f"{self._seed}/{self._domains[domain]}/{epoch}".encode()).digest()[:16]

@@ -57,7 +57,9 @@ where there are no FP8 tensor cores the blocks run on the reference: emulated.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
 
 from fp8lab.errors import UserError
 from fp8lab.kernels.block import SLOTS, WEIGHTS, FusedBlock, slot_formats
@@ -114,10 +116,14 @@ def _stays_bf16(index: int, high_precision: Sequence[str]) -> bool:
     return bool(kept)
 
 
-def end_step(model: GPT) -> None:
-    """Tell the fused blocks that the optimizer has taken a step: once, however many micro-steps it had.
+def end_step(model: GPT, skipped: Tensor, largest_of_ranks: Callable[[Tensor], object] | None = None) -> None:
+    """Tell the fused blocks that an optimizer step has ended: once, however many micro-steps it had.
 
     Does nothing for a model of another recipe.
+
+    Args:
+        skipped: boolean scalar on the device: the optimizer left the weights as they were.
+        largest_of_ranks: see `Fp8State.end_step`.
     """
     state = getattr(model, "fp8_state", None)
     if state is None:
@@ -125,4 +131,4 @@ def end_step(model: GPT) -> None:
     for block in model.blocks:
         if isinstance(block, FusedBlock):
             block.end_step()
-    state.end_step()
+    state.end_step(skipped, largest_of_ranks)

@@ -1,33 +1,38 @@
 """Which tile suits each kernel: correctness first, then bytes a second beside those of a plain copy.
 
-A kernel of the fused path is as good as the memory bandwidth that it reaches, and that depends on the tile that one
-program holds. ``python -m fp8lab.kernels.benchmark OUT.json`` runs every kernel with every candidate on a GPU, at the
-shapes of four model sizes, compares each result with the plain-PyTorch reference, and prints for each kernel and
-shape the tile in use and the fastest one. The tiles in use are constants of `fp8lab.kernels.triton_ops`.
+    python -m fp8lab.kernels.benchmark
 
-``--compile I/N`` only compiles the I-th share of the candidates, for N processes at once to fill Triton's cache: the
-compiler takes longer than the measurements.
+A kernel of the fused path is as good as the memory bandwidth that it reaches, and that depends on the tile that one
+program holds. Every kernel is run with every candidate on a GPU, at the shapes of four model sizes, and each result
+is compared with the plain-PyTorch reference before it is timed. A line for each kernel and size tells its tiles, from
+the fastest on; all of it goes into a benchmark record (`fp8lab.measurement`),
+``runs/records/benchmarks/kernels-<device>/``. The tiles in use are constants of `fp8lab.kernels.triton_ops`.
+
+The compiler takes longer than the measurements. ``--compile I/N`` only compiles the I-th share of the candidates, for
+N processes at once to fill Triton's cache.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
-import json
-import statistics
+import math
+import re
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+import typer
 from torch import Tensor
 
 from fp8lab.config import LADDER_VOCAB, MODELS, ModelConfig
+from fp8lab.errors import UserError
 from fp8lab.kernels import reference, triton_ops
 from fp8lab.kernels.scaling import Slot
 from fp8lab.kernels.triton_ops import Tile
+from fp8lab.measurement import begin_provenance, run_app, slug, write_benchmark
+from fp8lab.timing import Telemetry, gpu_milliseconds
 
 SIZES = {"1.5B": 16, "350M": 32, "125M": 64, "48M": 128}
 """Sequences of 1,024 tokens."""
@@ -38,6 +43,8 @@ REPEATS = 12
 HEAD_ROWS = 16_384
 """Rows of logits a chunk of the head."""
 EPSILON = 1e-6
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 
 class Problem:
@@ -137,7 +144,11 @@ def _cross_entropy_short(p: Problem) -> Call:
     return "cross_entropy", [p.bf16(HEAD_ROWS, vocabulary), targets, 0.0]
 
 
-def _logsumexp(p: Problem) -> Call:
+def _cross_entropy_alone(p: Problem) -> Call:
+    return "cross_entropy_alone", [*_logits(p)]
+
+
+def _cross_entropy_quantised(p: Problem) -> Call:
     return "cross_entropy_quantised", [*_logits(p), 0.0, p.slot(torch.float8_e5m2, 2.0**15)]
 
 
@@ -177,9 +188,9 @@ CANDIDATES = {
     "norm_rotate_backward": Candidates(_norm_rotate_backward, "HEADS_BACKWARD", [*HEADS, Tile(64, 0, 16)]),
     "cross_entropy": Candidates(_cross_entropy, "CROSS_ENTROPY", LOGITS),
     "cross_entropy, short rows": Candidates(_cross_entropy_short, "CROSS_ENTROPY_SHORT", LOGITS),
-    "cross_entropy_quantised, loss": Candidates(_logsumexp, "LOGSUMEXP", LOGITS),
-    "cross_entropy_quantised, gradient": Candidates(
-        _logsumexp, "LOGITS_GRADIENT", [Tile(64, 128, 8), *BOTH[:3], BOTH[-1]]
+    "cross_entropy_alone": Candidates(_cross_entropy_alone, "LOGSUMEXP", LOGITS),
+    "cross_entropy_quantised": Candidates(
+        _cross_entropy_quantised, "LOGITS_GRADIENT", [Tile(64, 128, 8), *BOTH[:3], BOTH[-1]]
     ),
 }
 
@@ -226,24 +237,11 @@ def _copies(arguments: list[Any]) -> list[Any]:
     ]
 
 
-def milliseconds(function: Callable[[], Any]) -> float:
-    """Median time of a call on the GPU."""
-    for _ in range(3):
-        function()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
-    events[0].record()
-    for event in events[1:]:
-        function()
-        event.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in pairwise(events))
-
-
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second that a copy of 1 GiB reads and writes."""
     source = torch.empty(2**30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / milliseconds(lambda: target.copy_(source)) * 1e3
+    return 2 * source.nbytes / gpu_milliseconds(lambda: target.copy_(source), REPEATS) * 1e3
 
 
 def compile_share(share: int, shares: int, device: torch.device) -> None:
@@ -274,52 +272,66 @@ def _tile(constant: str, tile: Tile) -> Iterator[None]:
         setattr(triton_ops, constant, before)
 
 
-def measure(device: torch.device) -> list[dict[str, Any]]:
-    """A row a kernel, size and candidate."""
+def measure(size: str, name: str, device: torch.device) -> list[dict[str, Any]]:
+    """A row for each candidate of one kernel at the shapes of one size: its time and the GPU's clock, or its error."""
+    candidates = CANDIDATES[name]
+    operation, arguments = candidates.call(Problem(MODELS[size], SIZES[size], device))
+    function = functools.partial(getattr(triton_ops, operation), *arguments)
+    count = moved_bytes(operation, arguments, _outputs(function()))
     rows = []
-    for size, sequences in SIZES.items():
-        for name, candidates in CANDIDATES.items():
-            operation, arguments = candidates.call(Problem(MODELS[size], sequences, device))
-            function = functools.partial(getattr(triton_ops, operation), *arguments)
-            count = moved_bytes(operation, arguments, _outputs(function()))
-            for tile in candidates.tiles:
-                row = {
-                    "size": size,
-                    "kernel": name,
-                    "constant": candidates.constant,
-                    "tile": list(tile),
-                    "bytes": count,
-                }
-                wrong = _checked(candidates, size, tile, device)
-                if wrong is None:
-                    with _tile(candidates.constant, tile):
-                        row["ms"] = milliseconds(function)
-                else:
-                    row["error"] = wrong
-                rows.append(row)
+    for tile in candidates.tiles:
+        row = {"size": size, "kernel": name, "constant": candidates.constant, "tile": list(tile), "bytes": count}
+        wrong = _checked(candidates, size, tile, device)
+        if wrong is None:
+            telemetry = Telemetry()
+            with _tile(candidates.constant, tile):
+                row["ms"] = gpu_milliseconds(function, REPEATS, telemetry)
+            clock = telemetry.median_clock_mhz
+            row["sm_clock_mhz"] = None if math.isnan(clock) else clock
+        else:
+            row["error"] = wrong
+        rows.append(row)
     return rows
 
 
-def main() -> None:
-    """Measure, print a line a kernel and size, write every row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, nargs="?")
-    parser.add_argument("--compile", metavar="I/N")
-    options = parser.parse_args()
-    device = torch.device("cuda")
-    if options.compile:
-        share, shares = map(int, options.compile.split("/"))
-        compile_share(share, shares, device)
+@app.command()
+def command(
+    share: Annotated[
+        str | None,
+        typer.Option("--compile", metavar="I/N", help="Only compile share I of N (from 0), and measure nothing."),
+    ] = None,
+    records_dir: Annotated[Path, typer.Option(help="Folder of run records.")] = Path("runs/records"),
+) -> None:
+    """Check and time every tile of every kernel on this GPU, and write the record."""
+    device = _gpu()
+    if share is not None:
+        compile_share(*_parse_share(share), device)
         return
+    name = torch.cuda.get_device_name()
+    provenance = begin_provenance("fp8lab.kernels.benchmark", name)
     bandwidth = copy_bandwidth(device)
-    rows = measure(device)
-    print(f"{torch.cuda.get_device_name()}: a copy moves {bandwidth / 1e12:.2f} TB/s")
+    print(f"{name}: a copy moves {bandwidth / 1e12:.2f} TB/s")
+    rows = []
     for size in SIZES:
-        for name in CANDIDATES:
-            print(_line([row for row in rows if (row["size"], row["kernel"]) == (size, name)], bandwidth))
-    if options.out:
-        results = {"device": torch.cuda.get_device_name(), "copy_bytes_per_second": bandwidth, "rows": rows}
-        options.out.write_text(json.dumps(results, indent=1))
+        for kernel in CANDIDATES:
+            measured = measure(size, kernel, device)
+            print(_line(measured, bandwidth), flush=True)
+            rows += measured
+    results = {"copy_bytes_per_second": bandwidth, "calls": REPEATS, "sequences": SIZES, "seq_len": SEQ, "rows": rows}
+    write_benchmark(f"kernels-{slug(name)}", results, provenance, records_dir)
+
+
+def _gpu() -> torch.device:
+    if not torch.cuda.is_available():
+        raise UserError("kernels are timed on a GPU, and there is none")
+    return torch.device("cuda")
+
+
+def _parse_share(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise UserError(f"--compile: {text!r} is no share; write I/N, with I from 0 to N - 1")
+    return int(match[1]), int(match[2])
 
 
 def _line(rows: list[dict[str, Any]], bandwidth: float) -> str:
@@ -333,4 +345,4 @@ def _line(rows: list[dict[str, Any]], bandwidth: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_app(app)

@@ -237,6 +237,11 @@ def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tenso
     return entropy, lse, _logits_gradient(values, targets, lse, z_loss).to(logits.dtype)
 
 
+def cross_entropy_alone(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy (rows,) FP32 of logits (rows, vocab) and targets (rows,), for validation: without a gradient."""
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
 def _logits_gradient(values: Tensor, targets: Tensor, lse: Tensor, z_loss: float) -> Tensor:
     grad = torch.exp(values - lse[:, None]) * (1 + 2 * z_loss * lse)[:, None]
     return grad.scatter_add(-1, targets[:, None], torch.full_like(grad[:, :1], -1.0))

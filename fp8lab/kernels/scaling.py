@@ -11,6 +11,9 @@ histories is then a handful of operations on one small tensor, once an optimizer
 micro-steps or recomputations it had: until `Fp8State.end_step` an amax only grows, and a repeated
 maximum changes nothing. Of several ranks it takes the largest, so that all scale alike.
 
+A step that the guard skips is forgotten here too. Its gradients may be finite and huge, and one such amax
+would set the scale of the next `Fp8Settings.history` steps, under which everything in that slot is zero.
+
 The first step has no history. While `Fp8State.calibrating`, each quantising kernel runs twice, the
 first time only for its amax, so that the first step is scaled by its own tensors.
 """
@@ -22,7 +25,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 Format = Literal["e4m3", "e5m2"]
@@ -112,6 +114,7 @@ class Fp8State(nn.Module):
     underflowing_steps: Tensor
     limit: Tensor
     smallest_normal: Tensor
+    _places: Tensor
 
     def __init__(self, formats: list[Format], settings: Fp8Settings) -> None:
         """
@@ -133,15 +136,17 @@ class Fp8State(nn.Module):
         normals = torch.tensor([torch.finfo(dtype).smallest_normal for dtype in self._dtypes])
         self.register_buffer("limit", limits, persistent=False)
         self.register_buffer("smallest_normal", normals, persistent=False)
-        self._step: int | None = 0
+        self.register_buffer("_places", torch.arange(settings.history)[:, None], persistent=False)
+        self._calibrating: bool | None = True
+        """What the host knows; None: ask the device."""
         self._slots: list[Slot] | None = None
 
     @property
     def calibrating(self) -> bool:
-        """True until the first step has ended."""
-        if self._step is None:
-            self._step = int(self.steps)
-        return self._step == 0
+        """True until a first step has been taken. So long, the host waits for the device at the end of each step."""
+        if self._calibrating is None:
+            self._calibrating = int(self.steps) == 0
+        return self._calibrating
 
     def slots(self, first: int, count: int, *, record: bool) -> list[Slot]:
         """`count` slots from `first`.
@@ -168,31 +173,36 @@ class Fp8State(nn.Module):
         return kernel(*arguments)
 
     @torch.no_grad()
-    def end_step(self) -> None:
-        """Move every history on by one step and set the next step's scales."""
+    def end_step(self, skipped: Tensor, largest_of_ranks: Callable[[Tensor], object] | None = None) -> None:
+        """Move every history on by one step and set the next step's scales, unless the step was skipped.
+
+        Args:
+            skipped: boolean scalar on the device; True leaves histories, scales and counters as they were. Only the
+                scales by which a first step was calibrated stay, and the next step is calibrated in its turn.
+            largest_of_ranks: replaces a tensor by the largest values of any rank, in place; None: there is one rank.
+        """
+        taken = ~skipped
         amax, scaled = self.amax[:, 0], self.amax[:, 1]
         # Scaled before the ranks compare: in the first step each has scales of its own.
         torch.mul(amax, self.scale[:, QUANTISE], out=scaled)
-        if dist.is_initialized():
-            dist.all_reduce(self.amax, dist.ReduceOp.MAX)
-        self.saturated_steps += scaled > self.limit
-        self.underflowing_steps += (amax > 0) & (scaled < self.smallest_normal)
-        self.history[self._position()].copy_(amax)
-        quantise = scales_for(self.history.amax(0), self.limit, self.settings, self.scale[:, QUANTISE])
-        self.scale[:, QUANTISE] = quantise
-        self.scale[:, DEQUANTISE] = quantise.reciprocal()
+        if largest_of_ranks is not None:
+            largest_of_ranks(self.amax)
+        self.saturated_steps += (scaled > self.limit) & taken
+        self.underflowing_steps += (amax > 0) & (scaled < self.smallest_normal) & taken
+        now = (self._places == self.steps % self.settings.history) & taken
+        self.history.copy_(torch.where(now, amax, self.history))
+        previous = self.scale[:, QUANTISE]
+        quantise = scales_for(self.history.amax(0), self.limit, self.settings, previous)
+        self.scale[:, QUANTISE] = torch.where(taken, quantise, previous)
+        self.scale[:, DEQUANTISE] = self.scale[:, QUANTISE].reciprocal()
         self.amax.zero_()
-        self.steps += 1
-        assert self._step is not None
-        self._step += 1
-
-    def _position(self) -> int:
-        assert self._step is not None or not self.calibrating
-        return self._step % self.settings.history if self._step is not None else 0
+        self.steps += taken
+        if self.calibrating:
+            self._calibrating = int(self.steps) == 0
 
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
         super()._load_from_state_dict(*arguments, **keywords)
-        self._step = None
+        self._calibrating = None
 
     def _apply(self, *arguments: Any, **keywords: Any) -> Fp8State:
         self._slots = None

@@ -552,6 +552,10 @@ def _run_cross_entropy(logits: Tensor, targets: Tensor, z_loss: float, *, gradie
     return entropy, lse
 
 
+def cross_entropy_alone(logits: Tensor, targets: Tensor) -> Tensor:
+    return _run_cross_entropy(logits, targets, 0.0, gradient=False)[0]
+
+
 def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
     """Overwrites `logits` with their gradient."""
     entropy, lse = _run_cross_entropy(logits, targets, z_loss, gradient=True)

@@ -22,14 +22,21 @@ COMMIT_FILE = "COMMIT"
 
 
 def version() -> str:
-    """What was measured, for the record."""
+    """What was measured, for the record: the checkout's commit, marked where files differ from it."""
     folder = _folder()
     if (folder / COMMIT_FILE).exists():
         commit = (folder / COMMIT_FILE).read_text().strip()
+    elif Path(_git(folder, "rev-parse", "--show-toplevel")) == folder.resolve():
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+        commit = _git(folder, "rev-parse", "HEAD") + ("-dirty" if changed else "")
     else:
-        command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        # Inside another project's repository, or in none.
+        commit = ""
     return f"nanochat {commit or 'of unknown commit'}"
+
+
+def _git(folder: Path, *command: str) -> str:
+    return subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def convert(model: GPT, recipe: str) -> None:

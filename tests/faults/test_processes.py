@@ -9,9 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from enum import StrEnum
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
@@ -20,14 +20,34 @@ import pytest
 
 from fp8lab import records
 from fp8lab.config import RunConfig
-from fp8lab.progress import read_progress
 from tests.checkpoints import load_latest
 from tests.conftest import ROOT
 from tests.faults import worker
+from tests.faults.worker import Moment
 from tests.rule_data import tiny_config, tiny_model
 
 PATIENCE_SECONDS = 300
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A worker that waits where the test wants it."""
+
+    process: ForkServerProcess
+    gate: Connection
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.process.kill()
+        self.process.join()
+        assert self.process.exitcode == -signal.SIGKILL
+
+    def go_on(self) -> int | None:
+        """Let it go on, to its end; its exit code."""
+        self.gate.send(None)
+        self.process.join(PATIENCE_SECONDS)
+        return self.process.exitcode
 
 
 class Worker:
@@ -48,17 +68,33 @@ class Worker:
         command = [*prefix, sys.executable, "-m", "tests.faults.worker", *self.arguments]
         return subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, stderr=subprocess.PIPE, text=True)
 
-    def fork(self, server: ForkServerContext) -> ForkServerProcess:
+    def fork(self, server: ForkServerContext, wait: tuple[Moment, int, Connection] | None = None) -> ForkServerProcess:
         """Start a process that has imported everything already: seconds less a start."""
-        process = server.Process(target=worker.forked, args=(self.arguments, self._errors))
+        process = server.Process(target=worker.forked, args=(self.arguments, self._errors, wait))
         process.start()
         return process
+
+    def fork_until(self, server: ForkServerContext, moment: Moment, step: int) -> Waiting:
+        """Start a process and wait until it waits at `moment` of `step`."""
+        gate, other_end = server.Pipe()
+        process = self.fork(server, (moment, step, other_end))
+        other_end.close()
+        assert gate.poll(PATIENCE_SECONDS)
+        try:
+            gate.recv()
+        except EOFError:
+            raise AssertionError(f"it ended before step {step}: {self._errors.read_text()}") from None
+        return Waiting(process, gate)
 
     def run(self, server: ForkServerContext) -> tuple[int | None, str]:
         """Train until the process ends; its exit code and standard error."""
         process = self.fork(server)
         process.join(PATIENCE_SECONDS)
-        return process.exitcode, self._errors.read_text()
+        return process.exitcode, self.errors()
+
+    def errors(self) -> str:
+        """Standard error of the last forked process."""
+        return self._errors.read_text()
 
     def record(self) -> records.TrainRecord:
         record = records.read(self.record_folder)
@@ -71,10 +107,6 @@ class Worker:
 
     def weights(self) -> bytes:
         return (self.checkpoints / "model.safetensors").read_bytes()
-
-    def training_since(self, started: float) -> bool:
-        progress = read_progress(self.checkpoints / "progress.json")
-        return progress is not None and progress.stage == "training" and progress.updated_utc.timestamp() > started
 
     def half_written(self) -> list[Path]:
         return list(self.checkpoints.glob(".step-*.tmp"))
@@ -98,141 +130,99 @@ def server() -> Iterator[ForkServerContext]:
         yield context
 
 
-def wait_for(condition: Callable[[], object], ended: Callable[[], bool]) -> bool:
-    """Poll until `condition` or the end of a process; True if the condition came first."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        if ended():
-            return False
-        time.sleep(0.0002)
-    raise AssertionError("nothing happened")
-
-
 def assert_same_run(whole: Worker, parts: Worker) -> None:
     assert whole.record().final == parts.record().final
     pd.testing.assert_frame_equal(whole.curve(), parts.curve(), check_exact=True)
     assert whole.weights() == parts.weights()
 
 
-class Moment(StrEnum):
-    """When a kill comes."""
-
-    ANY = "at a random moment from the process's first"
-    TRAINING = "at a random moment after its first checkpoint"
-    WRITING = "while it writes its second checkpoint"
+STEPS, INTERVAL = 31, 3
 
 
-def kill(server: ForkServerContext, run: Worker, moment: Moment, seconds: float) -> bool:
-    """Start the worker and kill -9 it, up to `seconds` after the moment begins.
-
-    True if it died of the kill, and of one while it wrote, left a half-written checkpoint behind.
-    """
-    before = run.newest_checkpoint()
-    process = run.fork(server)
-    if moment is not Moment.ANY:
-        wait_for(lambda: run.newest_checkpoint() > before, lambda: not process.is_alive())
-    if moment is Moment.WRITING:
-        wait_for(run.half_written, lambda: not process.is_alive())
-    else:
-        time.sleep(seconds)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL, "the run was over before it could be killed"
-    return bool(run.half_written())
+def ten_moments(seed: str) -> list[tuple[Moment, int]]:
+    """Ten random moments of a run, in order of steps; four of them inside the writing of a checkpoint."""
+    choice = random.Random(seed)
+    moments = [Moment.WRITING] * 4 + [Moment.STEPPING, Moment.RECORDING, Moment.WRITTEN, Moment.STARTING]
+    moments.append(choice.choice([Moment.STEPPING, Moment.RECORDING, Moment.WRITTEN]))
+    choice.shuffle(moments)
+    steps = sorted(choice.sample(range(1, STEPS), len(moments)))
+    with_checkpoint = {Moment.RECORDING, Moment.WRITING, Moment.WRITTEN}
+    timed = [
+        (moment, -(-step // INTERVAL) * INTERVAL if moment in with_checkpoint else step)
+        for moment, step in zip(moments, steps, strict=True)
+    ]
+    return [*timed, (Moment.FINISHING, STEPS)]
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "fused"])
 def test_killed_at_ten_moments_the_run_ends_bit_identical(tmp_path, server, recipe, fault_report) -> None:
-    # Wide enough that a checkpoint takes a moment to write.
-    config = tiny_config(
-        recipe=recipe,
-        model=tiny_model(d_model=128, d_ff=384, n_layers=1),
-        tokens=120 * 64,
-        global_batch_tokens=64,
-        micro_batch=2,
-        checkpoint_interval=4,
-    )
+    config = tiny_config(recipe=recipe, model=tiny_model(n_layers=1), tokens=STEPS * 128, checkpoint_interval=INTERVAL)
     whole = Worker(tmp_path / "whole", config.model_copy(update={"checkpoint_interval": 1000}))
     parts = Worker(tmp_path / "parts", config)
     assert whole.run(server) == (0, "")
-    random_seconds = random.Random(recipe)
     resumed_from, half_written = [], 0
-    for moment in [Moment.ANY, Moment.WRITING, Moment.TRAINING] * 3 + [Moment.WRITING]:
-        half_written += kill(server, parts, moment, random_seconds.uniform(0.0, 0.2))
+    moments = ten_moments(recipe)
+    for moment, step in moments:
+        parts.fork_until(server, moment, step).kill()
+        assert parts.half_written() or moment is not Moment.WRITING
+        half_written += moment is Moment.WRITING
         resumed_from.append(parts.newest_checkpoint())
-    # A kill may come a moment after the rename: then it was one more at a random moment.
-    assert half_written >= 2
-    assert 0 < resumed_from[-1] < config.steps
-    assert parts.run(server)[0] == 0
+    assert parts.run(server) == (0, "")
     assert parts.half_written() == []
     assert_same_run(whole, parts)
     fault_report(
         "kill",
-        "`kill -9`, again and again: at random moments, and while a checkpoint was being written",
+        "`kill -9`, ten times: at random moments, and while a checkpoint was being written",
         "The same command resumes from the newest whole checkpoint; final weights and logged curve are bit-identical "
         "to those of a run that nobody killed",
         recipe=recipe,
-        kills=len(resumed_from),
+        kills=len(moments),
         kills_that_left_a_half_written_checkpoint=half_written,
+        killed=[f"step {step}: {moment}" for moment, step in moments],
         newest_whole_checkpoint_at_each_kill=resumed_from,
         steps=config.steps,
     )
 
 
 def test_signals_checkpoint_within_a_step_and_exit_with_their_code(tmp_path, server, fault_report) -> None:
-    config = tiny_config(tokens=300 * 128, checkpoint_interval=1000)
+    config = tiny_config(checkpoint_interval=1000)
     whole, parts = Worker(tmp_path / "whole", config), Worker(tmp_path / "parts", config)
     assert whole.run(server) == (0, "")
-    stops = []
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        started = time.time()
-        process = parts.start()
-        wait_for(lambda since=started: parts.training_since(since), lambda p=process: p.poll() is not None)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=PATIENCE_SECONDS)
-        assert process.returncode == code
-        assert errors.startswith(f"fp8lab: stopped by {number.name} after step")
+    for number, code, step in ((signal.SIGTERM, 143, 6), (signal.SIGINT, 130, 13)):
+        waiting = parts.fork_until(server, Moment.STEPPING, step)
+        os.kill(waiting.process.pid, number)
+        assert waiting.go_on() == code
+        assert parts.errors() == f"fp8lab: stopped by {number.name} after step {step}; the same command resumes\n"
         record = parts.record()
-        assert record.status == "interrupted"
+        assert (record.status, record.steps) == ("interrupted", step)
         state = load_latest(parts.checkpoints)
         assert state is not None
-        assert state.step == record.steps == len(parts.curve())
-        stops.append((number.name, code, state.step))
-    assert parts.run(server) == (0, "")
-    assert_same_run(whole, parts)
-    for name, code, step in stops:
+        assert state.step == len(parts.curve()) == step
         fault_report(
             "signal",
-            f"{name}, the scheduler's or the user's request to stop",
+            f"{number.name}, the scheduler's or the user's request to stop",
             "The step under way is finished and checkpointed, the record says `interrupted`, the exit code names the "
             "signal; the same command resumes and ends bit-identical",
             recipe="bf16",
             exit_code=code,
-            stopped_after_step=step,
+            arrived_in_step=step,
+            stopped_after_step=state.step,
             steps=config.steps,
         )
+    assert parts.run(server) == (0, "")
+    assert_same_run(whole, parts)
 
 
 def test_a_second_process_is_refused_and_a_dead_one_s_lock_is_not_in_the_way(tmp_path, server, fault_report) -> None:
-    run = Worker(tmp_path, tiny_config(tokens=3000 * 128, checkpoint_interval=1000))
-    started = time.time()
-    first = run.fork(server)
-    wait_for(lambda: run.training_since(started), lambda: not first.is_alive())
+    run = Worker(tmp_path, tiny_config())
+    first = run.fork_until(server, Moment.STEPPING, 5)
     record = (run.record_folder / "record.json").read_bytes()
     code, errors = run.run(server)
     assert code == 2
-    assert f"process {first.pid} is training this run" in errors
+    assert f"process {first.process.pid} is training this run" in errors
     assert (run.record_folder / "record.json").read_bytes() == record
     first.kill()
-    first.join()
-    started = time.time()
-    heir = run.fork(server)
-    assert wait_for(lambda: run.training_since(started), lambda: not heir.is_alive())
-    heir.terminate()
-    heir.join(PATIENCE_SECONDS)
-    assert heir.exitcode == 143
+    assert run.run(server) == (0, "")
     fault_report(
         "lock",
         "A second process on a run that one trains already; then the first is killed and a third started",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -31,7 +30,7 @@ from fp8lab.model import GPT
 from fp8lab.progress import read_progress
 from fp8lab.speed import load_speed_plan
 from tests import rule_data
-from tests.checkpoints import load_latest
+from tests.checkpoints import load_latest, replace_file
 from tests.rule_data import tiny_config, tiny_model
 from tests.small_gpt import make_encoding, make_model
 from tests.test_checkpoint import some_state
@@ -159,11 +158,7 @@ def test_resume_state_that_is_whole(tmp_path) -> None:
 @pytest.mark.parametrize("file", RESUME_FILES)
 def test_resume_state_with_checksums_to_match(tmp_path, mark, payload, file, refused) -> None:
     path = write(tmp_path, some_state(1))
-    content = payload(mark)
-    (path / file).write_bytes(content)
-    checksums = json.loads((path / "checksums.json").read_text())
-    checksums[file] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    (path / "checksums.json").write_text(json.dumps(checksums))
+    replace_file(path, file, payload(mark))
     state = some_state(1)
     with pytest.raises((SafetensorError, ValueError, OSError, CheckpointException)):
         resume(tmp_path, state.model | state.optimizer | state.trainer)

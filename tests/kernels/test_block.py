@@ -27,6 +27,9 @@ def model(*, fused: bool, settings: Fp8Settings | None = None, device: str = "cp
     return gpt
 
 
+TAKEN, SKIPPED = torch.tensor(False), torch.tensor(True)
+
+
 def batch(seed: int = 2) -> Tensor:
     return torch.randint(0, 256, (2, 33), generator=torch.Generator().manual_seed(seed))
 
@@ -95,7 +98,7 @@ def train(gpt: GPT, steps: int, *, first: int = 0, micro_steps: int = 1) -> list
             value = loss(gpt, batch(seed=step % 4))
             (value / micro_steps).backward()
         optimizer.step()
-        end_step(gpt)
+        end_step(gpt, TAKEN)
         losses.append(value.item())
     return losses
 
@@ -137,6 +140,39 @@ def test_recomputation_changes_neither_gradients_nor_histories() -> None:
     assert torch.equal(plain.fp8_state.amax, recomputed.fp8_state.amax)
 
 
+def test_a_skipped_step_leaves_no_trace_however_large_its_gradients() -> None:
+    gpt = model(fused=True)
+    train(gpt, 3)
+    before, expected = copy.deepcopy(gpt.fp8_state.state_dict()), gradients(gpt, batch())
+    gpt.zero_grad()
+    (1e30 * loss(gpt, batch(seed=9))).backward()
+    assert gpt.fp8_state.amax[:, 0].isfinite().all()
+    assert gpt.fp8_state.amax[:, 0].max() > 1e20
+    end_step(gpt, SKIPPED)
+    after = gpt.fp8_state.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items() if name != "amax")
+    assert (after["amax"] == 0).all()
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(gpt, batch()).items())
+
+
+def test_after_a_skipped_first_step_the_next_is_calibrated() -> None:
+    fresh, begun = model(fused=True), model(fused=True)
+    (1e30 * loss(begun, batch(seed=9))).backward()
+    end_step(begun, SKIPPED)
+    assert train(begun, 3) == train(fresh, 3)
+    assert torch.equal(begun.fp8_state.history, fresh.fp8_state.history)
+
+
+def test_scales_follow_the_largest_amax_of_any_rank() -> None:
+    scales = []
+    for largest_of_ranks in (None, lambda amax: amax.mul_(2.0**10)):
+        gpt = model(fused=True)
+        loss(gpt, batch()).backward()
+        end_step(gpt, TAKEN, largest_of_ranks)
+        scales.append(gpt.fp8_state.scale[:, 1])
+    assert torch.equal(scales[1], scales[0] * 2.0**-10)
+
+
 def test_evaluation_leaves_no_trace() -> None:
     gpt = model(fused=True)
     for _ in range(2):
@@ -164,7 +200,7 @@ def test_a_resumed_run_continues_exactly() -> None:
         value = loss(gpt, batch(seed))
         value.backward()
         optimizer.step()
-        end_step(gpt)
+        end_step(gpt, TAKEN)
         return value.item()
 
     for seed in range(3):
@@ -202,7 +238,7 @@ def test_saturation_and_underflow_are_counted() -> None:
     state.scale[0, 1] *= 16  # the amax now exceeds the format
     state.scale[1, 1] *= 2.0**-30  # and this tensor vanishes
     loss(gpt, batch()).backward()
-    end_step(gpt)
+    end_step(gpt, TAKEN)
     assert state.saturated_steps.tolist()[:2] == [1, 0]
     assert state.underflowing_steps.tolist()[:2] == [0, 1]
 

@@ -7,7 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fp8lab import loss
 from fp8lab.kernels import Fp8TiedHead, head, linear_cross_entropy
+from fp8lab.kernels.operations import operations
+from fp8lab.model import GPT
+from tests.rule_data import tiny_model
 
 TOKENS, D_MODEL, VOCABULARY = 160, 48, 304
 
@@ -62,3 +66,26 @@ def test_fp8_logits(device) -> None:
     wanted = hidden.view(2, -1, D_MODEL) @ weight.bfloat16().t()
     assert logits.shape == wanted.shape
     assert 0 < (logits - wanted).norm() / wanted.norm() < 0.06
+
+
+def test_validation_by_the_kernel_is_plain_cross_entropy_and_makes_no_fp32_logits(monkeypatch, device) -> None:
+    model = GPT(tiny_model()).to(device)
+    model.initialise(1)
+    vocabulary = len(model.embedding.weight)
+    hidden = torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(1)).bfloat16().to(device)
+    targets = torch.randint(vocabulary, (2, 12), generator=torch.Generator().manual_seed(2)).to(device)
+    wanted = F.cross_entropy(model.logits(hidden).float().flatten(0, 1), targets.flatten(), reduction="sum")
+    seen: list[tuple[torch.dtype, int]] = []
+    triton_ops = operations(emulate=False)
+    kernel = triton_ops.cross_entropy_alone
+    monkeypatch.setattr(
+        triton_ops, "cross_entropy_alone", lambda x, *rest: seen.append((x.dtype, len(x))) or kernel(x, *rest)
+    )
+    # As on a GPU.
+    monkeypatch.setattr(loss, "operations", lambda emulate: triton_ops)
+    monkeypatch.setattr(loss, "CPU_CHUNK_LOGITS", 10 * vocabulary)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 10 * vocabulary)
+    found = loss.total_nats(model, hidden, targets)
+    assert found.dtype == torch.float64
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert seen == [(torch.bfloat16, 10), (torch.bfloat16, 10), (torch.bfloat16, 4)]

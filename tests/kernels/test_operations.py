@@ -158,6 +158,10 @@ def cross_entropy(ops: ModuleType, kind: str, device: torch.device) -> Case:
     return Case(ops.cross_entropy(*logits_and_targets(kind, device), 1e-3), torch.zeros(4))
 
 
+def cross_entropy_alone(ops: ModuleType, kind: str, device: torch.device) -> Case:
+    return Case((ops.cross_entropy_alone(*logits_and_targets(kind, device)),), torch.zeros(4))
+
+
 def cross_entropy_quantised(ops: ModuleType, kind: str, device: torch.device) -> Case:
     s = slot(device, E5M2, 2.0**15)
     return Case(ops.cross_entropy_quantised(*logits_and_targets(kind, device), 1e-3, s), s.amax)
@@ -166,7 +170,7 @@ def cross_entropy_quantised(ops: ModuleType, kind: str, device: torch.device) ->
 CASES: list[Callable[[ModuleType, str, torch.device], Case]] = [
     quantise, quantise_both, quantise_transposed, rms_norm, rms_norm_alone, rms_norm_backward,
     rms_norm_backward_rows_alone, rms_norm_backward_of_the_first_block, swiglu, swiglu_backward, norm_rotate,
-    norm_rotate_backward, cross_entropy, cross_entropy_quantised,
+    norm_rotate_backward, cross_entropy, cross_entropy_alone, cross_entropy_quantised,
 ]  # fmt: skip
 
 
@@ -290,3 +294,4 @@ def test_cross_entropy_is_torchs(device) -> None:
     wanted = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
     for ops in (reference, operations(emulate=False)):
         torch.testing.assert_close(ops.cross_entropy(logits.clone(), targets, 0.0)[0], wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ops.cross_entropy_alone(logits.clone(), targets), wanted, rtol=1e-5, atol=1e-5)
