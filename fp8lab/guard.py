@@ -25,7 +25,6 @@ class StepGuard(nn.Module):
     skipped_in_a_row: Tensor
     first_bad_step: Tensor
     first_bad_parameters: Tensor
-    streak_bad_step: Tensor
     streak_bad_parameters: Tensor
 
     def __init__(self, parameters: int, outlier_deviations: float | None) -> None:
@@ -41,18 +40,18 @@ class StepGuard(nn.Module):
         self.register_buffer("taken", torch.zeros((), dtype=torch.int64))
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
         self.register_buffer("skipped_in_a_row", torch.zeros((), dtype=torch.int64))
-        # The first step that was not finite, and the parameters whose gradients were not: of the run, and of the
-        # skipped steps in a row that it is in. -1: none.
-        for which in ("first", "streak"):
-            self.register_buffer(f"{which}_bad_step", torch.full((), -1, dtype=torch.int64))
-            self.register_buffer(f"{which}_bad_parameters", torch.zeros(parameters, dtype=torch.bool))
+        # Whose gradients were not finite, in the run's first step that was not, and in the first of the last steps
+        # that were skipped in a row.
+        self.register_buffer("first_bad_step", torch.full((), -1, dtype=torch.int64))
+        self.register_buffer("first_bad_parameters", torch.zeros(parameters, dtype=torch.bool))
+        self.register_buffer("streak_bad_parameters", torch.zeros(parameters, dtype=torch.bool))
 
     @torch.no_grad()
     def judge(self, step: int, loss: Tensor, parameter_norms: Tensor) -> tuple[Tensor, Tensor]:
         """The verdict on one step.
 
         Args:
-            step: the step's number, kept if it is the first bad one of the run or in a row.
+            step: the step's number, kept if it is the first bad one.
             loss: scalar.
             parameter_norms: (parameters,) L2 norm of each parameter's gradient.
 
@@ -62,6 +61,9 @@ class StepGuard(nn.Module):
         norm = torch.linalg.vector_norm(parameter_norms)
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         bad_parameters = ~torch.isfinite(parameter_norms)
+        first = bad & (self.first_bad_step < 0)
+        self.first_bad_step.copy_(torch.where(first, step, self.first_bad_step))
+        self.first_bad_parameters.copy_(torch.where(first, bad_parameters, self.first_bad_parameters))
         skip = bad
         limit = self._outlier_deviations
         if limit is not None:
@@ -70,14 +72,9 @@ class StepGuard(nn.Module):
         slot = torch.arange(OUTLIER_WINDOW, device=loss.device) == self.taken % OUTLIER_WINDOW
         self.losses.copy_(torch.where(slot & ~skip, loss, self.losses))
         self.norms.copy_(torch.where(slot & ~skip, norm, self.norms))
-        self.streak_bad_step.copy_(torch.where(skip, self.streak_bad_step, -1))
-        for noted, parameters in (
-            (self.first_bad_step, self.first_bad_parameters),
-            (self.streak_bad_step, self.streak_bad_parameters),
-        ):
-            is_first = bad & (noted < 0)
-            noted.copy_(torch.where(is_first, step, noted))
-            parameters.copy_(torch.where(is_first, bad_parameters, parameters))
+        # The first of several skipped in a row is the one that tells: the others meet the same weights.
+        is_later = self.skipped_in_a_row > 0
+        torch.where(is_later, self.streak_bad_parameters, bad_parameters, out=self.streak_bad_parameters)
         self.taken += ~skip
         self.skipped += skip
         self.skipped_in_a_row.copy_(torch.where(skip, self.skipped_in_a_row + 1, 0))
