@@ -26,7 +26,6 @@ class StepGuard(nn.Module):
     skipped_in_a_row: Tensor
     first_bad_step: Tensor
     first_bad_parameters: Tensor
-    streak_bad_step: Tensor
     streak_bad_parameters: Tensor
 
     def __init__(self, parameters: int, outlier_deviations: float | None) -> None:
@@ -42,18 +41,18 @@ class StepGuard(nn.Module):
         self.register_buffer("taken", torch.zeros((), dtype=torch.int64))
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
         self.register_buffer("skipped_in_a_row", torch.zeros((), dtype=torch.int64))
-        # The first step that was not finite, and the parameters whose gradients were not: of the run, and of the
-        # skipped steps in a row that it is in. -1: none.
-        for which in ("first", "streak"):
-            self.register_buffer(f"{which}_bad_step", torch.full((), -1, dtype=torch.int64))
-            self.register_buffer(f"{which}_bad_parameters", torch.zeros(parameters, dtype=torch.bool))
+        # Whose gradients were not finite, in the run's first step that was not, and in the first of the last steps
+        # that were skipped in a row.
+        self.register_buffer("first_bad_step", torch.full((), -1, dtype=torch.int64))
+        self.register_buffer("first_bad_parameters", torch.zeros(parameters, dtype=torch.bool))
+        self.register_buffer("streak_bad_parameters", torch.zeros(parameters, dtype=torch.bool))
 
     @torch.no_grad()
     def judge(self, step: int, loss: Tensor, parameter_norms: Tensor) -> tuple[Tensor, Tensor]:
         """The verdict on one step.
 
         Args:
-            step: the step's number, kept if it is the first bad one of the run or in a row.
+            step: the step's number, kept if it is the first bad one.
             loss: scalar.
             parameter_norms: (parameters,) L2 norm of each parameter's gradient.
 
@@ -62,20 +61,18 @@ class StepGuard(nn.Module):
         """
         norm = torch.linalg.vector_norm(parameter_norms)
         bad = _not_finite(loss) | _not_finite(norm)
+        bad_parameters = _not_finite(parameter_norms)
+        is_first = bad & (self.first_bad_step < 0)
+        self.first_bad_step.masked_fill_(is_first, step)
+        torch.where(is_first, bad_parameters, self.first_bad_parameters, out=self.first_bad_parameters)
         skip = bad
         limit = self._outlier_deviations
         if limit is not None:
             skip = bad | self._exceeds(self.losses, loss, limit) | self._exceeds(self.norms, norm, limit)
             self._remember(loss, norm, skip)
-        self.streak_bad_step.masked_fill_(~skip, -1)
-        bad_parameters = _not_finite(parameter_norms)
-        for noted, parameters in (
-            (self.first_bad_step, self.first_bad_parameters),
-            (self.streak_bad_step, self.streak_bad_parameters),
-        ):
-            is_first = bad & (noted < 0)
-            noted.masked_fill_(is_first, step)
-            torch.where(is_first, bad_parameters, parameters, out=parameters)
+        # The first of several skipped in a row is the one that tells: the others meet the same weights.
+        is_later = self.skipped_in_a_row > 0
+        torch.where(is_later, self.streak_bad_parameters, bad_parameters, out=self.streak_bad_parameters)
         self.taken += ~skip
         self.skipped += skip
         self.skipped_in_a_row.add_(1).mul_(skip)

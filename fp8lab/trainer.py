@@ -331,31 +331,38 @@ class Recorder:
         # No step was taken since these were first skipped: what fails now failed then.
         rows = torch.from_numpy(self._loader.batch(session.step - 1)[: session.config.micro_batch])
         self._bad_output = session.first_non_finite_output(rows)
-        guard = session.guard
-        began, first = self._bad(guard.streak_bad_step, guard.streak_bad_parameters), self._first_bad()
-        reason = f"{int(guard.skipped_in_a_row)} steps in a row were skipped"
-        if began[0] is not None:
-            reason += f"; their first loss or gradient that is not finite was at step {began[0]}, in {began[1]}"
-            if first != began:
-                reason += f"; the run's first was at step {first[0]}, in {first[1]}"
+        count, is_bad = int(session.guard.skipped_in_a_row), session.guard.streak_bad_parameters.tolist()
+        began = session.step - count + 1
+        reason = f"{count} steps in a row were skipped, the first of them step {began}"
+        if any(is_bad):
+            reason += f": its loss or gradient was not finite, in {self._layer(is_bad, self._bad_output)}"
+        first, where = self._first_bad()
+        if first is not None and first < began:
+            reason += f"; the first of the run that was not finite was step {first}, in {where}"
         return reason
 
     def _first_bad(self) -> tuple[int | None, str | None]:
         """Number of the run's first step with a loss or gradient that is not finite, and the layer where it arose."""
-        return self._bad(self._session.guard.first_bad_step, self._session.guard.first_bad_parameters)
-
-    def _bad(self, step: Tensor, parameters: Tensor) -> tuple[int | None, str | None]:
-        """Number of a step that the guard has noted, and the layer where what is not finite arose."""
-        if step < 0:
+        session, guard = self._session, self._session.guard
+        step = int(guard.first_bad_step) + 1
+        if step < 1:
             return None, None
-        is_bad = parameters.tolist()
+        in_these_weights = step > session.step - int(guard.skipped_in_a_row)
+        return step, self._layer(guard.first_bad_parameters.tolist(), self._bad_output if in_these_weights else None)
+
+    def _layer(self, is_bad: Sequence[bool], bad_output: str | None) -> str:
+        """The layer where what is not finite arose.
+
+        Args:
+            is_bad: of each parameter, whether its gradient is not finite.
+            bad_output: the first layer whose output is not finite, if that is known.
+        """
         names = [name for name, _ in self._session.model.named_parameters()]
         bad_blocks = [name for name, bad in zip(names, is_bad, strict=True) if bad and name.startswith("blocks.")]
         if all(is_bad) or not bad_blocks:
-            in_these_weights = step == self._session.guard.streak_bad_step
-            return int(step) + 1, (self._bad_output if in_these_weights else None) or "the forward pass"
+            return bad_output or "the forward pass"
         # Backward runs from the last layer to the first and hands non-finite values on: it began in the last.
-        return int(step) + 1, bad_blocks[-1].removesuffix(".weight")
+        return bad_blocks[-1].removesuffix(".weight")
 
     def _samples(self, model: GPT) -> list[str]:
         """The model's continuation of the start of each domain's validation text."""
