@@ -5,6 +5,7 @@ from __future__ import annotations
 import tiktoken
 import torch
 
+from fp8lab.cpu import bf16_autocast
 from fp8lab.model import GPT
 
 
@@ -39,7 +40,7 @@ def generate(
     written: list[int] = []
     for _ in range(max_tokens):
         context = torch.tensor([tokens[-model.config.seq_len :]], device=device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with bf16_autocast(device):
             hidden = model.hidden(context)[:, -1]
         # Rows beyond the tokenizer's are padding.
         logits = model.logits(hidden)[0, : encoding.n_vocab].float().cpu()

@@ -50,6 +50,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8lab.config import Recipe, RunConfig
+from fp8lab.cpu import bf16_autocast
 from fp8lab.errors import UserError
 from fp8lab.kernels import FusedBlock
 from fp8lab.kernels.block import SLOT_ROLES
@@ -217,7 +218,7 @@ class HealthProbe:
         # The graph begins at the embeddings: no gradient of a weight is computed.
         handle = plain.embedding.register_forward_hook(begin)
         try:
-            with torch.autocast(batch.device.type, torch.bfloat16):
+            with bf16_autocast(batch.device):
                 hidden = plain.hidden(tokens[:, :-1])
                 objective, _ = training_loss(plain, hidden, tokens[:, 1:], config.optimizer.z_loss)
         finally:

@@ -10,7 +10,6 @@ A session knows nothing of records, signals or progress: `fp8lab.trainer` drives
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import gc
 import logging
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from fp8lab import checkpoint, distributed, records
 from fp8lab.averaging import WeightAverage
 from fp8lab.config import MAY_CHANGE, RunConfig, changed_fields, earlier_config
+from fp8lab.cpu import bf16_autocast, keep_freed_memory
 from fp8lab.data import TokenDataset
 from fp8lab.distributed import ALONE, World
 from fp8lab.errors import OutOfMemory, UserError
@@ -56,19 +56,6 @@ BRANCH_MAY_CHANGE = MAY_CHANGE | {"run", "parent", "tokens", "schedule", "log_in
 def training_device() -> torch.device:
     """The GPU where there is one, else the CPU."""
     return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors for the next step instead of returning it to the kernel.
-
-    Faulting it in again at every step costs a CPU run up to a fifth of its speed. Does nothing without glibc.
-    """
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(mmap_threshold, 32 << 20)
-        mallopt(trim_threshold, 1 << 30)
-        mallopt(top_pad, 64 << 20)
 
 
 def device_name(device: torch.device) -> str:
@@ -171,7 +158,7 @@ class Objective(nn.Module):
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Objective and cross-entropy (see `training_loss`) of token ids (batch, seq + 1)."""
-        with torch.autocast(tokens.device.type, torch.bfloat16):
+        with bf16_autocast(tokens.device):
             hidden = self.model.hidden(tokens[:, :-1])
             return training_loss(self.model, hidden, tokens[:, 1:], self._z_loss)
 
@@ -429,7 +416,7 @@ class Session:
             own = torch.from_numpy(windows[self.world.rank :: self.world.size])
             for rows in own.split(self.config.micro_batch):
                 rows = rows.to(self.device)
-                with torch.autocast(self.device.type, torch.bfloat16):
+                with bf16_autocast(self.device):
                     nats += total_nats(model, model.hidden(rows[:, :-1]), rows[:, 1:])
             self.world.sum(nats)
             predicted = windows.shape[0] * self.config.model.seq_len
@@ -443,7 +430,7 @@ class Session:
         rows = rows.to(self.device)
 
         def forward() -> None:
-            with torch.autocast(self.device.type, torch.bfloat16):
+            with bf16_autocast(self.device):
                 # A sharded model's weights are gathered for the objective as a whole.
                 self._objective(rows) if self.is_sharded else self.model(rows[:, :-1])
 

@@ -41,6 +41,7 @@ from torch import Tensor
 
 from fp8lab import flops, records
 from fp8lab.config import MODELS, Config, Head, ModelConfig, Name, Recipe, read_yaml, validate
+from fp8lab.cpu import bf16_autocast
 from fp8lab.data import Loader, TokenDataset, load_mixture
 from fp8lab.errors import UserError
 from fp8lab.kernels import end_step
@@ -308,7 +309,7 @@ def optimizer_step(model: GPT, optimizer: torch.optim.Optimizer, tokens: Tensor)
     Returns:
         The loss, on the device.
     """
-    with torch.autocast(tokens.device.type, torch.bfloat16):
+    with bf16_autocast(tokens.device):
         objective, loss = training_loss(model, model.hidden(tokens[:, :-1]), tokens[:, 1:])
     objective.backward()
     parameters = itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)

@@ -20,5 +20,5 @@ def test_a_trained_model_scores_the_same_in_lm_evals_own_adapter(demo_runs: Demo
     model, _ = load_model(run_folder)
     dataset = TokenDataset.open(load_mixture(config.mixture), demo_runs.data_dir)
     (tmp_path / "tasks").mkdir()
-    adapter = GPTAdapter(model, dataset.encoding, autocast=None)
+    adapter = GPTAdapter(model, dataset.encoding, bf16=False)
     assert_same_scores(demo_suite(tmp_path / "tasks", dataset), adapter, tmp_path / "model")

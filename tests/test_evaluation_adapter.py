@@ -39,7 +39,7 @@ def model() -> GPT:
 
 @pytest.fixture
 def adapter(model: GPT, encoding: tiktoken.Encoding) -> GPTAdapter:
-    return GPTAdapter(model, encoding, autocast=None)
+    return GPTAdapter(model, encoding, bf16=False)
 
 
 def requests(arguments: list[tuple], kind: str = "loglikelihood") -> list[Instance]:
@@ -88,7 +88,7 @@ def test_the_likeliest_continuation_is_known_as_such(adapter: GPTAdapter, model:
 @settings(max_examples=15, deadline=None)
 @given(order=st.permutations(range(len(PAIRS))), batch_tokens=st.sampled_from([1, 48, 100, 100_000]))
 def test_neither_order_nor_batches_change_a_score(model, encoding, order, batch_tokens) -> None:
-    adapter = GPTAdapter(model, encoding, autocast=None, batch_tokens=batch_tokens)
+    adapter = GPTAdapter(model, encoding, bf16=False, batch_tokens=batch_tokens)
     found = adapter.loglikelihood(requests([PAIRS[index] for index in order]), disable_tqdm=True)
     assert [score for score, _ in found] == pytest.approx(
         [scored_alone(model, encoding, *PAIRS[index]) for index in order], abs=1e-4

@@ -77,17 +77,17 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Suite:
 
 @pytest.fixture
 def adapter() -> GPTAdapter:
-    return GPTAdapter(make_model(), make_encoding(), autocast=None)
+    return GPTAdapter(make_model(), make_encoding(), bf16=False)
 
 
 @pytest.fixture(scope="module")
 def full_result(full: Suite) -> dict[str, Any]:
-    return run_suite(GPTAdapter(make_model(), make_encoding(), autocast=None), full)
+    return run_suite(GPTAdapter(make_model(), make_encoding(), bf16=False), full)
 
 
 def loglikelihood(context: str, continuation: str) -> float:
     instance = SimpleNamespace(args=(context, continuation))
-    return GPTAdapter(make_model(), make_encoding(), autocast=None).loglikelihood([instance], disable_tqdm=True)[0][0]
+    return GPTAdapter(make_model(), make_encoding(), bf16=False).loglikelihood([instance], disable_tqdm=True)[0][0]
 
 
 def read_items(name: str) -> list[dict[str, Any]]:

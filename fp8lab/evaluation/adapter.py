@@ -26,6 +26,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
+from fp8lab.cpu import bf16_autocast
 from fp8lab.model import GPT
 from fp8lab.progress import Progress
 
@@ -63,7 +64,7 @@ class GPTAdapter(TemplateLM):
         model: GPT,
         encoding: tiktoken.Encoding,
         *,
-        autocast: torch.dtype | None = torch.bfloat16,
+        bf16: bool = True,
         batch_tokens: int = 16_384,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
@@ -71,7 +72,7 @@ class GPTAdapter(TemplateLM):
         Args:
             model: in evaluation mode, on its device; converted to a recipe or not.
             encoding: the tokenizer it was trained with.
-            autocast: dtype of the GEMMs' autocast; None computes in the weights' dtype.
+            bf16: GEMMs in BF16, as in training; else in the weights' dtype.
             batch_tokens: tokens of a batch, padding included; at least one sequence is always scored.
             on_progress: told after every batch; `step` counts requests of the kind being answered.
         """
@@ -80,7 +81,7 @@ class GPTAdapter(TemplateLM):
         self.encoding = encoding
         self.truncated: set[tuple[str, str]] = set()
         """(context, continuation) pairs that were longer than the model's context and lost their left end."""
-        self._autocast = autocast
+        self._bf16 = bf16
         self._batch_tokens = batch_tokens
         self._on_progress = on_progress
         self._device = model.embedding.weight.device
@@ -234,6 +235,4 @@ class GPTAdapter(TemplateLM):
         return logprobs.cpu(), greedy.cpu()
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
-        if self._autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self._device.type, self._autocast)
+        return bf16_autocast(self._device) if self._bf16 else contextlib.nullcontext()
