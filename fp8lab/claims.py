@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from fp8lab import tables
+from fp8lab import scores
 from fp8lab.comparison import EQUIVALENCE_MARGIN, LEVEL
-from fp8lab.decision import MeasuredGap
+from fp8lab.losses import MeasuredGap
 from fp8lab.results import Run, RunSet, seed_deviation, unique
 from fp8lab.scaling import predict_largest
 from fp8lab.spikes import spikes
@@ -253,8 +253,8 @@ def line_fit_p(parameters: Sequence[float], losses: Sequence[float], noise: floa
 
 def barely_above_guessing(runs: RunSet) -> Finding:
     """A small model of one's own is barely above guessing on the usual tasks."""
-    scores = tables.scores(runs) if runs and not runs.toy else pd.DataFrame(columns=["metric"])
-    known = scores[scores["metric"].isin(("acc", "acc_norm"))]
+    table = scores.of_runs(runs) if runs and not runs.toy else pd.DataFrame(columns=["metric"])
+    known = table[table["metric"].isin(("acc", "acc_norm"))]
     known = known.dropna(subset=["random_guess", "stderr"]) if len(known) else known
     if known.empty:
         verdict: Verdict = "untested"
@@ -298,9 +298,9 @@ def scoreboard(
     """Every claim, in the source article's order.
 
     Args:
-        gaps: `decision.measured_gaps`.
+        gaps: `losses.measured_gaps`.
         stability: every plan trained on GPUs.
-        timings: `decision.timings`; empty where nothing was timed.
+        timings: `timings.with_verdicts`; empty where nothing was timed.
         ladder: the runs with most sizes.
         scored: the runs with scores.
     """

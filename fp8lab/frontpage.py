@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from fp8lab import claims, decision
+from fp8lab import claims, decision, losses
 from fp8lab.article import scale_note
 from fp8lab.config import MODELS, load_plan
-from fp8lab.decision import Matched, MeasuredGap, Payoff
+from fp8lab.decision import Matched, Payoff
+from fp8lab.losses import MeasuredGap
 from fp8lab.results import SPEED_COMMAND, RunSet, SpeedRun, plan_runs, scored_runs, speed_runs, training_runs, unique
+from fp8lab.timings import with_verdicts
 from fp8lab.units import listing, signed
 
 OURS = "fused"
@@ -29,7 +31,7 @@ class Evidence:
     """The runs that the article shows."""
     speeds: list[SpeedRun]
     timings: pd.DataFrame
-    """`decision.timings`; empty where nothing was timed on a GPU."""
+    """`timings.with_verdicts`; empty where nothing was timed on a GPU."""
     payoffs: list[Payoff]
     matched: list[Matched]
     findings: list[claims.Finding]
@@ -38,7 +40,7 @@ class Evidence:
     def read(cls, records_dir: Path) -> Evidence:
         """Everything from a folder of records."""
         runs, speeds = training_runs(records_dir), speed_runs(records_dir)
-        timings = decision.timings(speeds) if speeds else pd.DataFrame()
+        timings = with_verdicts(speeds) if speeds else pd.DataFrame()
         matched = decision.loss_matched(records_dir, speeds)
         return cls(
             runs=runs,
@@ -48,7 +50,7 @@ class Evidence:
             matched=matched,
             findings=claims.scoreboard(
                 gaps=[row.measured for row in matched],
-                stability=[plan_runs(records_dir, plan) for plan in decision.GAP_PLANS],
+                stability=[plan_runs(records_dir, plan) for plan in losses.GAP_PLANS],
                 timings=timings,
                 ladder=training_runs(records_dir, suits=lambda found: len(found.sizes) > 2) or runs,
                 scored=scored_runs(records_dir),

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fp8lab import records
@@ -125,6 +126,13 @@ class Run:
         share = pd.Series(weights)[by_domain.columns]
         return (by_domain * share).sum(axis=1) / share.sum()
 
+    def training_curve(self, windows: int = 60) -> pd.Series:
+        """Mean training loss (nats/token) over windows of steps, by tokens at the window's end."""
+        width = max(1, len(self.metrics) // windows)
+        groups = np.arange(len(self.metrics)) // width
+        windowed = self.metrics.groupby(groups).agg({"tokens": "last", "loss": "mean"})
+        return windowed.set_index("tokens")["loss"]
+
     @cached_property
     def evaluation(self) -> dict[str, Any] | None:
         """lm-eval's results, or None where the run was not scored."""
@@ -218,17 +226,6 @@ def seed_deviation(sets: Iterable[RunSet], *, size: str | None = None, below: in
     )
 
 
-def best_known_gaps(*sets: RunSet) -> dict[tuple[str, str], Gap]:
-    """For each size and FP8 recipe the gap of the plan that has the most seeds of it, the smallest size first."""
-    found: dict[tuple[str, str], Gap] = {}
-    sizes = {run.size: run.parameters for runs in sets for run in runs.runs}
-    for runs in sets:
-        for key, gap in runs.gaps().items():
-            if key not in found or gap.seeds > found[key].seeds:
-                found[key] = gap
-    return dict(sorted(found.items(), key=lambda item: (sizes[item[0][0]], RECIPES.index(item[0][1]))))
-
-
 def training_runs(
     records_dir: Path,
     plans: Iterable[str] = (*MEASURED_PLANS, DEMO_PLAN),
@@ -300,6 +297,37 @@ def bytes_per_token(record: DataRecord) -> float:
         )
     except KeyError as error:
         raise UserError(f"{record.plan}/{record.run}/record.json: {error.args[0]}: missing") from None
+
+
+def data_composition(record: DataRecord) -> pd.DataFrame:
+    """A row a domain of a data set.
+
+    Args:
+        record: its `results` are the data set's manifest, its `config` the mixture.
+
+    Returns:
+        Columns: domain, weight (share of each batch), documents, train_tokens, validation_tokens, removed
+        (documents), contaminated (documents that share text with an evaluation item; among the removed).
+
+    Raises:
+        UserError: a domain or field is missing.
+    """
+    try:
+        rows = [
+            {
+                "domain": domain,
+                "weight": float(record.config["domains"][domain]["weight"]),
+                "documents": values["train"]["documents"],
+                "train_tokens": values["train"]["tokens"],
+                "validation_tokens": values["validation"]["tokens"],
+                "removed": sum(values["removed"].values()),
+                "contaminated": values["removed"]["contaminated"],
+            }
+            for domain, values in record.results["domains"].items()
+        ]
+    except KeyError as error:
+        raise UserError(f"{record.plan}/{record.run}/record.json: {error.args[0]}: missing") from None
+    return pd.DataFrame(rows)
 
 
 def data_benchmarks(records_dir: Path) -> list[BenchmarkRecord]:

@@ -12,8 +12,9 @@ import pytest
 from fp8lab import claims, records
 from fp8lab.claims import Finding
 from fp8lab.config import ModelConfig
-from fp8lab.decision import measured_gaps, timings
+from fp8lab.losses import measured_gaps
 from fp8lab.results import RunSet, plan_runs, speed_runs
+from fp8lab.timings import with_verdicts
 from tests.fixtures import SIZES, write_gpu_records, write_run, write_speed_records
 
 FOUR_SIZES = (
@@ -120,7 +121,7 @@ def forty(records_dir: Path, factor: float, spread: float = 0.0) -> Finding:
     stock = steps["recipe"] == "tensorwise"
     steps.loc[stock, "step_ms"] *= factor * (1 + spread * (steps.loc[stock, "round"] - 1))
     records.write_table(folder, "steps", steps)
-    return claims.forty_percent(timings(speed_runs(records_dir)))
+    return claims.forty_percent(with_verdicts(speed_runs(records_dir)))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_forty_percent_is_judged_by_torchaos_fastest_recipe(
 
 def test_forty_percent_is_untested_where_the_size_was_not_timed(tmp_path: Path) -> None:
     write_speed_records(tmp_path)
-    table = timings(speed_runs(tmp_path))
+    table = with_verdicts(speed_runs(tmp_path))
     assert claims.forty_percent(table[table["model"] != "1.5B"]).verdict == "untested"
     assert claims.forty_percent(table[~table["recipe"].isin(claims.STOCK_RECIPES)]).verdict == "untested"
     assert claims.forty_percent(pd.DataFrame()).verdict == "untested"

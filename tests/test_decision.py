@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp8lab import decision, figures, frontpage, records
-from fp8lab.publish.chart import chart_html
+from fp8lab import decision, frontpage, losses, records, timings
+from fp8lab.chart import switch
+from fp8lab.chart.page import chart_html
 from fp8lab.results import speed_runs, training_runs
 from tests.fixtures import SIZES, write_demo_records, write_gpu_records, write_run, write_speed_records
 
@@ -23,7 +24,7 @@ def timed(*rows: tuple[str, int, float, float]) -> pd.DataFrame:
     """Timings of (recipe, width, smallest ratio, largest ratio)."""
     columns = ["recipe", "width", "low", "high"]
     table = pd.DataFrame(rows, columns=columns)
-    verdicts = [decision._verdict(low, high) for low, high in zip(table["low"], table["high"], strict=True)]
+    verdicts = [timings._verdict(low, high) for low, high in zip(table["low"], table["high"], strict=True)]
     return table.assign(head="bf16", ratio=(table["low"] + table["high"]) / 2, verdict=verdicts)
 
 
@@ -74,7 +75,7 @@ def test_devices_are_never_pooled(tmp_path: Path) -> None:
     steps = records.read_table(folder, "steps")
     steps.loc[steps["recipe"] == "fused", "step_ms"] *= 2
     records.write_table(folder, "steps", steps)
-    table = decision.timings(speed_runs(tmp_path))
+    table = timings.with_verdicts(speed_runs(tmp_path))
     ratios = table[table["recipe"] == "fused"].groupby(["device", "head", "model"])["ratio"].first()
     assert ratios["NVIDIA H100", "bf16", "1.5B"] == pytest.approx(1.45 / 2, rel=0.02)
     assert ratios["NVIDIA H200", "bf16", "1.5B"] == pytest.approx(1.45, rel=0.02)
@@ -89,14 +90,14 @@ def edit(path: Path, change) -> None:
 
 def test_the_width_of_a_size_of_ones_own_is_the_plans(tmp_path: Path) -> None:
     write_speed_records(tmp_path, trained=SIZES[0])
-    widths = decision.timings(speed_runs(tmp_path)).groupby("model")["width"].first()
+    widths = timings.with_verdicts(speed_runs(tmp_path)).groupby("model")["width"].first()
     assert widths.to_dict() == {"0.4M": 64, "125M": 768, "350M": 1024, "1.5B": 2048}
 
 
 def test_the_slope_is_that_of_decay_branches_where_there_are_some(tmp_path: Path) -> None:
     write_gpu_records(tmp_path, sizes=SIZES[:1])
     (run, *_) = training_runs(tmp_path).runs
-    assert decision.slope_at([training_runs(tmp_path)], run).source == "published law"
+    assert losses.slope_at([training_runs(tmp_path)], run).source == "published law"
     folder = write_run(tmp_path, "pilot-h200", SIZES[0], "bf16", seed=3, device_name="NVIDIA H200")
 
     def half_the_tokens(record: dict) -> None:
@@ -104,20 +105,20 @@ def test_the_slope_is_that_of_decay_branches_where_there_are_some(tmp_path: Path
         record["final"].update(validation_loss=run.validation_loss + 0.2)
 
     edit(folder / "record.json", half_the_tokens)
-    slope = decision.slope_at([training_runs(tmp_path)], run)
+    slope = losses.slope_at([training_runs(tmp_path)], run)
     assert slope.source == "decay branches"
     assert slope.nats == pytest.approx(0.2 / 0.693, rel=0.05)
 
 
 def test_a_gap_comes_from_the_plan_with_most_seeds_and_never_from_the_demo(tmp_path: Path) -> None:
     write_demo_records(tmp_path, seeds=(1, 2, 3))
-    assert decision.measured_gaps(tmp_path) == []
+    assert losses.measured_gaps(tmp_path) == []
     write_gpu_records(tmp_path, sizes=SIZES[:1])
-    assert {measured.gap.seeds for measured in decision.measured_gaps(tmp_path)} == {2}
+    assert {measured.gap.seeds for measured in losses.measured_gaps(tmp_path)} == {2}
     for seed in (1, 2, 3):
         for recipe in ("bf16", "fused"):
             write_run(tmp_path, "seeds-h200", SIZES[0], recipe, seed=seed, device_name="NVIDIA H200")
-    seeds = {measured.recipe: measured.gap.seeds for measured in decision.measured_gaps(tmp_path)}
+    seeds = {measured.recipe: measured.gap.seeds for measured in losses.measured_gaps(tmp_path)}
     assert seeds == {"tensorwise": 2, "fused": 3}
 
 
@@ -171,10 +172,10 @@ def test_the_interactive_chart_holds_every_point_of_the_picture(tmp_path: Path) 
     write_gpu_records(tmp_path)
     write_speed_records(tmp_path)
     evidence = frontpage.Evidence.read(tmp_path)
-    points = decision.chart_points(evidence.timings, evidence.runs)
-    drawn = figures.switch_chart(points, toy=False)
+    points = switch.chart_points(evidence.timings, evidence.runs)
+    drawn = switch.switch_chart(points, toy=False)
     marks = [sum(line.get_marker() not in ("None", None, "") for line in axes.lines) for axes in drawn.axes]
-    spec = figures.switch_chart_spec(points, toy=False, label="switch")
+    spec = switch.switch_chart_spec(points, toy=False, label="switch")
     assert [len(panel["points"]) for panel in spec["panels"]] == marks == [3 * 4, 3 * 3 * 2]
 
 

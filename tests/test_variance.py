@@ -12,7 +12,8 @@ import pytest
 from fp8lab import tables, variance
 from fp8lab.comparison import Gap
 from fp8lab.config import load_plan
-from fp8lab.results import SEEDS_PLAN, RunSet, best_known_gaps, plan_runs, seed_deviation
+from fp8lab.losses import best_known_gaps
+from fp8lab.results import SEEDS_PLAN, RunSet, plan_runs, seed_deviation
 from tests.fixtures import SIZES, VARIANCE_DESIGNS, Measured, write_run, write_variance_records
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +69,7 @@ def test_pairs_count_only_where_seeds_correlate(study: variance.Study) -> None:
 
 
 def test_tables_have_a_row_a_cell(study: variance.Study) -> None:
-    designs, gaps = tables.variance_designs(study), tables.variance_gaps(study)
+    designs, gaps = tables.losses.variance_designs(study), tables.losses.variance_gaps(study)
     assert len(designs) == len(gaps) == len(study.cells)
     assert (designs["against base"] == "–").sum() == 1
     for cell, pairs in zip(study.cells, designs["pairs for ±0.005"], strict=True):
@@ -116,7 +117,7 @@ def test_the_plan_with_more_seeds_is_believed(tmp_path: Path) -> None:
     assert list(gaps) == [("0.4M", "fused"), ("0.9M", "fused")]
     assert gaps["0.4M", "fused"] == seeds.gap("0.4M", "fused")
     assert gaps["0.9M", "fused"] == ladder.gap("0.9M", "fused")
-    table = tables.loss_gaps(ladder, seeds)
+    table = tables.losses.loss_gaps(ladder, seeds)
     assert table["from"].tolist() == ["two groups", "assumed"]
     assert table["so"].tolist()[1] == "cannot tell: one seed"
 

@@ -1,0 +1,128 @@
+"""Losses of runs, ready to be compared: final losses, gaps to BF16, and how fast the loss still falls.
+
+Frames have plain column names and raw numbers; `fp8lab.tables` and `fp8lab.figures` show them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+from fp8lab import matched
+from fp8lab.comparison import Gap
+from fp8lab.config import RECIPES
+from fp8lab.matched import Slope
+from fp8lab.results import LARGER_PLAN, MEASURED_PLANS, SEEDS_PLAN, Run, RunSet, plan_runs, seed_deviation
+from fp8lab.scaling import BESIROGLU
+
+
+def final_losses(runs: RunSet) -> pd.DataFrame:
+    """Every final validation loss, those of decay branches included, as scaling laws are fitted to them.
+
+    Returns:
+        Columns: size, recipe, seed, run (the stable run; its branches share it), is_branch, budget (tokens a
+        parameter), parameters (N, total), non_embedding, matmul, tokens, loss (nats a token), bits_per_byte, and
+        training FLOPs by convention: flops_6n, flops_matmul_attention, flops_causal.
+    """
+    rows = []
+    for run in (*runs.runs, *runs.branches):
+        record = run.record
+        rows.append(
+            {
+                "size": run.size,
+                "recipe": run.recipe,
+                "seed": record.seed,
+                "run": record.parent.run if record.parent else record.run,
+                "is_branch": record.parent is not None,
+                "budget": round(record.tokens / run.parameters, 1),
+                "parameters": run.parameters,
+                "non_embedding": record.parameters.non_embedding,
+                "matmul": record.parameters.matmul,
+                "tokens": record.tokens,
+                "loss": run.validation_loss,
+                "bits_per_byte": run.bits_per_byte,
+                "flops_6n": record.flops.per_token_6n * record.tokens,
+                "flops_matmul_attention": record.flops.per_token_matmul_attention * record.tokens,
+                "flops_causal": record.flops.per_token_matmul_attention_causal * record.tokens,
+            }
+        )
+    table = pd.DataFrame(rows)
+    return table.sort_values(["parameters", "recipe", "seed", "tokens"], key=_in_order, ignore_index=True)
+
+
+def _in_order(column: pd.Series) -> pd.Series:
+    """Recipes as `config.RECIPES` has them; anything else as it is."""
+    return column.map(RECIPES.index) if column.name == "recipe" else column
+
+
+def best_known_gaps(*sets: RunSet) -> dict[tuple[str, str], Gap]:
+    """For each size and FP8 recipe the gap of the plan that has the most seeds of it, the smallest size first."""
+    found: dict[tuple[str, str], Gap] = {}
+    sizes = {run.size: run.parameters for runs in sets for run in runs.runs}
+    for runs in sets:
+        for key, gap in runs.gaps().items():
+            if key not in found or gap.seeds > found[key].seeds:
+                found[key] = gap
+    return dict(sorted(found.items(), key=lambda item: (sizes[item[0][0]], RECIPES.index(item[0][1]))))
+
+
+def domain_gaps(runs: RunSet, size: str) -> dict[tuple[str, str], Gap]:
+    """Bits per byte of each FP8 recipe minus BF16's by (domain, recipe), on that domain's validation text."""
+    domains = list(runs.where(size=size, recipe="bf16")[0].by_domain)
+
+    def gap(domain: str, recipe: str) -> Gap:
+        return runs.gap(size, recipe, lambda run: run.by_domain[domain].bits_per_byte)
+
+    recipes = [recipe for recipe in runs.recipes if recipe != "bf16" and runs.where(size=size, recipe=recipe)]
+    return {(domain, recipe): gap(domain, recipe) for domain in domains for recipe in recipes}
+
+
+GAP_PLANS = (SEEDS_PLAN, *MEASURED_PLANS, LARGER_PLAN)
+"""Plans whose runs a loss gap may come from; of a size in several, the one with most seeds counts, then the first."""
+
+
+@dataclass(frozen=True)
+class MeasuredGap:
+    """What a recipe cost in loss at one size, on a GPU."""
+
+    size: str
+    recipe: str
+    gap: Gap
+    runs: RunSet
+    slope: Slope
+    assumed: bool = False
+    """Whether the gap's interval is assumed: one seed, taken to scatter as smaller models do."""
+
+
+def measured_gaps(records_dir: Path) -> list[MeasuredGap]:
+    """The gap of every size and recipe that was trained on a GPU, from the plan that has most seeds of it."""
+    sets = [runs for plan in GAP_PLANS if (runs := plan_runs(records_dir, plan)) and not runs.toy]
+    best: dict[tuple[str, str], RunSet] = {}
+    for runs in sets:
+        for key, gap in runs.gaps().items():
+            if key not in best or gap.seeds > best[key].gap(*key).seeds:
+                best[key] = runs
+    by_size = sorted(best.items(), key=lambda item: item[1].where(size=item[0][0])[0].parameters)
+    return [_measured_gap(sets, runs, *key) for key, runs in by_size]
+
+
+def _measured_gap(sets: Sequence[RunSet], runs: RunSet, size: str, recipe: str) -> MeasuredGap:
+    gap, bf16 = runs.gap(size, recipe), runs.where(size=size, recipe="bf16")[0]
+    slope = slope_at(sets, bf16)
+    smaller = seed_deviation(sets, below=bf16.parameters) if gap.interval is None else None
+    if smaller is None:
+        return MeasuredGap(size, recipe, gap, runs, slope)
+    return MeasuredGap(size, recipe, replace(gap, interval=gap.assumed_interval(smaller)), runs, slope, assumed=True)
+
+
+def slope_at(sets: Sequence[RunSet], run: Run) -> Slope:
+    """The slope of the loss at the end of `run`: from decay branches of its size, or from a published law."""
+    for runs in sets:
+        ends = [end for end in (*runs.runs, *runs.branches) if (end.size, end.recipe) == (run.size, run.recipe)]
+        tokens, losses = [end.record.tokens for end in ends], [end.validation_loss for end in ends]
+        if len(set(tokens)) > 1 and max(tokens) == run.record.tokens:
+            return Slope(matched.measured_slope(tokens, losses), "decay branches")
+    return Slope(matched.law_slope(BESIROGLU, run.record.tokens), "published law")

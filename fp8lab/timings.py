@@ -1,0 +1,282 @@
+"""Timed steps, ready to be compared: ratios to BF16 with their intervals, and what was predicted beside them.
+
+Frames have plain column names and raw numbers; `fp8lab.tables` and `fp8lab.figures` show them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from fp8lab import roofline
+from fp8lab.config import MODELS, ModelConfig
+from fp8lab.results import SpeedRun, unique
+
+
+def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
+    """Speed of each recipe against BF16 timed in the same process, each device apart.
+
+    The interval is a 95% t-interval of the mean of the rounds' log-ratios: how far rounds scatter, which says nothing
+    of another day. Of several occasions it reaches from the lowest of their intervals to the highest.
+
+    Returns:
+        A row a device, setting (model, context, micro-batch) and recipe. Columns: device, model, case, seq_len,
+        micro_batch, setting, recipe, head, step_ms (median), tokens_per_second, ratio (median over rounds of BF16's
+        median step over the recipe's), low, high (smallest and largest of the rounds), interval_low, interval_high,
+        rounds, occasions, peak_memory_bytes.
+    """
+    keys = ["device", "model", "seq_len", "micro_batch"]
+    steps = pd.concat([speed.steps for speed in speeds], ignore_index=True)
+    medians = (
+        steps.groupby([*keys, "recipe", "head", "occasion", "round"], sort=False)
+        .agg(step_ms=("step_ms", "median"), tokens=("tokens", "first"), memory=("peak_memory_bytes", "max"))
+        .reset_index()
+    )
+    is_baseline = (medians["recipe"] == "bf16") & (medians["head"] == "bf16")
+    baseline_ms = medians[is_baseline].set_index([*keys, "occasion", "round"])["step_ms"].rename("bf16_ms")
+    medians = medians.join(baseline_ms, on=[*keys, "occasion", "round"]).dropna(subset=["bf16_ms"])
+    medians["ratio"] = medians["bf16_ms"] / medians["step_ms"]
+    several = medians["device"].nunique() > 1
+    rows = []
+    for key, group in medians.groupby([*keys, "recipe", "head"], sort=False):
+        device, model, seq_len, micro_batch, recipe, head = key
+        step_ms = float(group["step_ms"].median())
+        intervals = [_ratio_interval(ratios.to_numpy()) for _, ratios in group.groupby("occasion")["ratio"]]
+        rows.append(
+            {
+                "device": device,
+                "model": model,
+                "case": f"{model}-T{seq_len}-B{micro_batch}",
+                "seq_len": seq_len,
+                "micro_batch": micro_batch,
+                "setting": _setting(model, seq_len, micro_batch)
+                + (f", {short_device(str(device))}" if several else ""),
+                "recipe": recipe,
+                "head": head,
+                "step_ms": step_ms,
+                "tokens_per_second": float(group["tokens"].iloc[0]) / step_ms * 1e3,
+                "ratio": float(group["ratio"].median()),
+                "low": float(group["ratio"].min()),
+                "high": float(group["ratio"].max()),
+                "interval_low": min(low for low, _ in intervals),
+                "interval_high": max(high for _, high in intervals),
+                "rounds": len(group),
+                "occasions": group["occasion"].nunique(),
+                "peak_memory_bytes": int(group["memory"].max()),
+            }
+        )
+    table = pd.DataFrame(rows)
+    order = table["setting"].map({setting: index for index, setting in enumerate(_by_speed(table))})
+    return table.assign(order=order).sort_values("order", kind="stable").drop(columns="order").reset_index(drop=True)
+
+
+def _ratio_interval(ratios: np.ndarray) -> tuple[float, float]:
+    """95% t-interval of the mean of log-ratios, as ratios; of a single round, nothing but NaN."""
+    if len(ratios) < 2:
+        return float("nan"), float("nan")
+    logs = np.log(ratios)
+    half = stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs))
+    return float(np.exp(logs.mean() - half)), float(np.exp(logs.mean() + half))
+
+
+def short_device(name: str) -> str:
+    """'H100' of 'NVIDIA H100 80GB HBM3'."""
+    return name.removeprefix("NVIDIA ").partition(" ")[0]
+
+
+def warmup_losses(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
+    """Whether each contestant's loss follows BF16's, over the steps that both trained before any was timed.
+
+    They start from the same weights, on the same batches and with the same learning rate.
+
+    Returns:
+        A row an occasion, case, recipe and head but BF16's. Columns: device, occasion, case, contestant, steps, first,
+        last (losses, nats/token), bf16_last, mean_difference (over the second half of the steps), largest_difference.
+    """
+    rows = []
+    for speed in speeds:
+        for case, results in speed.cases.items():
+            losses = {
+                name: np.array(contestant["warmup_losses"])
+                for name, contestant in results["contestants"].items()
+                if contestant.get("warmup_losses")
+            }
+            if "bf16" not in losses:
+                continue
+            exact = losses.pop("bf16")
+            for name, values in losses.items():
+                difference = values - exact
+                rows.append(
+                    {
+                        "device": speed.device,
+                        "occasion": f"{speed.record.plan}/{speed.record.run}",
+                        "case": case,
+                        "contestant": name,
+                        "steps": len(values),
+                        "first": float(values[0]),
+                        "last": float(values[-1]),
+                        "bf16_last": float(exact[-1]),
+                        "mean_difference": float(difference[len(difference) // 2 :].mean()),
+                        "largest_difference": float(difference[np.abs(difference).argmax()]),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def speed_drift(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
+    """How far each contestant's step moved from an occasion's first round to its last.
+
+    A GPU at its power limit lowers its clock as it warms up and as the weights grow less random, and a ratio from
+    rounds that still drift is no steady state.
+
+    Returns:
+        A row an occasion, setting, recipe and head. Columns: occasion, setting, recipe, head, change (last round's
+        median step over the first's, minus 1), first_clock_mhz, last_clock_mhz, power_w (medians).
+    """
+    steps = pd.concat([speed.steps for speed in speeds], ignore_index=True)
+    rows = []
+    several = steps["device"].nunique() > 1
+    keys = ["device", "occasion", "model", "seq_len", "micro_batch", "recipe", "head"]
+    for key, group in steps.groupby(keys, sort=False):
+        device, occasion, model, seq_len, micro_batch, recipe, head = key
+        by_round = group.groupby("round")[["step_ms", "sm_clock_mhz"]].median()
+        first, last = by_round.iloc[0], by_round.iloc[-1]
+        rows.append(
+            {
+                "occasion": occasion,
+                "setting": _setting(model, seq_len, micro_batch)
+                + (f", {short_device(str(device))}" if several else ""),
+                "recipe": recipe,
+                "head": head,
+                "change": float(last["step_ms"] / first["step_ms"] - 1),
+                "first_clock_mhz": float(first["sm_clock_mhz"]),
+                "last_clock_mhz": float(last["sm_clock_mhz"]),
+                "power_w": float(group["power_w"].median()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _setting(model: object, seq_len: object, micro_batch: object) -> str:
+    """How figures and tables call what a step was timed with."""
+    return f"{model}, T {seq_len}, {micro_batch} sequences"
+
+
+def _by_speed(table: pd.DataFrame) -> list[str]:
+    """Settings from the smallest model (most tokens/s) to the largest."""
+    return unique(table[table["recipe"] == "bf16"].sort_values("tokens_per_second", ascending=False)["setting"])
+
+
+def with_verdicts(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
+    """`speed_ratios` of each device, with what a decision needs.
+
+    Returns:
+        Its columns, and: device, width (d_model), micro_batch_tokens, memory_ratio (peak over BF16's at the same
+        setting), verdict ('faster', 'slower' or 'unclear', over rounds), runs ('plan/run' of each occasion), commits.
+    """
+    frames = []
+    for device in unique(speed.record.provenance.device_name for speed in speeds):
+        of_device = [speed for speed in speeds if speed.record.provenance.device_name == device]
+        ratios = speed_ratios(of_device)
+        bf16_memory = ratios[(ratios["recipe"] == "bf16") & (ratios["head"] == "bf16")].set_index("setting")[
+            "peak_memory_bytes"
+        ]
+        widths = {name: width for speed in of_device for name, width in _widths(speed).items()}
+        occasions = {case: _occasions(of_device, case) for case in unique(ratios["case"])}
+        frames.append(
+            ratios.assign(
+                device=device,
+                width=ratios["model"].map(widths),
+                micro_batch_tokens=ratios["micro_batch"] * ratios["seq_len"],
+                memory_ratio=ratios["peak_memory_bytes"] / ratios["setting"].map(bf16_memory),
+                verdict=[_verdict(low, high) for low, high in zip(ratios["low"], ratios["high"], strict=True)],
+                runs=[", ".join(f"{s.record.plan}/{s.record.run}" for s in occasions[case]) for case in ratios["case"]],
+                commits=[
+                    ", ".join(unique(s.record.provenance.git_commit[:7] for s in occasions[case]))
+                    for case in ratios["case"]
+                ],
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def _widths(speed: SpeedRun) -> dict[str, int]:
+    """d_model of every model that was timed: named sizes, and those with dimensions of their own in the plan."""
+    named = {name: model.d_model for name, model in MODELS.items()}
+    own = {case["model"]["name"]: case["model"]["d_model"] for case in speed.record.config.get("cases", [])}
+    return named | own
+
+
+def _occasions(speeds: Sequence[SpeedRun], case: str) -> list[SpeedRun]:
+    return [
+        speed
+        for speed in speeds
+        if case in {f"{m}-T{t}-B{b}" for m, t, b in speed.steps[["model", "seq_len", "micro_batch"]].to_numpy()}
+    ]
+
+
+def _verdict(low: float, high: float) -> str:
+    return "faster" if low > 1 else "slower" if high < 1 else "unclear"
+
+
+def roofline_against_measurement(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
+    """Predicted beside measured ratios and steps, where `fp8lab.roofline` knows the device, model and recipe.
+
+    Returns:
+        A row a device, setting and recipe, heads in BF16. Columns: device, model, setting, recipe, predicted_ms,
+        measured_ms, predicted_ratio, measured_ratio, interval_low, interval_high (`speed_ratios`).
+    """
+    ratios = speed_ratios(speeds)
+    own = {
+        case["model"]["name"]: ModelConfig(**case["model"])
+        for speed in speeds
+        for case in speed.record.config.get("cases", [])
+    }
+    rows = []
+    for row in ratios.to_dict("records"):
+        device, model = roofline.device_of(row["device"]), own.get(row["model"], MODELS.get(row["model"]))
+        if device is None or model is None or row["recipe"] not in roofline.RECIPES or row["head"] != "bf16":
+            continue
+        model = model.model_copy(update={"seq_len": row["seq_len"]})
+        tokens = row["seq_len"] * row["micro_batch"]
+        rows.append(
+            {name: row[name] for name in ("device", "model", "setting", "recipe", "interval_low", "interval_high")}
+            | {
+                "predicted_ms": roofline.step_ms(model, tokens, row["recipe"], device),
+                "measured_ms": row["step_ms"],
+                "predicted_ratio": roofline.ratio(model, tokens, row["recipe"], device),
+                "measured_ratio": row["ratio"],
+            }
+        )
+    return pd.DataFrame(rows, columns=ROOFLINE_COLUMNS)
+
+
+ROOFLINE_COLUMNS = [
+    "device", "model", "setting", "recipe", "predicted_ms", "measured_ms", "predicted_ratio", "measured_ratio",
+    "interval_low", "interval_high",
+]  # fmt: skip
+
+
+def break_even(maps: Sequence[SpeedRun]) -> pd.DataFrame:
+    """The map of ratios by width and tokens a micro-batch: predicted for both devices, measured where records are.
+
+    Args:
+        maps: occasions of the map's plan.
+
+    Returns:
+        A row a device, recipe, tokens and width. Columns: device ('H100'), recipe, tokens, width, predicted, measured
+        (NaN where there is no record).
+    """
+    frames = [roofline.map_table(device).assign(device=device.name) for device in roofline.DEVICES]
+    table = pd.concat(frames, ignore_index=True).rename(columns={"ratio": "predicted"})
+    measured: dict[tuple[str, str, int, int], float] = {}
+    if maps:
+        for row in speed_ratios(maps).to_dict("records"):
+            recipe = row["recipe"].removesuffix("_fast")
+            width, tokens = int(row["model"].removeprefix("w")), row["seq_len"] * row["micro_batch"]
+            measured[short_device(row["device"]), recipe, tokens, width] = row["ratio"]
+    keys = zip(table["device"], table["recipe"], table["tokens"], table["width"], strict=True)
+    return table.assign(measured=[measured.get(key, float("nan")) for key in keys])
