@@ -94,6 +94,8 @@ def loss_matched(records_dir: Path, speeds: Sequence[SpeedRun]) -> list[Matched]
     table = with_verdicts(speeds) if speeds else pd.DataFrame()
     found = []
     for measured in measured_gaps(records_dir):
+        if measured.runs.toy:
+            continue
         tokens = matched.token_factors(measured.gap, measured.slope.nats)
         timed = _timing(table, measured)
         if timed is None:

@@ -15,7 +15,17 @@ from fp8lab import matched
 from fp8lab.comparison import Gap
 from fp8lab.config import RECIPES
 from fp8lab.matched import Slope
-from fp8lab.results import LARGER_PLAN, MEASURED_PLANS, SEEDS_PLAN, Run, RunSet, plan_runs, seed_deviation
+from fp8lab.results import (
+    DEMO_PLAN,
+    LARGER_PLAN,
+    MEASURED_PLANS,
+    SEEDS_PLAN,
+    Run,
+    RunSet,
+    plan_runs,
+    seed_deviation,
+    unique,
+)
 from fp8lab.scaling import BESIROGLU
 
 
@@ -58,17 +68,6 @@ def _in_order(column: pd.Series) -> pd.Series:
     return column.map(RECIPES.index) if column.name == "recipe" else column
 
 
-def best_known_gaps(*sets: RunSet) -> dict[tuple[str, str], Gap]:
-    """For each size and FP8 recipe the gap of the plan that has the most seeds of it, the smallest size first."""
-    found: dict[tuple[str, str], Gap] = {}
-    sizes = {run.size: run.parameters for runs in sets for run in runs.runs}
-    for runs in sets:
-        for key, gap in runs.gaps().items():
-            if key not in found or gap.seeds > found[key].seeds:
-                found[key] = gap
-    return dict(sorted(found.items(), key=lambda item: (sizes[item[0][0]], RECIPES.index(item[0][1]))))
-
-
 def domain_gaps(runs: RunSet, size: str) -> dict[tuple[str, str], Gap]:
     """Bits per byte of each FP8 recipe minus BF16's by (domain, recipe), on that domain's validation text."""
     domains = list(runs.where(size=size, recipe="bf16")[0].by_domain)
@@ -84,9 +83,15 @@ GAP_PLANS = (SEEDS_PLAN, *MEASURED_PLANS, LARGER_PLAN)
 """Plans whose runs a loss gap may come from; of a size in several, the one with most seeds counts, then the first."""
 
 
+def gap_sets(records_dir: Path) -> list[RunSet]:
+    """The runs that loss gaps are taken from: of every plan trained on a GPU or, without any, of the demo alone."""
+    measured = [runs for plan in GAP_PLANS if (runs := plan_runs(records_dir, plan)) and not runs.toy]
+    return measured or [runs for runs in [plan_runs(records_dir, DEMO_PLAN)] if runs]
+
+
 @dataclass(frozen=True)
 class MeasuredGap:
-    """What a recipe cost in loss at one size, on a GPU."""
+    """What a recipe cost in loss at one size."""
 
     size: str
     recipe: str
@@ -98,15 +103,23 @@ class MeasuredGap:
 
 
 def measured_gaps(records_dir: Path) -> list[MeasuredGap]:
-    """The gap of every size and recipe that was trained on a GPU, from the plan that has most seeds of it."""
-    sets = [runs for plan in GAP_PLANS if (runs := plan_runs(records_dir, plan)) and not runs.toy]
+    """The gap of every size and recipe in `gap_sets`, from the plan that has most seeds of it; the smallest size first.
+
+    All that the article says of a gap, on the first page and in the chapters, comes from this list.
+    """
+    sets = gap_sets(records_dir)
     best: dict[tuple[str, str], RunSet] = {}
     for runs in sets:
         for key, gap in runs.gaps().items():
             if key not in best or gap.seeds > best[key].gap(*key).seeds:
                 best[key] = runs
-    by_size = sorted(best.items(), key=lambda item: item[1].where(size=item[0][0])[0].parameters)
-    return [_measured_gap(sets, runs, *key) for key, runs in by_size]
+    found = [_measured_gap(sets, runs, *key) for key, runs in best.items()]
+    return sorted(found, key=lambda one: (one.runs.where(size=one.size)[0].parameters, RECIPES.index(one.recipe)))
+
+
+def sources(gaps: Sequence[MeasuredGap]) -> str:
+    """What a caption says about where the runs behind `gaps` were trained."""
+    return " ".join(unique(measured.runs.source for measured in gaps))
 
 
 def _measured_gap(sets: Sequence[RunSet], runs: RunSet, size: str, recipe: str) -> MeasuredGap:

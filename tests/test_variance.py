@@ -12,7 +12,7 @@ import pytest
 from fp8lab import tables, variance
 from fp8lab.comparison import Gap
 from fp8lab.config import load_plan
-from fp8lab.losses import best_known_gaps
+from fp8lab.losses import measured_gaps
 from fp8lab.results import SEEDS_PLAN, RunSet, plan_runs, seed_deviation
 from tests.fixtures import SIZES, VARIANCE_DESIGNS, Measured, write_run, write_variance_records
 
@@ -109,15 +109,15 @@ def test_the_plan_and_the_study_agree_on_names() -> None:
 def test_the_plan_with_more_seeds_is_believed(tmp_path: Path) -> None:
     for recipe in ("bf16", "fused"):
         for model in SIZES[:2]:
-            write_run(tmp_path, "ladder-h200", model, recipe)
+            write_run(tmp_path, "ladder-h200", model, recipe, device_name="NVIDIA H200")
         for seed in (1, 2, 3):
-            write_run(tmp_path, SEEDS_PLAN, SIZES[0], recipe, seed=seed)
+            write_run(tmp_path, SEEDS_PLAN, SIZES[0], recipe, seed=seed, device_name="NVIDIA H200")
     ladder, seeds = plan_runs(tmp_path, "ladder-h200"), plan_runs(tmp_path, SEEDS_PLAN)
-    gaps = best_known_gaps(ladder, seeds)
-    assert list(gaps) == [("0.4M", "fused"), ("0.9M", "fused")]
-    assert gaps["0.4M", "fused"] == seeds.gap("0.4M", "fused")
-    assert gaps["0.9M", "fused"] == ladder.gap("0.9M", "fused")
-    table = tables.losses.loss_gaps(ladder, seeds)
+    small, large = gaps = measured_gaps(tmp_path)
+    assert [(measured.size, measured.recipe) for measured in gaps] == [("0.4M", "fused"), ("0.9M", "fused")]
+    assert small.gap == seeds.gap("0.4M", "fused")
+    assert (large.gap.mean, large.assumed) == (ladder.gap("0.9M", "fused").mean, True)
+    table = tables.losses.loss_gaps(gaps)
     assert table["from"].tolist() == ["two groups", "assumed"]
     assert table["so"].tolist()[1] == "cannot tell: one seed"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -23,8 +23,8 @@ from fp8lab.figures.style import (
     recipes_at,
     symmetric_limits,
 )
-from fp8lab.losses import best_known_gaps, domain_gaps
-from fp8lab.results import Run, RunSet, seed_deviation, unique
+from fp8lab.losses import MeasuredGap, domain_gaps
+from fp8lab.results import Run, RunSet, unique
 from fp8lab.variance import Line
 
 
@@ -74,33 +74,29 @@ def _with_difference(
     return figure
 
 
-def loss_gaps(*sets: RunSet) -> Figure:
-    """Validation loss of each FP8 recipe minus BF16's, by size, from the plan with the most seeds of it.
+def loss_gaps(gaps: Sequence[MeasuredGap]) -> Figure:
+    """Validation loss of each FP8 recipe minus BF16's, by size.
 
     A solid bar is an interval over seeds; a dashed one is what single runs may differ by if they scatter as smaller
     models do.
     """
-    gaps = best_known_gaps(*sets)
-    sizes, recipes = unique(size for size, _ in gaps), unique(recipe for _, recipe in gaps)
-    parameters = {run.size: run.parameters for runs in sets for run in runs.runs}
+    sizes, recipes = unique(measured.size for measured in gaps), unique(measured.recipe for measured in gaps)
     figure, axes = plt.subplots(figsize=(WIDTH, 3.2))
     axes.axhspan(-EQUIVALENCE_MARGIN, EQUIVALENCE_MARGIN, color=SLATE, alpha=0.12, linewidth=0)
-    for (size, recipe), gap in gaps.items():
-        position = sizes.index(size) + (recipes.index(recipe) - (len(recipes) - 1) / 2) * 0.12
-        axes.plot(position, gap.mean, linestyle="none", **point_style(recipe))
-        assumed = seed_deviation(sets, below=parameters[size])
-        if gap.interval is not None:
-            axes.vlines(position, *gap.interval, color=RECIPE_COLOURS[recipe], linewidth=2)
-        elif assumed is not None:
-            low, high = gap.assumed_interval(assumed)
-            axes.vlines(position, low, high, color=RECIPE_COLOURS[recipe], linewidth=1, linestyle=(0, (2, 2)))
+    for measured in gaps:
+        position = sizes.index(measured.size) + (recipes.index(measured.recipe) - (len(recipes) - 1) / 2) * 0.12
+        axes.plot(position, measured.gap.mean, linestyle="none", **point_style(measured.recipe))
+        if measured.gap.interval is not None:
+            width, style = (1, (0, (2, 2))) if measured.assumed else (2, "solid")
+            colour = RECIPE_COLOURS[measured.recipe]
+            axes.vlines(position, *measured.gap.interval, color=colour, linewidth=width, linestyle=style)
     axes.axhline(0, color=NEUTRAL, linewidth=0.8)
     axes.set_xticks(range(len(sizes)), sizes)
     axes.set_xlim(-0.6, len(sizes) - 0.4)
     axes.set_xlabel("model (parameters N)")
     axes.set_ylabel("FP8 − BF16,\nvalidation (nats/token)")
     symmetric_limits(axes)
-    finish(figure, axes, recipes, sets[0].toy)
+    finish(figure, axes, recipes, gaps[0].runs.toy)
     return figure
 
 

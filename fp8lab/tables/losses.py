@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 
 from fp8lab.comparison import EQUIVALENCE_MARGIN, LEVEL, TARGET_HALF_WIDTH, Deviation, Gap
-from fp8lab.losses import best_known_gaps
-from fp8lab.results import RunSet, seed_deviation
+from fp8lab.losses import MeasuredGap
 from fp8lab.units import number, p_value, signed, signed_percent
 from fp8lab.variance import Study
 
@@ -25,37 +24,26 @@ def budget_table(points: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def loss_gaps(*sets: RunSet) -> pd.DataFrame:
-    """Validation loss of each FP8 recipe minus BF16's, and what so many seeds let one say of it.
-
-    Args:
-        sets: plans; of each size and recipe the one with the most seeds counts.
-    """
+def loss_gaps(gaps: Sequence[MeasuredGap]) -> pd.DataFrame:
+    """Validation loss of each FP8 recipe minus BF16's, and what so many seeds let one say of it."""
     return pd.DataFrame(
         [
-            {"model": size, "recipe": recipe} | _gap_columns(gap, seed_deviation(sets, below=_parameters(size, sets)))
-            for (size, recipe), gap in best_known_gaps(*sets).items()
+            {"model": measured.size, "recipe": measured.recipe} | _gap_columns(measured.gap, measured.assumed)
+            for measured in gaps
         ]
     )
 
 
-def _parameters(size: str, sets: Sequence[RunSet]) -> int:
-    return next(run.parameters for runs in sets for run in runs.where(size=size))
-
-
-def _gap_columns(gap: Gap, assumed: Deviation | None = None) -> dict[str, object]:
+def _gap_columns(gap: Gap, assumed: bool = False) -> dict[str, object]:
     """A gap as a reader sees it.
 
     Args:
-        assumed: scatter of smaller models, for a gap that has no interval of its own.
+        assumed: whether its interval is.
     """
     interval, how, equivalent = "–", "–", gap.equivalence_p()
     if gap.interval is not None:
         interval = f"{signed(gap.interval[0])} to {signed(gap.interval[1])}"
-        how = "pairs" if gap.paired else "two groups"
-    elif assumed is not None:
-        low, high = gap.assumed_interval(assumed)
-        interval, how = f"{signed(low)} to {signed(high)}", "assumed"
+        how = "assumed" if assumed else "pairs" if gap.paired else "two groups"
     return {
         "seeds": gap.seeds,
         "BF16 loss (nats/token)": f"{gap.baseline:.4f}",
@@ -71,10 +59,10 @@ def _gap_columns(gap: Gap, assumed: Deviation | None = None) -> dict[str, object
 
 def verdict(gap: Gap) -> str:
     """What the seeds of a gap can carry, in a few words; equivalent is within `EQUIVALENCE_MARGIN`."""
-    if gap.half_width is None:
-        return "cannot tell: one seed" if gap.seeds == 1 else "cannot tell"
     equivalence = gap.equivalence_p()
-    equivalent = equivalence is not None and equivalence < 1 - LEVEL
+    if equivalence is None:
+        return "cannot tell: one seed" if gap.seeds == 1 else "cannot tell"
+    equivalent = equivalence < 1 - LEVEL
     if gap.excludes_zero:
         return ("worse" if gap.mean > 0 else "better") + (", yet equivalent" if equivalent else "")
     return "equivalent" if equivalent else "cannot tell: too few seeds"
