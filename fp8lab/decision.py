@@ -16,7 +16,7 @@ import pandas as pd
 
 from fp8lab import matched
 from fp8lab.config import MODELS, RECIPES, parameter_count
-from fp8lab.losses import MeasuredGap, measured_gaps
+from fp8lab.losses import MeasuredGap, measured_gaps, measured_sets
 from fp8lab.matched import Estimate
 from fp8lab.results import SpeedRun
 from fp8lab.scaling import BESIROGLU
@@ -93,9 +93,7 @@ def loss_matched(records_dir: Path, speeds: Sequence[SpeedRun]) -> list[Matched]
     """
     table = with_verdicts(speeds) if speeds else pd.DataFrame()
     found = []
-    for measured in measured_gaps(records_dir):
-        if measured.runs.toy:
-            continue
+    for measured in measured_gaps(measured_sets(records_dir)):
         tokens = matched.token_factors(measured.gap, measured.slope.nats)
         timed = _timing(table, measured)
         if timed is None:

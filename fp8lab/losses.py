@@ -16,7 +16,6 @@ from fp8lab.comparison import Gap
 from fp8lab.config import RECIPES
 from fp8lab.matched import Slope
 from fp8lab.results import (
-    DEMO_PLAN,
     LARGER_PLAN,
     MEASURED_PLANS,
     SEEDS_PLAN,
@@ -83,10 +82,9 @@ GAP_PLANS = (SEEDS_PLAN, *MEASURED_PLANS, LARGER_PLAN)
 """Plans whose runs a loss gap may come from; of a size in several, the one with most seeds counts, then the first."""
 
 
-def gap_sets(records_dir: Path) -> list[RunSet]:
-    """The runs that loss gaps are taken from: of every plan trained on a GPU or, without any, of the demo alone."""
-    measured = [runs for plan in GAP_PLANS if (runs := plan_runs(records_dir, plan)) and not runs.toy]
-    return measured or [runs for runs in [plan_runs(records_dir, DEMO_PLAN)] if runs]
+def measured_sets(records_dir: Path) -> list[RunSet]:
+    """The plans of `GAP_PLANS` that were trained on a GPU."""
+    return [runs for plan in GAP_PLANS if (runs := plan_runs(records_dir, plan)) and not runs.toy]
 
 
 @dataclass(frozen=True)
@@ -102,12 +100,14 @@ class MeasuredGap:
     """Whether the gap's interval is assumed: one seed, taken to scatter as smaller models do."""
 
 
-def measured_gaps(records_dir: Path) -> list[MeasuredGap]:
-    """The gap of every size and recipe in `gap_sets`, from the plan that has most seeds of it; the smallest size first.
+def measured_gaps(sets: Sequence[RunSet]) -> list[MeasuredGap]:
+    """The gap of every size and recipe, from the plan that has most seeds of it, then the first; small sizes first.
 
     All that the article says of a gap, on the first page and in the chapters, comes from this list.
+
+    Args:
+        sets: `measured_sets` or, where nothing was trained on a GPU, the demo's runs alone.
     """
-    sets = gap_sets(records_dir)
     best: dict[tuple[str, str], RunSet] = {}
     for runs in sets:
         for key, gap in runs.gaps().items():

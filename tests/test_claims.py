@@ -12,7 +12,7 @@ import pytest
 from fp8lab import claims, records
 from fp8lab.claims import Finding
 from fp8lab.config import ModelConfig
-from fp8lab.losses import measured_gaps
+from fp8lab.losses import measured_gaps, measured_sets
 from fp8lab.results import RunSet, plan_runs, speed_runs
 from fp8lab.timings import with_verdicts
 from tests.fixtures import SIZES, write_gpu_records, write_run, write_speed_records
@@ -67,7 +67,7 @@ def test_curves_follow_by_the_interval_of_the_final_gap(
     ladder: Path, gap: float, between_seeds: float, verdict: str
 ) -> None:
     set_losses(ladder, lambda recipe, _, seed: 3 + (recipe != "bf16") * gap + seed * between_seeds)
-    finding = claims.curves_follow(measured_gaps(ladder))
+    finding = claims.curves_follow(measured_gaps(measured_sets(ladder)))
     assert (finding.verdict, finding.reference) == (verdict, "@fig-gaps")
 
 
@@ -75,7 +75,7 @@ def test_one_seed_or_a_demo_say_nothing_of_curves(tmp_path: Path) -> None:
     for recipe in ("bf16", "fused"):
         write_run(tmp_path, "pilot-h200", SIZES[0], recipe, device_name="NVIDIA H200")
         write_run(tmp_path, "demo", SIZES[0], recipe)
-    one_seed = claims.curves_follow(measured_gaps(tmp_path))
+    one_seed = claims.curves_follow(measured_gaps(measured_sets(tmp_path)))
     assert (one_seed.verdict, "one seed" in one_seed.why) == ("untested", True)
     assert claims.curves_follow([]).verdict == "untested"
 

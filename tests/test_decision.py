@@ -113,14 +113,14 @@ def test_the_slope_is_that_of_decay_branches_where_there_are_some(tmp_path: Path
 
 def test_a_gap_comes_from_the_plan_with_most_seeds_and_never_from_the_demo(tmp_path: Path) -> None:
     write_demo_records(tmp_path, seeds=(1, 2, 3))
-    assert all(measured.runs.toy for measured in losses.measured_gaps(tmp_path))
+    assert losses.measured_sets(tmp_path) == []
     assert decision.loss_matched(tmp_path, []) == []
     write_gpu_records(tmp_path, sizes=SIZES[:1])
-    assert {measured.gap.seeds for measured in losses.measured_gaps(tmp_path)} == {2}
+    assert {measured.gap.seeds for measured in losses.measured_gaps(losses.measured_sets(tmp_path))} == {2}
     for seed in (1, 2, 3):
         for recipe in ("bf16", "fused"):
             write_run(tmp_path, "seeds-h200", SIZES[0], recipe, seed=seed, device_name="NVIDIA H200")
-    seeds = {measured.recipe: measured.gap.seeds for measured in losses.measured_gaps(tmp_path)}
+    seeds = {measured.recipe: measured.gap.seeds for measured in losses.measured_gaps(losses.measured_sets(tmp_path))}
     assert seeds == {"tensorwise": 2, "fused": 3}
 
 
@@ -134,12 +134,12 @@ def test_the_first_page_quotes_the_gap_that_the_figure_draws(tmp_path: Path) -> 
                     shift = 0.01 * seed * len(plan)
                     edit(folder / "record.json", lambda record, by=shift: add_loss(record, by))
     (measured,) = frontpage._most_seeds(frontpage.Evidence.read(tmp_path).matched)
-    figure = figures.loss.loss_gaps(losses.measured_gaps(tmp_path))
+    figure = figures.loss.loss_gaps(losses.measured_gaps(losses.measured_sets(tmp_path)))
     colour = figures.style.RECIPE_COLOURS["fused"].lower()
     (drawn,) = [line.get_ydata()[0] for line in figure.axes[0].lines if to_hex(line.get_color()) == colour]
     assert measured.gap.seeds == 3
     assert drawn == measured.gap.mean
-    (row,) = tables.losses.loss_gaps(losses.measured_gaps(tmp_path)).to_dict("records")
+    (row,) = tables.losses.loss_gaps(losses.measured_gaps(losses.measured_sets(tmp_path))).to_dict("records")
     assert f"{row['FP8 − BF16 (nats/token)']} nats/token ({row['95% interval']}, 3 seeds)" in frontpage.lead(
         frontpage.Evidence.read(tmp_path)
     )

@@ -39,7 +39,7 @@ TRAINING_FIGURES: dict[str, Callable[[RunSet], Figure]] = {
     "validation_curves": lambda runs: figures.loss.validation_curves(runs, runs.sizes[-1], WEIGHTS),
     "loss_against_compute": figures.scaling.loss_against_compute,
     "scaling_panels": figures.scaling.scaling_panels,
-    "loss_gaps": lambda runs: figures.loss.loss_gaps(losses.measured_gaps(runs.runs[0].folder.parents[1])),
+    "loss_gaps": lambda runs: figures.loss.loss_gaps(losses.measured_gaps([runs])),
     "gaps_by_domain": lambda runs: figures.loss.gaps_by_domain(runs, runs.sizes[0]),
     "gradient_norms": lambda runs: figures.health.gradient_norms(runs, runs.sizes[-1]),
     "benchmark_scores": figures.scores.benchmark_scores,
@@ -185,7 +185,7 @@ def test_the_lower_panel_is_fp8_minus_bf16(runs: RunSet) -> None:
 def test_gaps_are_drawn_at_their_size_with_their_interval(tmp_path: Path) -> None:
     write_demo_records(tmp_path, seeds=(1, 2, 3))
     runs = training_runs(tmp_path)
-    figure = figures.loss.loss_gaps(losses.measured_gaps(tmp_path))
+    figure = figures.loss.loss_gaps(losses.measured_gaps([runs]))
     drawn = sorted(float(values[0]) for values in in_colour(figure, "tensorwise"))
     assert drawn == pytest.approx(sorted(runs.gap(size, "tensorwise").mean for size in runs.sizes))
     assert len(figure.axes[0].collections) == len(runs.gaps())
@@ -197,7 +197,7 @@ def test_single_seeds_have_a_dashed_bar_where_smaller_models_have_seeds(tmp_path
             write_run(tmp_path, "ladder-h200", model, recipe, device_name="NVIDIA H200")
         for seed in (1, 2, 3):
             write_run(tmp_path, "seeds-h200", SIZES[0], recipe, seed=seed, device_name="NVIDIA H200")
-    figure = figures.loss.loss_gaps(losses.measured_gaps(tmp_path))
+    figure = figures.loss.loss_gaps(losses.measured_gaps(losses.measured_sets(tmp_path)))
     solid, dashed = figure.axes[0].collections
     assert solid.get_linestyle()[0][1] is None
     assert dashed.get_linestyle()[0][1] is not None

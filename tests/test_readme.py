@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 from fp8lab.publish import readme
+from fp8lab.results import speed_runs
+from fp8lab.timings import short_device
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,3 +29,11 @@ def test_the_figure_is_what_the_records_draw() -> None:
     assert str(readme.FIGURE) in (ROOT / "README.md").read_text()
     assert labels(committed) == labels(drawn) != []
     assert points(committed) == points(drawn) != [], "stale: python -m fp8lab.publish.readme draws it again"
+
+
+def test_every_device_drawn_is_the_one_that_the_readme_names() -> None:
+    _, _, below = (ROOT / "README.md").read_text().partition(f"]({readme.FIGURE})\n\n")
+    caption = below.partition("\n\n")[0]
+    assert f"`runs/records/{readme.PLAN}`" in caption
+    drawn = {short_device(speed.device) for speed in speed_runs(ROOT / "runs" / "records", readme.PLAN)}
+    assert drawn == set(re.findall(r"\b[A-Z]\d{2,3}\b", caption)) != set()

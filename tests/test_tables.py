@@ -105,8 +105,8 @@ def test_an_extrapolation_starts_at_the_largest_measured_size(tmp_path: Path) ->
     assert tables.scaling.extrapolation_table(beyond)["model"].tolist() == ["125M", "250M", "350M", "1.5B"]
 
 
-def test_gaps_are_signed_with_a_true_minus(runs: RunSet, tmp_path: Path) -> None:
-    table = tables.losses.loss_gaps(losses.measured_gaps(tmp_path))
+def test_gaps_are_signed_with_a_true_minus(runs: RunSet) -> None:
+    table = tables.losses.loss_gaps(losses.measured_gaps([runs]))
     for (_, row), gap in zip(table.iterrows(), runs.gaps().values(), strict=True):
         shown = row["FP8 − BF16 (nats/token)"]
         assert shown[0] == ("+" if gap.mean >= 0 else "−")
@@ -116,7 +116,7 @@ def test_gaps_are_signed_with_a_true_minus(runs: RunSet, tmp_path: Path) -> None
 
 def test_gaps_over_seeds_carry_an_interval(tmp_path: Path) -> None:
     write_demo_records(tmp_path, seeds=(1, 2, 3))
-    table = tables.losses.loss_gaps(losses.measured_gaps(tmp_path))
+    table = tables.losses.loss_gaps(losses.measured_gaps([training_runs(tmp_path)]))
     assert set(table["seeds"]) == {3}
     assert all(" to " in interval for interval in table["95% interval"])
 

@@ -113,7 +113,7 @@ def test_the_plan_with_more_seeds_is_believed(tmp_path: Path) -> None:
         for seed in (1, 2, 3):
             write_run(tmp_path, SEEDS_PLAN, SIZES[0], recipe, seed=seed, device_name="NVIDIA H200")
     ladder, seeds = plan_runs(tmp_path, "ladder-h200"), plan_runs(tmp_path, SEEDS_PLAN)
-    small, large = gaps = measured_gaps(tmp_path)
+    small, large = gaps = measured_gaps([ladder, seeds])
     assert [(measured.size, measured.recipe) for measured in gaps] == [("0.4M", "fused"), ("0.9M", "fused")]
     assert small.gap == seeds.gap("0.4M", "fused")
     assert (large.gap.mean, large.assumed) == (ladder.gap("0.9M", "fused").mean, True)
