@@ -21,6 +21,7 @@ from fp8lab.losses import MeasuredGap
 from fp8lab.results import Run, RunSet, seed_deviation, unique
 from fp8lab.scaling import predict_largest
 from fp8lab.spikes import spikes
+from fp8lab.timings import device_label
 from fp8lab.units import listing, number, signed, signed_percent
 
 Verdict = Literal["confirmed", "contradicted", "untested"]
@@ -199,7 +200,9 @@ def forty_percent(timings: pd.DataFrame) -> Finding:
             f"Confirmed where the fastest of torchao's recipes at {CLAIMED_SIZE} reached {CLAIMED_RATIO:.2f} in every "
             "round, contradicted where none did in any"
         ),
-        reference="@fig-throughput" if len(timings) else "[chapter](chapters/throughput.ipynb)",
+        reference="[chapter](chapters/throughput.ipynb)"
+        if stock.empty
+        else f"@fig-{device_label('throughput', best['device'])}",
     )
 
 

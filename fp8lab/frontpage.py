@@ -17,7 +17,7 @@ from fp8lab.config import MODELS, load_plan
 from fp8lab.decision import Matched, Payoff
 from fp8lab.losses import MeasuredGap
 from fp8lab.results import SPEED_COMMAND, RunSet, SpeedRun, plan_runs, scored_runs, speed_runs, training_runs, unique
-from fp8lab.timings import with_verdicts
+from fp8lab.timings import device_label, with_verdicts
 from fp8lab.units import listing, signed
 
 OURS = "fused"
@@ -235,8 +235,13 @@ def _speed_conclusion(evidence: Evidence) -> str:
     return (
         "**Speed.** "
         + "; ".join(f"{listing(recipes)}: faster {where}" for where, recipes in groups.items())
-        + " (@fig-throughput)."
+        + f" ({_figures(evidence, 'throughput')})."
     )
+
+
+def _figures(evidence: Evidence, name: str) -> str:
+    """References to a figure of the chapter on speed, which has one of each device."""
+    return listing([f"@fig-{device_label(name, device)}" for device in unique(evidence.timings["device"])])
 
 
 def _head(evidence: Evidence) -> str:
@@ -244,7 +249,8 @@ def _head(evidence: Evidence) -> str:
     if head is None:
         return ""
     gain = _times(head, "BF16's")
-    return f"**Output head.** With it in FP8 too, `{OURS}` is faster {_where(head)}, {gain} (@fig-throughput)."
+    shown = _figures(evidence, "throughput")
+    return f"**Output head.** With it in FP8 too, `{OURS}` is faster {_where(head)}, {gain} ({shown})."
 
 
 def _memory(evidence: Evidence) -> str:
@@ -252,7 +258,7 @@ def _memory(evidence: Evidence) -> str:
         f"{_span(list(evidence.timed(payoff.recipe)['memory_ratio']))} with `{payoff.recipe}`"
         for payoff in evidence.with_head("bf16")
     ]
-    return f"**GPU memory.** The peak over BF16's: {listing(kept)} (@fig-memory)."
+    return f"**GPU memory.** The peak over BF16's: {listing(kept)} ({_figures(evidence, 'memory')})."
 
 
 def _micro_batches(evidence: Evidence) -> str:

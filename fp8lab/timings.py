@@ -5,6 +5,7 @@ Frames have plain column names and raw numbers; `fp8lab.tables` and `fp8lab.figu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -85,6 +86,11 @@ def _ratio_interval(ratios: np.ndarray) -> tuple[float, float]:
 def short_device(name: str) -> str:
     """'H100' of 'NVIDIA H100 80GB HBM3'."""
     return name.removeprefix("NVIDIA ").partition(" ")[0]
+
+
+def device_label(name: str, device: str) -> str:
+    """Label of the figure or table `name` of one device: 'throughput-h100-80gb-hbm3'."""
+    return f"{name}-{re.sub('[^a-z0-9]+', '-', device.removeprefix('NVIDIA ').lower()).strip('-')}"
 
 
 def warmup_losses(speeds: Sequence[SpeedRun]) -> pd.DataFrame:

@@ -195,6 +195,21 @@ def test_one_seed_is_called_one_seed(tmp_path: Path) -> None:
     assert re.search(r"cannot tell from nothing: \S+ nats/token \(one seed\) with `fused` at 0.4M", lead)
 
 
+def test_each_device_has_figures_of_its_own_and_a_claim_points_to_the_one_that_it_rests_on(tmp_path: Path) -> None:
+    write_speed_records(tmp_path, "a")
+    folder = write_speed_records(tmp_path, "b")
+    edit(folder / "record.json", lambda record: record["provenance"].update(device_name="NVIDIA H100 80GB HBM3"))
+    steps = records.read_table(folder, "steps")
+    steps.loc[steps["recipe"] == "tensorwise", "step_ms"] /= 2
+    records.write_table(folder, "steps", steps)
+    evidence = frontpage.Evidence.read(tmp_path)
+    (finding,) = [finding for finding in evidence.findings if "40%" in finding.claim]
+    assert finding.reference == "@fig-throughput-h100-80gb-hbm3"
+    said = " ".join(frontpage.conclusions(evidence))
+    assert {"@fig-throughput-h200", "@fig-memory-h100-80gb-hbm3"} < set(re.findall(r"@fig-[a-z0-9-]+", said))
+    assert not re.search(r"@fig-(throughput|memory)(?!-)", said)
+
+
 def test_the_interactive_chart_holds_every_point_of_the_picture(tmp_path: Path) -> None:
     write_gpu_records(tmp_path)
     write_speed_records(tmp_path)
