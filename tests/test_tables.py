@@ -121,12 +121,25 @@ def test_gaps_over_seeds_carry_an_interval(tmp_path: Path) -> None:
     assert all(" to " in interval for interval in table["95% interval"])
 
 
-def test_the_blocks_share_is_of_the_matmul_parameters(runs: RunSet) -> None:
-    shares = tables.runs.parameter_conventions(runs)["linear-layer FLOPs in the blocks"]
-    for size, shown in zip(runs.sizes, shares, strict=True):
-        record = runs.where(size=size)[0].record
-        head = record.model.vocab_size * record.model.d_model
-        assert shown == f"{(record.parameters.matmul - head) / record.parameters.matmul:.0%}"
+def test_the_share_in_fp8_is_that_of_the_recipe_at_its_size(runs: RunSet) -> None:
+    table = tables.runs.parameter_conventions(runs).set_index("model")
+    record = runs.where(size=runs.sizes[0])[0].record
+    blocks = 1 - record.model.vocab_size * record.model.d_model / record.parameters.matmul
+    assert table.loc[runs.sizes[0], "in FP8, tensorwise"] == f"{blocks:.0%}"
+    assert table.loc[runs.sizes[0], "in FP8, rowwise_with_gw_hp"] == f"{blocks * 2 / 3:.0%}"
+    assert table.loc[runs.sizes[-1], "in FP8, rowwise_with_gw_hp"] == "–", "not trained at this size"
+
+
+def test_the_bound_halves_what_fp8_reaches() -> None:
+    row = tables.speed.bound(["1.5B"]).iloc[0]
+    shares = {name: float(row[name].rstrip("%")) / 100 for name in ("linear layers in blocks", "head", "attention")}
+    assert sum(shares.values()) == pytest.approx(1, abs=0.015)
+    assert float(row["bound, head in BF16"].rstrip("×")) == pytest.approx(
+        1 / (1 - shares["linear layers in blocks"] / 2), abs=0.01
+    )
+    assert float(row["bound, head in FP8"].rstrip("×")) == pytest.approx(
+        1 / (1 - (1 - shares["attention"]) / 2), abs=0.01
+    )
 
 
 def test_the_conversion_table_counts_every_layer_once(runs: RunSet) -> None:

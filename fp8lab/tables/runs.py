@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from fp8lab import estimate, flops
-from fp8lab.config import Plan, parameter_count
+from fp8lab.config import ModelConfig, Plan, Recipe, parameter_count
 from fp8lab.results import Run, RunSet
 from fp8lab.units import number, scientific
 
@@ -33,25 +33,31 @@ def parameter_conventions(runs: RunSet) -> pd.DataFrame:
     rows = []
     for size in runs.sizes:
         record = runs.where(size=size)[0].record
-        rows.append(
-            {
-                "model": size,
-                "layers × width": f"{record.model.n_layers} × {record.model.d_model}",
-                "N, total": number(record.parameters.total),
-                "non-embedding": number(record.parameters.non_embedding),
-                "6·N": scientific(record.flops.per_token_6n),
-                "6·N_matmul + 12·L·d·T": scientific(record.flops.per_token_matmul_attention),
-                "6·N_matmul + 6·L·d·T": scientific(record.flops.per_token_matmul_attention_causal),
-                "linear-layer FLOPs in the blocks": f"{_block_share(runs.where(size=size)[0]):.0%}",
-            }
-        )
+        row = {
+            "model": size,
+            "layers × width": f"{record.model.n_layers} × {record.model.d_model}",
+            "N, total": number(record.parameters.total),
+            "non-embedding": number(record.parameters.non_embedding),
+            "6·N": scientific(record.flops.per_token_6n),
+            "6·N_matmul + 12·L·d·T": scientific(record.flops.per_token_matmul_attention),
+            "6·N_matmul + 6·L·d·T": scientific(record.flops.per_token_matmul_attention_causal),
+        }
+        rows.append(row | {f"in FP8, {recipe}": _fp8_share(runs, size, recipe) for recipe in _fp8_recipes(runs)})
     return pd.DataFrame(rows)
 
 
-def _block_share(run: Run) -> float:
-    """Share of the linear layers' FLOPs outside the head: what FP8 can reach when the head stays in BF16."""
-    head = run.record.model.vocab_size * run.record.model.d_model
-    return 1 - head / run.record.parameters.matmul
+def _fp8_recipes(runs: RunSet) -> list[Recipe]:
+    return [recipe for recipe in runs.recipes if recipe != "bf16"]
+
+
+def _fp8_share(runs: RunSet, size: str, recipe: Recipe) -> str:
+    """Of every kind of run of this size and recipe: with the head in BF16 and in FP8 where both were trained."""
+    trained = [run.record for run in runs.where(size=size, recipe=recipe)]
+    shares = {
+        record.head: flops.fp8_share(ModelConfig(**record.model.model_dump(exclude={"tied"})), recipe, record.head)
+        for record in trained
+    }
+    return ", ".join(f"{share:.0%}" for share in shares.values()) or "–"
 
 
 def conversion(run: Run) -> pd.DataFrame:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from fp8lab.config import MODELS, RECIPES
+from fp8lab.config import HEADS, MODELS, RECIPES
 from fp8lab.decision import Matched, affordable_gap
+from fp8lab.flops import flops_per_token, fp8_share, linear_weights
 from fp8lab.results import RunSet, SpeedRun
 from fp8lab.timings import speed_ratios
 from fp8lab.units import number
@@ -81,6 +82,28 @@ def _block_gemm_ms(times: Mapping[str, Mapping[str, float]], precision: str) -> 
         for name, layer in times.items()
         if name != "head"
     )
+
+
+def bound(sizes: Sequence[str]) -> pd.DataFrame:
+    """The most that casting alone can gain at named sizes: every GEMM of the blocks in FP8, exactly twice as fast."""
+    rows = []
+    for name in sizes:
+        model = MODELS[name]
+        weights, per_token = linear_weights(model), flops_per_token(model).per_token_matmul_attention_causal
+        linear = 6 * sum(weights.values()) / per_token
+        in_blocks, with_head = (linear * fp8_share(model, "tensorwise", head) for head in HEADS)
+        rows.append(
+            {
+                "model": name,
+                "vocabulary": f"{model.vocab_size:,}",
+                "linear layers in blocks": f"{in_blocks:.0%}",
+                "head": f"{linear - in_blocks:.0%}",
+                "attention": f"{1 - linear:.0%}",
+                "bound, head in BF16": f"{1 / (1 - in_blocks / 2):.2f}×",
+                "bound, head in FP8": f"{1 / (1 - with_head / 2):.2f}×",
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def scaling_out(runs: RunSet) -> pd.DataFrame:
