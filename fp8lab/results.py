@@ -21,7 +21,7 @@ import pandas as pd
 
 from fp8lab import records
 from fp8lab.comparison import Deviation, Gap
-from fp8lab.config import RECIPES, Recipe
+from fp8lab.config import RECIPES, Head, Recipe
 from fp8lab.errors import UserError
 from fp8lab.records import BenchmarkRecord, DataRecord, SpeedRecord, TestRecord, TrainRecord
 
@@ -70,6 +70,17 @@ class Run:
     def parameters(self) -> int:
         """N, the tied embedding counted once."""
         return self.record.parameters.total
+
+    @property
+    def design(self) -> str:
+        """What the plan's entry put behind the usual name of the run ('low-rate'); empty where it put nothing."""
+        head = "-head_fp8" if self.record.head == "fp8" else ""
+        return self.record.run.removeprefix(f"{self.size}-{self.recipe}{head}-s{self.record.seed}").removeprefix("-")
+
+    @property
+    def kind(self) -> tuple[str, Recipe, Head, int, str]:
+        """What it has in common with the runs that differ from it in their seed alone: size to design."""
+        return self.size, self.recipe, self.record.head, self.record.tokens, self.design
 
     @property
     def validation_loss(self) -> float:
@@ -190,12 +201,15 @@ class RunSet:
 
         Args:
             value: what is compared; the validation loss (nats/token) if left out.
+
+        Raises:
+            UserError: the runs of one side differ in more than their seed, or the sides in tokens or design.
         """
         value = value or (lambda run: run.validation_loss)
-        ours, baseline = (
-            {run.record.seed: value(run) for run in self.where(size=size, recipe=name)} for name in (recipe, "bf16")
-        )
-        return Gap.by_seed(ours, baseline)
+        ours, baseline = (self.where(size=size, recipe=name) for name in (recipe, "bf16"))
+        if ours[0].kind[3:] != baseline[0].kind[3:]:
+            raise UserError(f"{_name(ours[0])} and {_name(baseline[0])} differ in tokens or design")
+        return Gap.by_seed(by_seed(ours, value), by_seed(baseline, value))
 
     def gaps(self) -> dict[tuple[str, str], Gap]:
         """`gap` for every size and FP8 recipe that has a BF16 run beside it."""
@@ -207,8 +221,29 @@ class RunSet:
         }
 
 
+def by_seed(runs: Iterable[Run], value: Callable[[Run], float]) -> dict[int, float]:
+    """`value` of runs that differ in their seed alone.
+
+    Raises:
+        UserError: two of them have one seed, or differ in size, recipe, head, tokens or design.
+    """
+    seeds: dict[int, Run] = {}
+    for run in runs:
+        first = next(iter(seeds.values()), run)
+        if run.kind != first.kind:
+            raise UserError(f"{_name(first)} and {_name(run)} differ in more than their seed")
+        if run.record.seed in seeds:
+            raise UserError(f"{_name(seeds[run.record.seed])} and {_name(run)} differ in nothing but their name")
+        seeds[run.record.seed] = run
+    return {seed: value(run) for seed, run in seeds.items()}
+
+
+def _name(run: Run) -> str:
+    return f"{run.record.plan}/{run.record.run}"
+
+
 def seed_deviation(sets: Iterable[RunSet], *, size: str | None = None, below: int | None = None) -> Deviation | None:
-    """Scatter of validation losses between runs alike but for their seed, pooled over plans, sizes and recipes.
+    """Scatter of validation losses between runs alike but for their seed, pooled over plans and kinds.
 
     Args:
         size: only this model.
@@ -217,13 +252,12 @@ def seed_deviation(sets: Iterable[RunSet], *, size: str | None = None, below: in
     Returns:
         None where no such runs have two seeds.
     """
-    return Deviation.pooled(
-        [run.validation_loss for run in runs.where(size=name, recipe=recipe)]
-        for runs in sets
-        for name in runs.sizes
-        for recipe in runs.recipes
-        if size in (None, name) and (below is None or runs.where(size=name)[0].parameters < below)
-    )
+    groups: dict[tuple[object, ...], list[float]] = {}
+    for index, runs in enumerate(sets):
+        for run in runs.runs:
+            if size in (None, run.size) and (below is None or run.parameters < below):
+                groups.setdefault((index, *run.kind), []).append(run.validation_loss)
+    return Deviation.pooled(groups.values())
 
 
 def training_runs(

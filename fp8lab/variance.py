@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from fp8lab.comparison import TARGET_HALF_WIDTH, Design, Deviation, Gap
-from fp8lab.results import Run, RunSet, plan_runs, seed_deviation, unique
+from fp8lab.results import Run, RunSet, by_seed, plan_runs, seed_deviation, unique
 
 VARIANCE_PLAN = "variance-h200"
 VARIANCE_COMMAND = "fp8lab run runs/plans/variance-h200.yaml"
@@ -54,7 +54,7 @@ class Cell:
 
     def losses(self, recipe: str) -> dict[int, float]:
         """Validation loss (nats/token) by seed."""
-        return {run.record.seed: self._loss(run) for run in self.runs if run.recipe == recipe}
+        return by_seed((run for run in self.runs if run.recipe == recipe), self._loss)
 
     def _loss(self, run: Run) -> float:
         averaged = run.averaged
@@ -171,9 +171,8 @@ def study(records_dir: Path, plan: str = VARIANCE_PLAN) -> Study:
 
 
 def design_of(run: Run) -> str:
-    """What the plan's entry put behind the usual name of the run."""
-    usual = f"{run.size}-{run.recipe}{'-head_fp8' if run.record.head == 'fp8' else ''}-s{run.record.seed}"
-    return run.record.run.removeprefix(usual).removeprefix("-") or BASE
+    """Its name in the study: the base is what no entry named."""
+    return run.design or BASE
 
 
 def _cell(runs: Sequence[Run], design: str, averaged: bool) -> Cell | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ import pytest
 from fp8lab.errors import UserError
 from fp8lab.results import (
     Gap,
+    RunSet,
     bytes_per_token,
     data_record,
     plan_runs,
+    seed_deviation,
     speed_runs,
     training_runs,
 )
@@ -84,6 +87,33 @@ def test_a_gap_is_fp8_minus_bf16_with_welchs_interval() -> None:
     half_width = 2.862 * (1.6667e-4 + 0.25e-4) ** 0.5
     assert gap.interval == pytest.approx((0.045 - half_width, 0.045 + half_width), abs=2e-5)
     assert gap.seeds == 2
+
+
+def test_runs_that_differ_in_more_than_their_seed_are_never_taken_for_one_another(tmp_path: Path) -> None:
+    for recipe in ("bf16", "fused"):
+        write_run(tmp_path, "a", SIZES[0], recipe, seed=1)
+    assert plan_runs(tmp_path, "a").gap("0.4M", "fused").seeds == 1
+
+    def with_another(name: str, **changes: object) -> RunSet:
+        source = json.loads((tmp_path / "a" / "0.4M-fused-s1" / "record.json").read_text())
+        folder = tmp_path / "a" / name
+        shutil.copytree(tmp_path / "a" / "0.4M-fused-s1", folder)
+        (folder / "record.json").write_text(json.dumps(source | {"run": name} | changes))
+        runs = plan_runs(tmp_path, "a")
+        shutil.rmtree(folder)
+        return runs
+
+    for name, changes in {
+        "0.4M-fused-head_fp8-s1": {"head": "fp8"},
+        "0.4M-fused-s2": {"seed": 2, "tokens": 1},
+        "0.4M-fused-s1-low-rate": {},
+    }.items():
+        with pytest.raises(UserError, match="differ in more than their seed"):
+            with_another(name, **changes).gap("0.4M", "fused")
+    twice = with_another("0.4M-fused-s1 ", run="0.4M-fused-s1")
+    with pytest.raises(UserError, match="differ in nothing but their name"):
+        twice.gap("0.4M", "fused")
+    assert seed_deviation([with_another("0.4M-fused-s2-low-rate", seed=2)]) is None
 
 
 def test_one_seed_has_no_interval() -> None:
