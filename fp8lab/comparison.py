@@ -64,7 +64,12 @@ class Deviation:
 
     def reach(self, seeds: int = 1) -> float:
         """Half-width of a 95% interval of a difference between two means of `seeds` runs that scatter so."""
-        return _quantile(self.degrees) * self.value * math.sqrt(2 / seeds)
+        return self.reach_of_mean([(seeds, seeds)])
+
+    def reach_of_mean(self, runs: Sequence[tuple[int, int]]) -> float:
+        """Half-width of a 95% interval of a mean of several such differences, each between so many runs and so many."""
+        error = math.sqrt(sum(1 / ours + 1 / baseline for ours, baseline in runs)) / len(runs)
+        return _quantile(self.degrees) * self.value * error
 
 
 @dataclass(frozen=True)

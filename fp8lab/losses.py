@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from fp8lab import matched
-from fp8lab.comparison import Gap
+from fp8lab.comparison import Deviation, Gap
 from fp8lab.config import RECIPES
 from fp8lab.matched import Slope
 from fp8lab.results import (
@@ -25,7 +25,7 @@ from fp8lab.results import (
     seed_deviation,
     unique,
 )
-from fp8lab.scaling import BESIROGLU
+from fp8lab.scaling import BESIROGLU, JointLaw
 
 
 def final_losses(runs: RunSet) -> pd.DataFrame:
@@ -76,6 +76,37 @@ def domain_gaps(runs: RunSet, size: str) -> dict[tuple[str, str], Gap]:
 
     recipes = [recipe for recipe in runs.recipes if recipe != "bf16" and runs.where(size=size, recipe=recipe)]
     return {(domain, recipe): gap(domain, recipe) for domain in domains for recipe in recipes}
+
+
+def gaps_by_budget(points: pd.DataFrame, law: JointLaw, scatter: Deviation | None) -> pd.DataFrame:
+    """Loss of each FP8 recipe minus BF16's at the same size and budget, meaned over the sizes.
+
+    Args:
+        points: `final_losses` that `law` was fitted to.
+        scatter: of seeds, for the 95% intervals.
+
+    Returns:
+        A row a recipe and budget. Columns: recipe, budget (tokens a parameter), mean, reach (half-width of its 95%
+        interval; NaN without `scatter`), by_law (the same by the joint law); nats a token.
+    """
+    points = points.assign(law=law.of(points))
+    rows = []
+    for recipe in law.multipliers:
+        sides = [points[points["recipe"] == name].groupby(["budget", "size"]) for name in (recipe, "bf16")]
+        loss, by_law = (sides[0][column].mean() - sides[1][column].mean() for column in ("loss", "law"))
+        runs = pd.concat([side.size() for side in sides], axis=1, join="inner")
+        for budget, at_budget in loss.dropna().groupby("budget"):
+            counts = [(int(ours), int(bf16)) for ours, bf16 in runs.loc[at_budget.index].to_numpy()]
+            rows.append(
+                {
+                    "recipe": recipe,
+                    "budget": budget,
+                    "mean": float(at_budget.mean()),
+                    "reach": scatter.reach_of_mean(counts) if scatter else float("nan"),
+                    "by_law": float(by_law[at_budget.index].mean()),
+                }
+            )
+    return pd.DataFrame(rows)
 
 
 GAP_PLANS = (SEEDS_PLAN, *MEASURED_PLANS, LARGER_PLAN)

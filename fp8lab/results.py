@@ -33,6 +33,7 @@ LARGER_PLAN = "125m-h200"
 """A size above the ladder, in another vocabulary."""
 DEMO_PLAN = "demo"
 DEMO_COMMAND = "fp8lab run runs/plans/demo.yaml"
+LADDER_COMMAND = "fp8lab run runs/plans/ladder-h200.yaml"
 SPEED_PLANS = "speed-"
 """Beginning of the names of the plans that time whole models, each on a device of its own."""
 MAP_PLAN = "speed-map"
@@ -268,14 +269,21 @@ def training_runs(
 ) -> RunSet:
     """The first of `plans` in which BF16 and an FP8 recipe both finished; an empty set where none did.
 
+    Where such runs were made on a GPU, the demo's are never shown, not even where those do not suit.
+
     Args:
         suits: whether a plan's runs can show what a chapter needs, for example enough sizes.
     """
-    for plan in plans:
-        runs = plan_runs(records_dir, plan)
-        if "bf16" in runs.recipes and len(runs.recipes) > 1 and suits(runs):
-            return runs
-    return RunSet(plan=DEMO_PLAN, runs=())
+    compared = [runs for plan in plans if "bf16" in (runs := plan_runs(records_dir, plan)).recipes]
+    compared = [runs for runs in compared if len(runs.recipes) > 1]
+    measured = [runs for runs in compared if not runs.toy]
+    return next((runs for runs in measured or compared if suits(runs)), RunSet(plan=DEMO_PLAN, runs=()))
+
+
+def training_command(records_dir: Path) -> str:
+    """What makes the runs that a chapter lacks: the ladder beside runs made on a GPU, else the demo."""
+    shown = training_runs(records_dir)
+    return LADDER_COMMAND if shown and not shown.toy else DEMO_COMMAND
 
 
 def plan_runs(records_dir: Path, plan: str) -> RunSet:

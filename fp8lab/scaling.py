@@ -272,6 +272,12 @@ def bootstrap(
             would miss it where a size has one seed.
         samples: refits. Draws that cannot be fitted (too few different runs) are drawn again, at most ten times as
             often as asked.
+
+    Returns:
+        As many as asked, or what so many draws gave.
+
+    Raises:
+        UserError: fewer than half of `samples` could be fitted: too few for the ends of an interval.
     """
     rng = np.random.default_rng(seed)
     rows = points.reset_index(drop=True)
@@ -291,6 +297,8 @@ def bootstrap(
             continue
         if len(laws) == samples:
             break
+    if len(laws) < samples / 2:
+        raise UserError(f"{len(laws)} of {samples} draws of the runs can be fitted: too few runs for an interval")
     return laws
 
 

@@ -182,6 +182,16 @@ def test_the_lower_panel_is_fp8_minus_bf16(runs: RunSet) -> None:
     assert low == -high
 
 
+def test_the_noise_between_seeds_is_drawn_where_it_was_measured_at_the_end(runs: RunSet) -> None:
+    size = runs.sizes[-1]
+    plain, banded = (figures.loss.validation_curves(runs, size, WEIGHTS, band) for band in (None, 0.125))
+    assert not plain.axes[1].collections
+    (bar,) = banded.axes[1].collections
+    ((start, end),) = bar.get_segments()
+    tokens = max(run.record.tokens for run in runs.where(size=size)) / 1e6
+    assert (tuple(start), tuple(end)) == ((tokens, -0.125), (tokens, 0.125))
+
+
 def test_gaps_are_drawn_at_their_size_with_their_interval(tmp_path: Path) -> None:
     write_demo_records(tmp_path, seeds=(1, 2, 3))
     runs = training_runs(tmp_path)

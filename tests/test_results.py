@@ -10,6 +10,8 @@ import pytest
 
 from fp8lab.errors import UserError
 from fp8lab.results import (
+    DEMO_COMMAND,
+    LADDER_COMMAND,
     Gap,
     RunSet,
     bytes_per_token,
@@ -17,6 +19,7 @@ from fp8lab.results import (
     plan_runs,
     seed_deviation,
     speed_runs,
+    training_command,
     training_runs,
 )
 from tests.fixtures import SIZES, write_demo_records, write_ladder_records, write_run, write_speed_records
@@ -31,6 +34,17 @@ def test_runs_of_a_gpu_replace_the_demos_and_are_never_mixed_with_them(tmp_path:
     runs = training_runs(tmp_path)
     assert (runs.plan, runs.toy, runs.source) == ("ladder-h200", False, "Measured on NVIDIA H200.")
     assert {run.record.provenance.device_name for run in runs.runs} == {"NVIDIA H200"}
+
+
+def test_what_a_chapter_lacks_beside_runs_of_a_gpu_is_never_filled_with_the_demos(tmp_path: Path) -> None:
+    assert training_command(tmp_path) == DEMO_COMMAND
+    write_demo_records(tmp_path)
+    assert training_runs(tmp_path, suits=lambda runs: len(runs.sizes) > 2).toy
+    assert training_command(tmp_path) == DEMO_COMMAND
+    for recipe in ("bf16", "fused"):
+        write_run(tmp_path, "pilot-h200", SIZES[0], recipe, device_name="NVIDIA H200")
+    assert not training_runs(tmp_path, suits=lambda runs: len(runs.sizes) > 2)
+    assert training_command(tmp_path) == LADDER_COMMAND
 
 
 def test_a_plan_with_one_precision_is_no_comparison(tmp_path: Path) -> None:

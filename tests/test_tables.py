@@ -83,12 +83,26 @@ def test_gaps_by_budget_are_means_over_sizes(tmp_path: Path) -> None:
     write_ladder_records(tmp_path)
     points = losses.final_losses(training_runs(tmp_path))
     scatter = Deviation(0.005, degrees=10)
-    table = tables.scaling.gap_by_budget(points, LADDER_LAW, scatter).set_index("recipe")
+    gaps = losses.gaps_by_budget(points, LADDER_LAW, scatter)
+    table = tables.scaling.gap_by_budget(gaps).set_index("recipe")
     by_size = points.pivot_table(index=["budget", "size"], columns="recipe", values="loss")
     for recipe in ("tensorwise", "fused"):
         for budget in (5, 10, 20):
             gap = (by_size[recipe] - by_size["bf16"]).loc[float(budget)].mean()
             assert table.loc[recipe, f"{budget} tokens/N"] == f"{signed(gap)} ± {scatter.reach(5):.4f}"
+
+
+def test_more_seeds_of_a_size_narrow_the_gap_of_a_budget_and_do_not_outweigh_other_sizes(tmp_path: Path) -> None:
+    write_ladder_records(tmp_path)
+    points = losses.final_losses(training_runs(tmp_path))
+    scatter = Deviation(0.005, degrees=10)
+    smallest = points[points["size"] == points["size"].iloc[0]]
+    once = losses.gaps_by_budget(points, LADDER_LAW, scatter)
+    twice = losses.gaps_by_budget(pd.concat([points, smallest]), LADDER_LAW, scatter)
+    assert twice["mean"].to_numpy() == pytest.approx(once["mean"].to_numpy())
+    # Four sizes with one seed a side, whose differences have twice the variance of a run, and one with two.
+    assert (twice["reach"] / once["reach"]).to_numpy() == pytest.approx(((4 * 2 + 1) / (5 * 2)) ** 0.5)
+    assert losses.gaps_by_budget(points, LADDER_LAW, None)["reach"].isna().all()
 
 
 def test_an_extrapolation_starts_at_the_largest_measured_size(tmp_path: Path) -> None:

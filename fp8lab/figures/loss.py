@@ -28,17 +28,18 @@ from fp8lab.results import Run, RunSet, unique
 from fp8lab.variance import Line
 
 
-def loss_curves(runs: RunSet, size: str, band: float | None = None) -> Figure:
-    """Training loss of every recipe at one size, and below it the difference to BF16 on the same tokens.
-
-    Args:
-        band: how far two runs part that differ in seed alone (nats/token), drawn around no difference.
-    """
-    return _with_difference(runs, size, Run.training_curve, "training loss", band=band)
+def loss_curves(runs: RunSet, size: str) -> Figure:
+    """Training loss of every recipe at one size, and below it the difference to BF16 on the same tokens."""
+    return _with_difference(runs, size, Run.training_curve, "training loss")
 
 
 def validation_curves(runs: RunSet, size: str, weights: Mapping[str, float], band: float | None = None) -> Figure:
-    """Validation loss (mean of the domains by `weights`) during training, and its difference to BF16 below it."""
+    """Validation loss (mean of the domains by `weights`) during training, and its difference to BF16 below it.
+
+    Args:
+        band: how far the final losses of two runs part that differ in seed alone (nats/token): a bar at the end, around
+            no difference.
+    """
     return _with_difference(
         runs, size, lambda run: run.validation_curve(weights), "validation loss", marked=True, band=band
     )
@@ -64,7 +65,8 @@ def _with_difference(
             bottom.plot(difference.index / 1e6, difference, **style)
     bottom.axhline(0, color=NEUTRAL, linewidth=0.8)
     if band is not None:
-        bottom.axhspan(-band, band, color=SLATE, alpha=0.18, linewidth=0)
+        end = max(run.record.tokens for run in runs.where(size=size)) / 1e6
+        bottom.vlines(end, -band, band, color=SLATE, alpha=0.35, linewidth=7)
     top.set_ylabel(f"{quantity} (nats/token)")
     bottom.set_ylabel("FP8 − BF16\n(nats/token)")
     bottom.set_xlabel("training tokens (millions)")

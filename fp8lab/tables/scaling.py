@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 
 from fp8lab import scaling
-from fp8lab.comparison import Deviation
 from fp8lab.scaling import HeldOut, JointLaw
 from fp8lab.units import number, scientific, signed, signed_percent
 
@@ -90,29 +89,15 @@ def multiplier_table(
     return pd.DataFrame([row(recipe) for recipe in tokens[0].multipliers])
 
 
-def gap_by_budget(points: pd.DataFrame, law: JointLaw, scatter: Deviation | None) -> pd.DataFrame:
-    """Measured loss of each FP8 recipe minus BF16's at the same sizes, by budget, and the joint law's.
-
-    Args:
-        points: what the law was fitted to, as `losses.final_losses` gives them.
-        scatter: of seeds (nats a token), for the 95% intervals.
-    """
-    points = points.assign(law=law.of(points))
-    measured, fitted = (
-        points.pivot_table(index=["budget", "size"], columns="recipe", values=column) for column in ("loss", "law")
-    )
-    rows = []
-    for recipe in law.multipliers:
-        row: dict[str, object] = {"recipe": recipe}
-        gaps = (measured[recipe] - measured["bf16"]).dropna()
-        for budget in gaps.index.unique("budget"):
-            at_budget = gaps[budget].to_numpy()
-            interval = f" ± {scatter.reach(len(at_budget)):.4f}" if scatter else ""
-            row[f"{budget:g} tokens/N"] = signed(at_budget.mean()) + interval
-            by_law = (fitted[recipe] - fitted["bf16"])[budget].dropna()
-            row[f"{budget:g}, by the law"] = signed(by_law.to_numpy().mean())
-        rows.append(row)
-    return pd.DataFrame(rows)
+def gap_by_budget(gaps: pd.DataFrame) -> pd.DataFrame:
+    """`losses.gaps_by_budget` for reading: a row a recipe, two columns a budget."""
+    rows: dict[str, dict[str, object]] = {}
+    for gap in gaps.to_dict("records"):
+        row = rows.setdefault(gap["recipe"], {"recipe": gap["recipe"]})
+        reach = "" if np.isnan(gap["reach"]) else f" ± {gap['reach']:.4f}"
+        row[f"{gap['budget']:g} tokens/N"] = signed(gap["mean"]) + reach
+        row[f"{gap['budget']:g}, by the law"] = signed(gap["by_law"])
+    return pd.DataFrame(rows.values())
 
 
 def held_out_table(held_out: pd.DataFrame, predictions: Sequence[HeldOut], unit: str, digits: int = 3) -> pd.DataFrame:
