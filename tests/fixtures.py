@@ -255,7 +255,7 @@ def write_run(
                 skipped_steps=measured.skipped_steps,
                 first_bad_step=None,
                 first_bad_layer=None,
-                saturated_steps={"blocks.0.mlp.down input": 3} if recipe == "fused" else None,
+                saturated_steps={"blocks.0.mlp.down input": 2 + measured.skipped_steps} if recipe == "fused" else None,
                 underflowing_steps={} if recipe == "fused" else None,
             ),
             "speed": Speed(
