@@ -235,13 +235,14 @@ def _speed_conclusion(evidence: Evidence) -> str:
     return (
         "**Speed.** "
         + "; ".join(f"{listing(recipes)}: faster {where}" for where, recipes in groups.items())
-        + f" ({_figures(evidence, 'throughput')})."
+        + f" ({_shown(evidence, 'throughput')})."
     )
 
 
-def _figures(evidence: Evidence, name: str) -> str:
-    """References to a figure of the chapter on speed, which has one of each device."""
-    return listing([f"@fig-{device_label(name, device)}" for device in unique(evidence.timings["device"])])
+def _shown(evidence: Evidence, name: str) -> str:
+    """Reference to a figure of the chapter on speed, which has one a device; of several, to the table of all."""
+    devices = unique(evidence.timings["device"])
+    return f"@fig-{device_label(name, devices[0])}" if len(devices) == 1 else "@tbl-switch"
 
 
 def _head(evidence: Evidence) -> str:
@@ -249,7 +250,7 @@ def _head(evidence: Evidence) -> str:
     if head is None:
         return ""
     gain = _times(head, "BF16's")
-    shown = _figures(evidence, "throughput")
+    shown = _shown(evidence, "throughput")
     return f"**Output head.** With it in FP8 too, `{OURS}` is faster {_where(head)}, {gain} ({shown})."
 
 
@@ -258,7 +259,7 @@ def _memory(evidence: Evidence) -> str:
         f"{_span(list(evidence.timed(payoff.recipe)['memory_ratio']))} with `{payoff.recipe}`"
         for payoff in evidence.with_head("bf16")
     ]
-    return f"**GPU memory.** The peak over BF16's: {listing(kept)} ({_figures(evidence, 'memory')})."
+    return f"**GPU memory.** The peak over BF16's: {listing(kept)} ({_shown(evidence, 'memory')})."
 
 
 def _micro_batches(evidence: Evidence) -> str:
