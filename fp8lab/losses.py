@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from fp8lab import matched
+from fp8lab import matched, variance
 from fp8lab.comparison import Deviation, Gap
 from fp8lab.config import RECIPES
 from fp8lab.matched import Slope
@@ -114,8 +114,10 @@ GAP_PLANS = (SEEDS_PLAN, *MEASURED_PLANS, LARGER_PLAN)
 
 
 def measured_sets(records_dir: Path) -> list[RunSet]:
-    """The plans of `GAP_PLANS` that were trained on a GPU."""
-    return [runs for plan in GAP_PLANS if (runs := plan_runs(records_dir, plan)) and not runs.toy]
+    """The plans of `GAP_PLANS` that were trained on a GPU, their gaps in pairs where those are known to help."""
+    study = variance.study(records_dir)
+    plans = [plan_runs(records_dir, plan) for plan in GAP_PLANS]
+    return [variance.with_pairs(runs, study) for runs in plans if runs and not runs.toy]
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,8 @@ class RunSet:
     unfinished: tuple[Run, ...] = ()
     branches: tuple[Run, ...] = ()
     """Finished decay branches: shorter budgets that share a run's stable part and so are no runs of their own."""
+    paired_sizes: frozenset[str] = frozenset()
+    """Sizes at which gaps are taken over pairs of seeds: decided by other runs (`variance.with_pairs`)."""
 
     def __bool__(self) -> bool:
         return bool(self.runs)
@@ -210,7 +212,7 @@ class RunSet:
         ours, baseline = (self.where(size=size, recipe=name) for name in (recipe, "bf16"))
         if ours[0].kind[3:] != baseline[0].kind[3:]:
             raise UserError(f"{_name(ours[0])} and {_name(baseline[0])} differ in tokens or design")
-        return Gap.by_seed(by_seed(ours, value), by_seed(baseline, value))
+        return Gap.by_seed(by_seed(ours, value), by_seed(baseline, value), paired=size in self.paired_sizes)
 
     def gaps(self) -> dict[tuple[str, str], Gap]:
         """`gap` for every size and FP8 recipe that has a BF16 run beside it."""

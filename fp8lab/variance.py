@@ -4,13 +4,17 @@
 designs (learning rate, decay, batch), each with a moving average of its weights beside the weights. Runs that
 scatter less need fewer seeds for the same interval; a design may pay for it in GPU time or in loss. Here the
 records become a `Cell` a design and kind of weights, and each cell the pairs and GPU minutes that it asks for.
+
+The study also decides, once for each design, whether seeds pair: where the runs of a design show that a seed moves
+both recipes alike, other plans' runs of that design are compared in pairs (`with_pairs`). The study's own gaps are
+Welch's, since the runs that a choice was made by cannot also be its test.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -62,7 +66,7 @@ class Cell:
 
     @cached_property
     def gap(self) -> Gap:
-        """FP8 minus BF16."""
+        """FP8 minus BF16, by Welch's interval."""
         return Gap.by_seed(self.losses(self.fp8_recipe), self.losses("bf16"))
 
     @cached_property
@@ -78,10 +82,15 @@ class Cell:
         ours, baseline = self.losses(self.fp8_recipe), self.losses("bf16")
         return Deviation.pooled([[ours[seed] - baseline[seed] for seed in ours if seed in baseline]])
 
+    @property
+    def pairs_help(self) -> bool:
+        """Whether these runs show that a seed moves both recipes alike."""
+        return self.gap.correlation is not None and self.gap.correlation.is_measurable
+
     @cached_property
     def comparison(self) -> Design:
-        """Pairs where the seeds are measurably correlated, else two groups."""
-        if self.gap.paired and self.differences is not None:
+        """How later runs of this design are best compared: in pairs where those help, else as two groups."""
+        if self.pairs_help and self.differences is not None:
             return Design(self.differences, paired=True)
         return Design(self.scatter, paired=False)
 
@@ -131,9 +140,28 @@ class Study:
         """The cell that reaches the target in the fewest GPU minutes, as measured."""
         return min(self.cells, key=lambda cell: cell.minutes_needed()[0])
 
+    def pairs_help(self, run: Run) -> bool:
+        """Whether the study has decided for pairs in the design and size of `run`; False where it trained none such."""
+        return any(
+            cell.pairs_help and not cell.averaged and _design_settings(cell.runs[0]) == _design_settings(run)
+            for cell in self.cells
+        )
+
     def loss_cost(self, cell: Cell) -> Gap:
         """BF16 loss of `cell` minus that of `base`: what its quietness costs."""
         return Gap.by_seed(cell.losses("bf16"), self.base.losses("bf16"))
+
+
+def _design_settings(run: Run) -> dict[str, object]:
+    """What makes two plans' runs of a size the same design."""
+    names = ("model", "tokens", "optimizer", "schedule", "global_batch_tokens", "mixture")
+    return {name: run.record.config[name] for name in names}
+
+
+def with_pairs(runs: RunSet, study: Study) -> RunSet:
+    """`runs` with its gaps taken over pairs of seeds at the sizes where the study has decided for that."""
+    paired = {run.size for run in runs.runs if runs.plan != study.runs.plan and study.pairs_help(run)}
+    return replace(runs, paired_sizes=frozenset(paired))
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,12 +63,38 @@ def test_a_design_costs_its_runs_times_their_measured_time(study: variance.Study
     assert study.cheapest.minutes_needed()[0] == min(cell.minutes_needed()[0] for cell in study.cells)
 
 
-def test_pairs_count_only_where_seeds_correlate(study: variance.Study) -> None:
+def test_later_runs_are_planned_in_pairs_where_seeds_correlate_and_the_studys_own_gaps_are_welchs(
+    study: variance.Study,
+) -> None:
     by_design = {cell.design: cell for cell in study.cells if not cell.averaged}
     assert by_design["long-decay"].comparison.paired
     assert by_design["long-decay"].comparison.deviation == by_design["long-decay"].differences
     assert not by_design["base"].comparison.paired
     assert by_design["base"].comparison.deviation == by_design["base"].scatter
+    assert not any(cell.gap.paired for cell in study.cells)
+
+
+def test_the_study_decides_for_other_runs_of_the_same_design_and_size(tmp_path: Path) -> None:
+    write_variance_records(tmp_path, measured=Measured(seeds=8))
+    for path in tmp_path.glob("variance-h200/*-base/record.json"):
+        # Both recipes' losses rise with the seed: pairs help.
+        edit(path, lambda record: record["final"].update(validation_loss=3 + 0.01 * record["seed"]))
+        edit(path, lambda record: record["final"]["averaged"].update(validation_loss=3.0))
+    for recipe, model, seed in itertools.product(("bf16", "fused"), SIZES[:2], (1, 2, 3)):
+        write_run(tmp_path, SEEDS_PLAN, model, recipe, seed=seed)
+    study, seeds = variance.study(tmp_path), plan_runs(tmp_path, SEEDS_PLAN)
+    decided = variance.with_pairs(seeds, study)
+    assert {size: decided.gap(size, "fused").paired for size in seeds.sizes} == {"0.4M": True, "0.9M": False}
+    assert not variance.with_pairs(study.runs, study).paired_sizes
+    for path in tmp_path.glob("seeds-h200/*/record.json"):
+        edit(path, lambda record: record["config"].update(global_batch_tokens=7))
+    assert not variance.with_pairs(plan_runs(tmp_path, SEEDS_PLAN), study).paired_sizes
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
 
 
 def test_tables_have_a_row_a_cell(study: variance.Study) -> None:
