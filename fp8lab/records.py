@@ -128,6 +128,8 @@ class FinalLosses(ValidationLosses):
 class Stability(_Part):
     spike_score: float
     """Share of logged losses at least 7 standard deviations from the mean of the 1,000 before (OLMo 2, 2501.00656)."""
+    judged_steps: int | None = None
+    """Steps whose loss `spike_score` could judge; None in a record that does not say, of which nothing is known."""
     skipped_steps: int
     first_bad_step: int | None
     first_bad_layer: str | None

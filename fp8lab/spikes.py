@@ -27,3 +27,8 @@ def spike_score(losses: pd.Series) -> float:
     """Share of spikes among the losses that can be judged; 0 where there are none."""
     judged = spikes(losses).dropna()
     return float(judged.mean()) if len(judged) else 0.0
+
+
+def judged_count(losses: pd.Series) -> int:
+    """How many of `losses` can be judged: of none, a spike score of 0 says nothing."""
+    return int(spikes(losses).notna().sum())

@@ -48,7 +48,7 @@ from fp8lab.precision import FP8_MULTIPLE, uses_fp8
 from fp8lab.progress import Progress, ProgressFile
 from fp8lab.records import DomainLoss, FinalLosses, Speed, Stability, TrainRecord, ValidationLosses
 from fp8lab.session import Session, device_name
-from fp8lab.spikes import spike_score
+from fp8lab.spikes import judged_count, spike_score
 
 FLUSH_SECONDS = 1.0
 """Between readings of the device's metrics."""
@@ -373,6 +373,7 @@ class Recorder:
         record.provenance.epochs = self._loader.epochs(session.step)
         record.stability = Stability(
             spike_score=spike_score(metrics["loss"]),
+            judged_steps=judged_count(metrics["loss"]),
             skipped_steps=int(session.guard.skipped),
             first_bad_step=step,
             first_bad_layer=layer,

@@ -89,6 +89,7 @@ class Measured:
     health_factor: float = 1.0
     """Multiplies amax, its growth, kurtosis and what rounding loses."""
     spike_score: float = 0.0
+    judged_steps: int = 40
     skipped_steps: int = 1
     score_shift: float = 0.0
     """Added to every accuracy, twice in FP8."""
@@ -123,6 +124,7 @@ OTHER = Measured(
     gradient_factor=1.7,
     health_factor=1.37,
     spike_score=0.013,
+    judged_steps=47,
     skipped_steps=2,
     score_shift=0.11,
     items=70,
@@ -252,6 +254,7 @@ def write_run(
             ),
             "stability": Stability(
                 spike_score=measured.spike_score,
+                judged_steps=measured.judged_steps,
                 skipped_steps=measured.skipped_steps,
                 first_bad_step=None,
                 first_bad_layer=None,

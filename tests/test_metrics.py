@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp8lab.metrics import MetricsLog, Stopwatch
-from fp8lab.spikes import spike_score
+from fp8lab.spikes import judged_count, spike_score
 
 
 def losses(count: int = 400) -> np.ndarray:
@@ -48,3 +48,11 @@ def test_rows_arrive_once_and_in_order() -> None:
     assert table["loss"].tolist() == [2.0, 1.0, 0.0, -1.0, -2.0]
     assert table["tokens"].tolist() == [64, 128, 192, 256, 320]
     assert table["skipped"].tolist() == [False, False, False, True, False]
+
+
+def test_losses_are_judged_after_a_hundred_unless_they_are_not_finite() -> None:
+    values = [3.0 + 0.01 * (step % 7) for step in range(250)]
+    assert judged_count(pd.Series(values)) == 150
+    assert judged_count(pd.Series(values[:100])) == 0
+    values[200] = float("nan")
+    assert judged_count(pd.Series(values)) == 149

@@ -284,6 +284,7 @@ def test_outlier_steps_are_skipped_when_asked(train, monkeypatch, fault_report) 
     assert record.stability.skipped_steps == 1
     assert record.stability.first_bad_step is None
     assert record.stability.spike_score == pytest.approx(1 / 60)
+    assert record.stability.judged_steps == 60
     fault_report(
         "non-finite",
         "A loss far above the last 128 steps', with `skip_outliers`",
