@@ -1,4 +1,4 @@
-"""Losses of runs, ready to be compared: final losses, gaps to BF16, and how fast the loss still falls.
+"""Losses of runs, ready to be compared: final losses, and gaps to BF16.
 
 Frames have plain column names and raw numbers; `fp8lab.tables` and `fp8lab.figures` show them.
 """
@@ -11,21 +11,19 @@ from pathlib import Path
 
 import pandas as pd
 
-from fp8lab import matched, variance
+from fp8lab import variance
 from fp8lab.comparison import Deviation, Gap
 from fp8lab.config import RECIPES
-from fp8lab.matched import Slope
 from fp8lab.results import (
     LARGER_PLAN,
     MEASURED_PLANS,
     SEEDS_PLAN,
-    Run,
     RunSet,
     plan_runs,
     seed_deviation,
     unique,
 )
-from fp8lab.scaling import BESIROGLU, JointLaw
+from fp8lab.scaling import JointLaw
 
 
 def final_losses(runs: RunSet) -> pd.DataFrame:
@@ -128,7 +126,6 @@ class MeasuredGap:
     recipe: str
     gap: Gap
     runs: RunSet
-    slope: Slope
     assumed: bool = False
     """Whether the gap's interval is assumed: one seed, taken to scatter as smaller models do."""
 
@@ -157,18 +154,7 @@ def sources(gaps: Sequence[MeasuredGap]) -> str:
 
 def _measured_gap(sets: Sequence[RunSet], runs: RunSet, size: str, recipe: str) -> MeasuredGap:
     gap, bf16 = runs.gap(size, recipe), runs.where(size=size, recipe="bf16")[0]
-    slope = slope_at(sets, bf16)
     smaller = seed_deviation(sets, below=bf16.parameters) if gap.interval is None else None
     if smaller is None:
-        return MeasuredGap(size, recipe, gap, runs, slope)
-    return MeasuredGap(size, recipe, replace(gap, interval=gap.assumed_interval(smaller)), runs, slope, assumed=True)
-
-
-def slope_at(sets: Sequence[RunSet], run: Run) -> Slope:
-    """The slope of the loss at the end of `run`: from decay branches of its size, or from a published law."""
-    for runs in sets:
-        ends = [end for end in (*runs.runs, *runs.branches) if (end.size, end.recipe) == (run.size, run.recipe)]
-        tokens, losses = [end.record.tokens for end in ends], [end.validation_loss for end in ends]
-        if len(set(tokens)) > 1 and max(tokens) == run.record.tokens:
-            return Slope(matched.measured_slope(tokens, losses), "decay branches")
-    return Slope(matched.law_slope(BESIROGLU, run.record.tokens), "published law")
+        return MeasuredGap(size, recipe, gap, runs)
+    return MeasuredGap(size, recipe, replace(gap, interval=gap.assumed_interval(smaller)), runs, assumed=True)

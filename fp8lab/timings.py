@@ -10,77 +10,107 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from fp8lab import roofline
 from fp8lab.config import MODELS, ModelConfig
-from fp8lab.results import SpeedRun, unique
+from fp8lab.errors import UserError
+from fp8lab.results import MAP_PLAN, SpeedRun, unique
+from fp8lab.rounds import Occasion, SpeedRatio, settled_count, side
+
+BF16_CONTESTANTS = ("bf16", "te_bf16")
+"""What is timed in BF16: ours, and Transformer Engine's. FP8 is held against the faster of the two."""
+SETTING = ["device", "model", "seq_len", "micro_batch"]
 
 
 def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
-    """Speed of each recipe against BF16 timed in the same process, each device apart.
+    """Speed of each recipe against the fastest BF16 timed in the same process, each device apart.
 
-    The interval is a 95% t-interval of the mean of the rounds' log-ratios: how far rounds scatter, which says nothing
-    of another day. Of several occasions it reaches from the lowest of their intervals to the highest.
+    Ratio and interval are those of `fp8lab.rounds`: of the settled rounds, and of several occasions together.
 
     Returns:
         A row a device, setting (model, context, micro-batch) and recipe. Columns: device, model, case, seq_len,
-        micro_batch, setting, recipe, head, step_ms (median), tokens_per_second, ratio (median over rounds of BF16's
-        median step over the recipe's), low, high (smallest and largest of the rounds), interval_low, interval_high,
-        rounds, occasions, peak_memory_bytes.
+        micro_batch, setting, recipe, head, baseline (the BF16 that was fastest, of the last occasion), step_ms (median
+        of the settled rounds), tokens_per_second, ratio, interval_low, interval_high (95%, NaN where too few rounds
+        give none), low, high (smallest and largest of all rounds), first, last (rounds of the occasion that drifted
+        most), drift (from the one to the other, relative), rounds (of all occasions), occasions, peak_memory_bytes.
     """
-    keys = ["device", "model", "seq_len", "micro_batch"]
     steps = pd.concat([speed.steps for speed in speeds], ignore_index=True)
-    medians = (
-        steps.groupby([*keys, "recipe", "head", "occasion", "round"], sort=False)
+    rounds = (
+        steps.groupby([*SETTING, "recipe", "head", "occasion", "round"], sort=False)
         .agg(step_ms=("step_ms", "median"), tokens=("tokens", "first"), memory=("peak_memory_bytes", "max"))
         .reset_index()
     )
-    is_baseline = (medians["recipe"] == "bf16") & (medians["head"] == "bf16")
-    baseline_ms = medians[is_baseline].set_index([*keys, "occasion", "round"])["step_ms"].rename("bf16_ms")
-    medians = medians.join(baseline_ms, on=[*keys, "occasion", "round"]).dropna(subset=["bf16_ms"])
-    medians["ratio"] = medians["bf16_ms"] / medians["step_ms"]
-    several = medians["device"].nunique() > 1
-    rows = []
-    for key, group in medians.groupby([*keys, "recipe", "head"], sort=False):
-        device, model, seq_len, micro_batch, recipe, head = key
-        step_ms = float(group["step_ms"].median())
-        intervals = [_ratio_interval(ratios.to_numpy()) for _, ratios in group.groupby("occasion")["ratio"]]
-        rows.append(
-            {
-                "device": device,
-                "model": model,
-                "case": f"{model}-T{seq_len}-B{micro_batch}",
-                "seq_len": seq_len,
-                "micro_batch": micro_batch,
-                "setting": _setting(model, seq_len, micro_batch)
-                + (f", {short_device(str(device))}" if several else ""),
-                "recipe": recipe,
-                "head": head,
-                "step_ms": step_ms,
-                "tokens_per_second": float(group["tokens"].iloc[0]) / step_ms * 1e3,
-                "ratio": float(group["ratio"].median()),
-                "low": float(group["ratio"].min()),
-                "high": float(group["ratio"].max()),
-                "interval_low": min(low for low, _ in intervals),
-                "interval_high": max(high for _, high in intervals),
-                "rounds": len(group),
-                "occasions": group["occasion"].nunique(),
-                "peak_memory_bytes": int(group["memory"].max()),
-            }
-        )
-    table = pd.DataFrame(rows)
+    rounds = rounds.merge(_baselines(rounds), on=[*SETTING, "occasion", "round"])
+    rounds["ratio"] = rounds["bf16_ms"] / rounds["step_ms"]
+    several = rounds["device"].nunique() > 1
+    table = pd.DataFrame(
+        [
+            _ratio_row(group.sort_values("round", kind="stable"), several)
+            for _, group in rounds.groupby([*SETTING, "recipe", "head"], sort=False)
+        ]
+    )
     order = table["setting"].map({setting: index for index, setting in enumerate(_by_speed(table))})
     return table.assign(order=order).sort_values("order", kind="stable").drop(columns="order").reset_index(drop=True)
 
 
-def _ratio_interval(ratios: np.ndarray) -> tuple[float, float]:
-    """95% t-interval of the mean of log-ratios, as ratios; of a single round, nothing but NaN."""
-    if len(ratios) < 2:
-        return float("nan"), float("nan")
-    logs = np.log(ratios)
-    half = stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs))
-    return float(np.exp(logs.mean() - half)), float(np.exp(logs.mean() + half))
+def _baselines(rounds: pd.DataFrame) -> pd.DataFrame:
+    """The rounds of each occasion's fastest BF16. Columns: those of a setting, occasion, round, bf16_ms, baseline."""
+    bf16 = rounds[rounds["recipe"].isin(BF16_CONTESTANTS) & (rounds["head"] == "bf16")]
+    fastest = [
+        min((own for _, own in of_occasion.groupby("recipe", sort=False)), key=_settled_ms)
+        for _, of_occasion in bf16.groupby([*SETTING, "occasion"], sort=False)
+    ]
+    columns = [*SETTING, "occasion", "round", "step_ms", "recipe"]
+    if not fastest:
+        raise UserError("no BF16 step was timed, so there is nothing to hold FP8's speed against")
+    return pd.concat(fastest)[columns].rename(columns={"step_ms": "bf16_ms", "recipe": "baseline"})
+
+
+def _settled_ms(rounds: pd.DataFrame) -> float:
+    """Median step (ms) of one contestant's settled rounds, each occasion's own."""
+    ordered = rounds.sort_values("round", kind="stable")
+    settled = [own["step_ms"].tail(settled_count(len(own))) for _, own in ordered.groupby("occasion", sort=False)]
+    return float(pd.concat(settled).median())
+
+
+def _ratio_row(group: pd.DataFrame, several_devices: bool) -> dict[str, object]:
+    """A row of `speed_ratios` from the rounds of one setting, recipe and head."""
+    first = group.iloc[0]
+    ratio = SpeedRatio(
+        tuple(Occasion(tuple(own.to_numpy())) for _, own in group.groupby("occasion", sort=False)["ratio"])
+    )
+    low, high = ratio.interval or (float("nan"), float("nan"))
+    step_ms, furthest = _settled_ms(group), ratio.furthest
+    device = f", {short_device(str(first['device']))}" if several_devices else ""
+    return {
+        "device": first["device"],
+        "model": first["model"],
+        "case": f"{first['model']}-T{first['seq_len']}-B{first['micro_batch']}",
+        "seq_len": first["seq_len"],
+        "micro_batch": first["micro_batch"],
+        "setting": _setting(first["model"], first["seq_len"], first["micro_batch"]) + device,
+        "recipe": first["recipe"],
+        "head": first["head"],
+        "baseline": group["baseline"].iloc[-1],
+        "step_ms": step_ms,
+        "tokens_per_second": float(first["tokens"]) / step_ms * 1e3,
+        "ratio": ratio.value,
+        "interval_low": low,
+        "interval_high": high,
+        "low": float(group["ratio"].min()),
+        "high": float(group["ratio"].max()),
+        "first": furthest.ratios[0],
+        "last": furthest.ratios[-1],
+        "drift": furthest.drift,
+        "rounds": len(group),
+        "occasions": len(ratio.occasions),
+        "peak_memory_bytes": int(group["memory"].max()),
+    }
+
+
+def fp8_only(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of contestants that compute in FP8."""
+    return table[~table["recipe"].isin(BF16_CONTESTANTS)]
 
 
 def short_device(name: str) -> str:
@@ -173,40 +203,51 @@ def _setting(model: object, seq_len: object, micro_batch: object) -> str:
 
 def _by_speed(table: pd.DataFrame) -> list[str]:
     """Settings from the smallest model (most tokens/s) to the largest."""
-    return unique(table[table["recipe"] == "bf16"].sort_values("tokens_per_second", ascending=False)["setting"])
+    return unique(
+        table[table["recipe"].isin(BF16_CONTESTANTS)].sort_values("tokens_per_second", ascending=False)["setting"]
+    )
 
 
 def with_verdicts(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
-    """`speed_ratios` of each device, with what a decision needs.
+    """`speed_ratios` of each device, and of whole models and the speed map's blocks, with what a decision needs.
 
     Returns:
-        Its columns, and: device, width (d_model), micro_batch_tokens, memory_ratio (peak over BF16's at the same
-        setting), verdict ('faster', 'slower' or 'unclear', over rounds), runs ('plan/run' of each occasion), commits.
+        Its columns, and: kind ('model', or 'blocks' of the speed map), width (d_model), micro_batch_tokens,
+        memory_ratio (peak over our BF16's at the same setting), verdict ('faster' or 'slower' where the interval lies
+        above or below 1, else 'undecided'), runs ('plan/run' of each occasion), commits.
     """
     frames = []
-    for device in unique(speed.record.provenance.device_name for speed in speeds):
-        of_device = [speed for speed in speeds if speed.record.provenance.device_name == device]
-        ratios = speed_ratios(of_device)
-        bf16_memory = ratios[(ratios["recipe"] == "bf16") & (ratios["head"] == "bf16")].set_index("setting")[
-            "peak_memory_bytes"
-        ]
-        widths = {name: width for speed in of_device for name, width in _widths(speed).items()}
-        occasions = {case: _occasions(of_device, case) for case in unique(ratios["case"])}
-        frames.append(
-            ratios.assign(
-                device=device,
-                width=ratios["model"].map(widths),
-                micro_batch_tokens=ratios["micro_batch"] * ratios["seq_len"],
-                memory_ratio=ratios["peak_memory_bytes"] / ratios["setting"].map(bf16_memory),
-                verdict=[_verdict(low, high) for low, high in zip(ratios["low"], ratios["high"], strict=True)],
-                runs=[", ".join(f"{s.record.plan}/{s.record.run}" for s in occasions[case]) for case in ratios["case"]],
-                commits=[
-                    ", ".join(unique(s.record.provenance.git_commit[:7] for s in occasions[case]))
-                    for case in ratios["case"]
-                ],
-            )
-        )
+    for device in unique(speed.device for speed in speeds):
+        for kind in ("model", "blocks"):
+            alike = [one for one in speeds if one.device == device and _kind(one) == kind]
+            if alike:
+                frames.append(_judged(alike).assign(device=device, kind=kind))
     return pd.concat(frames, ignore_index=True)
+
+
+def _kind(speed: SpeedRun) -> str:
+    return "blocks" if speed.record.plan == MAP_PLAN else "model"
+
+
+def _judged(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
+    """`with_verdicts` of one device and kind."""
+    ratios = speed_ratios(speeds)
+    ours = ratios[(ratios["recipe"] == "bf16") & (ratios["head"] == "bf16")].set_index("setting")
+    widths = {name: width for speed in speeds for name, width in _widths(speed).items()}
+    occasions = {case: _occasions(speeds, case) for case in unique(ratios["case"])}
+    verdicts = {"above": "faster", "below": "slower", "undecided": "undecided"}
+    return ratios.assign(
+        width=ratios["model"].map(widths),
+        micro_batch_tokens=ratios["micro_batch"] * ratios["seq_len"],
+        memory_ratio=ratios["peak_memory_bytes"] / ratios["setting"].map(ours["peak_memory_bytes"]),
+        verdict=[
+            verdicts[side(low, high)] for low, high in zip(ratios["interval_low"], ratios["interval_high"], strict=True)
+        ],
+        runs=[", ".join(f"{s.record.plan}/{s.record.run}" for s in occasions[case]) for case in ratios["case"]],
+        commits=[
+            ", ".join(unique(s.record.provenance.git_commit[:7] for s in occasions[case])) for case in ratios["case"]
+        ],
+    )
 
 
 def _widths(speed: SpeedRun) -> dict[str, int]:
@@ -222,10 +263,6 @@ def _occasions(speeds: Sequence[SpeedRun], case: str) -> list[SpeedRun]:
         for speed in speeds
         if case in {f"{m}-T{t}-B{b}" for m, t, b in speed.steps[["model", "seq_len", "micro_batch"]].to_numpy()}
     ]
-
-
-def _verdict(low: float, high: float) -> str:
-    return "faster" if low > 1 else "slower" if high < 1 else "unclear"
 
 
 def roofline_against_measurement(speeds: Sequence[SpeedRun]) -> pd.DataFrame:

@@ -21,7 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from fp8lab.comparison import TARGET_HALF_WIDTH, Design, Deviation, Gap
+from fp8lab.config import Plan
 from fp8lab.results import Run, RunSet, by_seed, plan_runs, seed_deviation, unique
+from fp8lab.units import listing
 
 VARIANCE_PLAN = "variance-h200"
 VARIANCE_COMMAND = "fp8lab run runs/plans/variance-h200.yaml"
@@ -170,6 +172,8 @@ class Line:
 
     design: Design
     seeds: int
+    devices: tuple[str, ...]
+    """That the scatter was measured on."""
 
 
 def lines(sets: Sequence[RunSet], study: Study) -> dict[str, Line]:
@@ -182,12 +186,29 @@ def lines(sets: Sequence[RunSet], study: Study) -> dict[str, Line]:
         deviation = seed_deviation(sets, size=size)
         if deviation is not None:
             seeds = max(len(runs.where(size=size, recipe="bf16")) for runs in sets)
-            found[size] = Line(Design(deviation, paired=False), seeds)
+            found[size] = Line(Design(deviation, paired=False), seeds, _devices_of(_repeated(sets, size)))
     for cell in study.cells:
         if not cell.averaged or cell is study.cheapest:
             name = f"{cell.size}, {cell.design}{', averaged' if cell.averaged else ''}"
-            found[name] = Line(cell.comparison, cell.seeds)
+            found[name] = Line(cell.comparison, cell.seeds, _devices_of(cell.runs))
     return found
+
+
+def _repeated(sets: Sequence[RunSet], size: str) -> list[Run]:
+    """The runs of a size that another one differs from in seed alone: those that its scatter is known from."""
+    groups = [runs.where(size=size, recipe=recipe) for runs in sets for recipe in runs.recipes]
+    return [run for group in groups if len(group) > 1 for run in group]
+
+
+def _devices_of(runs: Sequence[Run]) -> tuple[str, ...]:
+    return tuple(unique(run.record.provenance.device_name for run in runs))
+
+
+def progress(runs: RunSet, plan: Plan, design: str = BASE) -> str:
+    """How many runs of a design are recorded, of those planned: '5 of 8 `bf16` and 0 of 8 `fused` runs'."""
+    planned = Counter(config.recipe for config in plan.runs if config.run.endswith(f"-{design}"))
+    recorded = Counter(run.recipe for run in runs.runs if design_of(run) == design)
+    return listing([f"{recorded[recipe]} of {count} `{recipe}`" for recipe, count in planned.items()]) + " runs"
 
 
 def study(records_dir: Path, plan: str = VARIANCE_PLAN) -> Study:

@@ -634,7 +634,7 @@ def write_map_records(records_dir: Path, *, measured: Measured = DEFAULT) -> Non
                         "sm_clock_mhz": 1700.0 / factor,
                         "power_w": 600.0 * factor,
                     }
-                    for round_ in range(2)
+                    for round_ in range(4)
                 ]
         record = SpeedRecord(
             plan="speed-map",
@@ -642,7 +642,7 @@ def write_map_records(records_dir: Path, *, measured: Measured = DEFAULT) -> Non
             status="finished",
             provenance=provenance(f"NVIDIA {device.name}", measured),
             results={"tokens": "random ids", "emulated": False, "cases": {}},
-            config={},
+            config={"cases": [{"model": {"name": f"w{width}", "d_model": width}} for width in roofline.MAP_WIDTHS]},
         )
         records.write_table(records.write(record, records_dir), "steps", pd.DataFrame(rows))
 

@@ -6,11 +6,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fp8lab import losses, records, roofline, scaling, tables, timings
 from fp8lab.comparison import Deviation
@@ -27,6 +24,7 @@ from fp8lab.results import (
     training_runs,
 )
 from fp8lab.scaling import HOFFMANN
+from fp8lab.slopes import PUBLISHED_LAW
 from fp8lab.units import signed
 from tests.fixtures import (
     LADDER_LAW,
@@ -175,6 +173,49 @@ def test_a_speed_ratio_is_formed_within_its_round(tmp_path: Path) -> None:
     assert (after["tokens_per_second"] < before["tokens_per_second"]).all()
 
 
+def with_contestant(folder: Path, recipe: str, like: str, factor: float) -> SpeedRun:
+    """An occasion with one more contestant, whose steps take `factor` times those of another."""
+    steps = records.read_table(folder, "steps")
+    own = steps[(steps["recipe"] == like) & (steps["head"] == "bf16")].assign(recipe=recipe)
+    records.write_table(folder, "steps", pd.concat([steps, own.assign(step_ms=own["step_ms"] * factor)]))
+    return next(speed for speed in speed_runs(folder.parents[1]) if speed.folder == folder)
+
+
+def test_ratios_are_to_the_fastest_bf16_which_is_no_fp8_recipe(tmp_path: Path) -> None:
+    folder = write_speed_records(tmp_path)
+    before = timings.speed_ratios(speed_runs(tmp_path)).set_index(["model", "recipe", "head"])
+    speed = with_contestant(folder, "te_bf16", "bf16", 0.5)
+    table = timings.speed_ratios([speed])
+    after = table.set_index(["model", "recipe", "head"])
+    assert set(table["baseline"]) == {"te_bf16"}
+    for key in before.index:
+        assert after.loc[key, "ratio"] == pytest.approx(before.loc[key, "ratio"] / 2)
+    assert "te_bf16" not in set(timings.fp8_only(table)["recipe"])
+    ceiling = tables.speed.gemm_ceiling([speed])
+    assert set(ceiling["recipe"]) == {"fused"}
+    # A slower one changes nothing.
+    slower = with_contestant(write_speed_records(tmp_path, "b"), "te_bf16", "bf16", 1.1)
+    assert set(timings.speed_ratios([slower])["baseline"]) == {"bf16"}
+
+
+def test_two_rounds_decide_nothing_however_far_from_bf16(tmp_path: Path) -> None:
+    folder = write_speed_records(tmp_path)
+    steps = records.read_table(folder, "steps")
+    records.write_table(folder, "steps", steps[(steps["model"] != "125M") | (steps["round"] < 2)])
+    table = timings.with_verdicts(speed_runs(tmp_path)).set_index(["model", "recipe", "head"])
+    assert table.loc[("125M", "fused", "bf16"), "verdict"] == "undecided"
+    assert table.loc[("1.5B", "fused", "bf16"), "verdict"] == "faster"
+    assert table.loc[("1.5B", "rowwise", "bf16"), "verdict"] == "slower"
+    read = tables.speed.switch_table(table.reset_index(), []).set_index(["model", "recipe"])
+    assert read.loc[("125M", "fused"), "tokens/s, × BF16"].endswith("(2 rounds)")
+    assert read.loc[("1.5B", "fused"), "pays for (nats)"] == "unknown"
+    assert float(
+        tables.speed.switch_table(table.reset_index(), [PUBLISHED_LAW])
+        .set_index(["model", "recipe"])
+        .loc[("1.5B", "fused"), "pays for (nats)"]
+    ) == pytest.approx(0.04, abs=0.01)
+
+
 def test_speed_ratios_are_of_bf16s_time_over_the_recipes(speeds: list[SpeedRun]) -> None:
     ratios = timings.speed_ratios(speeds[:1]).set_index(["model", "recipe", "head"])
     assert ratios["ratio"]["1.5B", "bf16", "bf16"] == 1
@@ -207,23 +248,6 @@ def test_two_devices_are_never_pooled(speeds: list[SpeedRun]) -> None:
     assert "1.5B, T 2048, 16 sequences, H100" in by_setting.index
     drift = timings.speed_drift([first, other])
     assert set(drift["setting"]) == set(ratios["setting"])
-
-
-@given(st.floats(0.5, 2.0), st.floats(0.001, 0.05), st.integers(3, 8), st.integers(0, 100))
-@settings(max_examples=20, deadline=None)
-def test_the_interval_is_that_of_the_rounds(ratio: float, scatter: float, rounds: int, seed: int) -> None:
-    values = ratio * np.exp(np.random.default_rng(seed).normal(0, scatter, rounds))
-    low, high = timings._ratio_interval(values)
-    assert low < np.exp(np.log(values).mean()) < high
-    scaled_low, scaled_high = timings._ratio_interval(3 * values)
-    assert scaled_low == pytest.approx(3 * low)
-    assert scaled_high == pytest.approx(3 * high)
-    calmer_low, calmer_high = timings._ratio_interval(np.sqrt(values / ratio) * ratio)
-    assert calmer_high / calmer_low < high / low
-
-
-def test_one_round_has_no_interval() -> None:
-    assert np.isnan(timings._ratio_interval(np.array([1.2]))).all()
 
 
 def test_the_interval_of_two_occasions_covers_both(speeds: list[SpeedRun]) -> None:

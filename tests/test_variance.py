@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,9 @@ def test_lines_are_of_sizes_with_seeds_and_of_designs(tmp_path: Path, study: var
     designs = {f"0.4M, {design}" for design in VARIANCE_DESIGNS}
     assert {"0.4M"} | designs <= set(lines) <= {"0.4M"} | designs | {f"{name}, averaged" for name in designs}
     assert lines["0.4M"].seeds == 3
+    # Those of the runs drawn, whatever else was trained where.
+    assert lines["0.4M"].devices == ("CPU (2 cores)",)
+    assert lines["0.4M, base"].devices == ("NVIDIA H200",)
     assert lines["0.4M, base"].seeds == 8
 
 
@@ -133,6 +137,15 @@ def test_the_plan_and_the_study_agree_on_names() -> None:
         seeds = [config.seed for config in plan.runs if config.recipe == recipe and config.run.endswith(f"-{suffix}")]
         assert len(seeds) == 8
     assert all(config.average_half_life and config.compact for config in plan.runs)
+
+
+def test_how_far_the_study_has_come_is_counted_from_plan_and_records(tmp_path: Path) -> None:
+    plan = load_plan(ROOT / "runs" / "plans" / "variance-h200.yaml")
+    assert variance.progress(plan_runs(tmp_path, plan.name), plan) == "0 of 8 `bf16` and 0 of 8 `fused` runs"
+    write_variance_records(tmp_path, measured=Measured(seeds=5))
+    for path in tmp_path.glob("variance-h200/*fused*-base"):
+        shutil.rmtree(path)
+    assert variance.progress(plan_runs(tmp_path, plan.name), plan) == "5 of 8 `bf16` and 0 of 8 `fused` runs"
 
 
 def test_the_plan_with_more_seeds_is_believed(tmp_path: Path) -> None:

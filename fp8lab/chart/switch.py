@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from fp8lab.figures.style import RECIPE_COLOURS, RECIPE_MARKERS, WIDTH, finish, point_style
-from fp8lab.results import Run, RunSet
+from fp8lab.results import Run, RunSet, unique
+from fp8lab.timings import fp8_only
 from fp8lab.units import number
 
 
@@ -25,12 +26,15 @@ def chart_points(table: pd.DataFrame, runs: RunSet) -> pd.DataFrame:
         runs: the runs shown, maybe none.
 
     Returns:
-        A row a point. Columns: panel ('speed' or 'loss'), series (recipe), hollow (head in FP8), x, tick (what x is
-        called), y, low, high (NaN without an interval), title, facts (dict of what a reader sees of the record).
+        A row a point. Columns: panel (its title: whole models, and the speed map's blocks, of each device; then the
+        losses), axes (key of `CHART_AXES`), series (recipe), hollow (head in FP8), x, tick (what x is called), y, low,
+        high (95%, NaN without an interval), title, facts (dict of what a reader sees of the record).
     """
     points = []
     if len(table):
-        points += [_speed_point(row) for _, row in table[table["recipe"] != "bf16"].iterrows()]
+        shown = fp8_only(table)
+        points += [_speed_point(row) for _, row in shown[shown["kind"] == "model"].iterrows()]
+        points += [_speed_point(row) for _, row in shown[shown["kind"] == "blocks"].iterrows()]
     if runs:
         baselines = {
             size: sum(losses) / len(losses)
@@ -38,25 +42,32 @@ def chart_points(table: pd.DataFrame, runs: RunSet) -> pd.DataFrame:
             if (losses := [run.validation_loss for run in runs.where(size=size, recipe="bf16")])
         }
         points += [_loss_point(run, baselines[run.size]) for run in runs.runs if run.size in baselines]
-    columns = ["panel", "series", "hollow", "x", "tick", "y", "low", "high", "title", "facts"]
+    columns = ["panel", "axes", "series", "hollow", "x", "tick", "y", "low", "high", "title", "facts"]
     return pd.DataFrame(points, columns=columns)
 
 
 def _speed_point(row: pd.Series) -> dict[str, object]:
     head = ", head in FP8 too" if row["head"] == "fp8" else ""
+    what = "Whole models" if row["kind"] == "model" else "Blocks of four layers"
+    ratio = f"{row['ratio']:.3f}"
+    if row["interval_low"] == row["interval_low"]:
+        ratio += f" ({row['interval_low']:.3f} to {row['interval_high']:.3f})"
     return {
-        "panel": "speed",
+        "panel": f"{what} on {row['device']}: speed against BF16",
+        "axes": "speed",
         "series": row["recipe"],
         "hollow": row["head"] == "fp8",
         "x": float(row["width"]),
         "tick": f"{row['width']:,}",
         "y": row["ratio"],
-        "low": row["low"],
-        "high": row["high"],
+        "low": row["interval_low"],
+        "high": row["interval_high"],
         "title": f"{row['recipe']}{head} at {row['model']}",
         "facts": {
-            "× BF16's tokens/s": f"{row['ratio']:.3f}",
-            "range": f"{row['low']:.3f} to {row['high']:.3f}, {row['rounds']} rounds",
+            "× BF16's tokens/s": ratio,
+            "so": row["verdict"],
+            "all rounds": f"{row['low']:.3f} to {row['high']:.3f}, {row['rounds']} on {row['occasions']} "
+            f"occasion{'s' if row['occasions'] > 1 else ''}",
             "tokens/s": f"{row['tokens_per_second']:,.0f}",
             "step": f"{row['step_ms']:.1f} ms",
             "width": f"{row['width']:,}",
@@ -91,7 +102,8 @@ def _loss_point(run: Run, baseline: float) -> dict[str, object]:
         "commit": record.provenance.git_commit[:7],
     }
     return {
-        "panel": "loss",
+        "panel": "Loss of every run against BF16",
+        "axes": "loss",
         "series": run.recipe,
         "hollow": record.head == "fp8",
         "x": float(run.parameters),
@@ -104,11 +116,11 @@ def _loss_point(run: Run, baseline: float) -> dict[str, object]:
     }
 
 
-CHART_PANELS = {
-    "speed": ("Speed of FP8 against BF16", "width (d_model)", "tokens/s, × BF16", 1.0),
-    "loss": ("Loss of every run against BF16", "parameters N", "loss − BF16 (nats/token)", 0.0),
+CHART_AXES = {
+    "speed": ("width (d_model)", "tokens/s, × BF16", 1.0),
+    "loss": ("parameters N", "loss − BF16 (nats/token)", 0.0),
 }
-"""Panels of the first page's chart: title, axes, and BF16's place on the second."""
+"""Axes of the first page's chart, and BF16's place on the second."""
 
 
 def switch_chart(points: pd.DataFrame, toy: bool) -> Figure:
@@ -118,11 +130,11 @@ def switch_chart(points: pd.DataFrame, toy: bool) -> Figure:
         points: `chart_points`.
         toy: whether the trained runs are the demo's.
     """
-    panels = [panel for panel in CHART_PANELS if panel in set(points["panel"])]
+    panels = unique(points["panel"])
     figure, grid = plt.subplots(len(panels), 1, figsize=(WIDTH, 0.6 + 2.7 * len(panels)), squeeze=False)
     for axes, panel in zip(grid[:, 0], panels, strict=True):
         rows = points[points["panel"] == panel]
-        _, label, quantity, reference = CHART_PANELS[panel]
+        label, quantity, reference = CHART_AXES[rows["axes"].iloc[0]]
         recipes = [recipe for recipe in RECIPE_COLOURS if recipe in set(rows["series"])]
         for index, recipe in enumerate(recipes):
             offset = 1.035 ** (index - (len(recipes) - 1) / 2)
@@ -144,8 +156,9 @@ def switch_chart(points: pd.DataFrame, toy: bool) -> Figure:
         axes.tick_params(axis="x", which="minor", bottom=False)
         axes.set_xlabel(label)
         axes.set_ylabel(quantity)
+        axes.set_title(panel.partition(":")[0])
     shown = [recipe for recipe in RECIPE_COLOURS if recipe in set(points["series"])]
-    finish(figure, grid[-1, 0], shown, toy and "loss" in panels)
+    finish(figure, grid[-1, 0], shown, toy and "loss" in set(points["axes"]))
     return figure
 
 
@@ -167,10 +180,8 @@ def switch_chart_spec(points: pd.DataFrame, toy: bool, label: str) -> dict[str, 
         label: of the figure that `switch_chart` is displayed as.
     """
     panels = []
-    for panel, (title, x_label, quantity, reference) in CHART_PANELS.items():
-        rows = points[points["panel"] == panel]
-        if rows.empty:
-            continue
+    for panel, rows in points.groupby("panel", sort=False):
+        x_label, quantity, reference = CHART_AXES[rows["axes"].iloc[0]]
         drawn = [
             {
                 "series": row["series"],
@@ -186,7 +197,7 @@ def switch_chart_spec(points: pd.DataFrame, toy: bool, label: str) -> dict[str, 
         ]
         panels.append(
             {
-                "title": title + (" (toy scale, CPU)" if toy and panel == "loss" else ""),
+                "title": str(panel) + (" (toy scale, CPU)" if toy and rows["axes"].iloc[0] == "loss" else ""),
                 "x": {"label": x_label, "ticks": _chart_ticks(rows)},
                 "y": {"label": quantity, "reference": reference},
                 "points": drawn,

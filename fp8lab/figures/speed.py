@@ -17,23 +17,24 @@ from matplotlib.patches import Rectangle
 
 from fp8lab.figures.style import RECIPE_COLOURS, WIDTH, finish, point_style
 from fp8lab.results import SpeedRun, unique
-from fp8lab.timings import speed_ratios
+from fp8lab.timings import fp8_only, speed_ratios
 
 
 def throughput(speeds: Sequence[SpeedRun]) -> Figure:
-    """Tokens/s of each recipe over BF16's in the same process, by model: median and range over rounds.
+    """Tokens/s of each recipe over the fastest BF16's in the same process, by model, with 95% intervals.
 
     Heads in FP8 are hollow markers.
     """
     ratios = speed_ratios(speeds)
     settings = unique(ratios["setting"])
-    recipes = [recipe for recipe in RECIPE_COLOURS if recipe in set(ratios["recipe"]) and recipe != "bf16"]
+    timed = set(fp8_only(ratios)["recipe"])
+    recipes = [recipe for recipe in RECIPE_COLOURS if recipe in timed]
     figure, axes = plt.subplots(figsize=(WIDTH, 1.2 + 0.16 * len(settings) * max(2, len(recipes))))
     for index, recipe in enumerate(recipes):
         offset = (index - (len(recipes) - 1) / 2) * 0.8 / len(recipes)
         rows = ratios[ratios["recipe"] == recipe]
         positions = np.array([settings.index(setting) for setting in rows["setting"]]) + offset
-        axes.hlines(positions, rows["low"], rows["high"], color=RECIPE_COLOURS[recipe], linewidth=2)
+        axes.hlines(positions, rows["interval_low"], rows["interval_high"], color=RECIPE_COLOURS[recipe], linewidth=2)
         for ratio, position, head in zip(rows["ratio"], positions, rows["head"], strict=True):
             style = point_style(recipe) | (
                 {"markerfacecolor": "white", "markeredgewidth": 1.5} if head == "fp8" else {}

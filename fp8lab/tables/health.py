@@ -19,6 +19,9 @@ def spikes(runs: RunSet) -> pd.DataFrame:
             "recipe": run.recipe,
             "seed": run.record.seed,
             "spike score": f"{run.record.stability.spike_score:.2%}" if run.record.stability else "–",
+            "steps judged": "unknown"
+            if (judged := _judged_steps(run)) is None
+            else f"{judged:,} of {run.record.steps:,}",
             "skipped steps": run.record.stability.skipped_steps if run.record.stability else "–",
             "largest gradient norm": f"{run.metrics['grad_norm'].max():.2f}",
             "status": run.record.status,
@@ -26,6 +29,11 @@ def spikes(runs: RunSet) -> pd.DataFrame:
         for run in (*runs.runs, *(run for run in runs.unfinished if run.record.status == "diverged"))
     ]
     return pd.DataFrame(rows)
+
+
+def _judged_steps(run: Run) -> str:
+    judged = run.record.stability.judged_steps if run.record.stability else None
+    return "unknown" if judged is None else f"{judged:,} of {run.record.steps:,}"
 
 
 def health(runs: Sequence[Run]) -> pd.DataFrame:

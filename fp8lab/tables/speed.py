@@ -10,7 +10,8 @@ from fp8lab.config import HEADS, MODELS, RECIPES
 from fp8lab.decision import Matched, affordable_gap
 from fp8lab.flops import flops_per_token, fp8_share, linear_weights
 from fp8lab.results import RunSet, SpeedRun
-from fp8lab.timings import speed_ratios
+from fp8lab.slopes import FittedLaw
+from fp8lab.timings import fp8_only, short_device, speed_ratios
 from fp8lab.units import number
 
 
@@ -27,12 +28,14 @@ def speed_table(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
             "tokens/s": table["tokens_per_second"].map("{:,.0f}".format),
             "× BF16": table["ratio"].map("{:.3f}".format),
             "95% interval": [
-                f"{low:.3f}–{high:.3f}" for low, high in zip(table["interval_low"], table["interval_high"], strict=True)
+                "–" if low != low else f"{low:.3f}–{high:.3f}"
+                for low, high in zip(table["interval_low"], table["interval_high"], strict=True)
             ],
             "smallest to largest round": [
                 f"{low:.3f}–{high:.3f}" for low, high in zip(table["low"], table["high"], strict=True)
             ],
             "rounds": table["rounds"],
+            "occasions": table["occasions"],
             "peak memory (GiB)": (table["peak_memory_bytes"] / 2**30).map("{:.1f}".format),
         }
     )
@@ -56,11 +59,11 @@ def gemm_ceiling(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     rows = []
     for setting, group in ratios.groupby("setting", sort=False):
         times = gemms.get((group["device"].iloc[0], group["case"].iloc[0]))
-        fp8 = group[group["recipe"] != "bf16"]
+        fp8 = fp8_only(group)
         if times is None or fp8.empty:
             continue
         bf16_ms, fp8_ms = _block_gemm_ms(times, "bf16"), _block_gemm_ms(times, "fp8")
-        step_ms = group[group["recipe"] == "bf16"]["step_ms"].iloc[0]
+        step_ms = group[group["recipe"] == group["baseline"].iloc[0]]["step_ms"].iloc[0]
         fastest = fp8.sort_values("ratio").iloc[-1]
         rows.append(
             {
@@ -133,40 +136,49 @@ def scaling_out(runs: RunSet) -> pd.DataFrame:
 
 def matched_table(found: Sequence[Matched]) -> pd.DataFrame:
     """`decision.loss_matched` for reading."""
-    rows = []
-    for row in found:
-        measured = row.measured
-        rows.append(
+    return pd.DataFrame(
+        [
             {
-                "model": measured.size,
-                "recipe": measured.recipe,
-                "seeds": f"{measured.gap.seeds}{' (scatter assumed)' if measured.assumed else ''}",
-                "slope": f"{measured.slope.nats:.3f} ({measured.slope.source})",
-                "tokens, × BF16": row.tokens.text(3),
+                "model": row.measured.size,
+                "recipe": row.measured.recipe,
+                "seeds": f"{row.measured.gap.seeds}{' (scatter assumed)' if row.measured.assumed else ''}",
+                "slope": row.slope.text() if row.slope else "unknown",
+                "tokens, × BF16": row.tokens.text(3) if row.tokens else "unknown",
                 "tokens/s, × BF16": row.ratio.text() if row.ratio else "not timed",
+                "timed on": short_device(row.device) if row.device else "–",
+                "trained on": short_device(row.trained_on),
                 "loss-matched speed-up": row.speedup.text() if row.speedup else "–",
             }
-        )
-    return pd.DataFrame(rows)
+            for row in found
+        ]
+    )
 
 
-def switch_table(table: pd.DataFrame) -> pd.DataFrame:
+def _interval(row: pd.Series) -> str:
+    if row["interval_low"] != row["interval_low"]:
+        return f"{row['rounds']} round{'s' if row['rounds'] > 1 else ''}"
+    return f"{row['interval_low']:.2f}–{row['interval_high']:.2f}"
+
+
+def switch_table(table: pd.DataFrame, laws: Sequence[FittedLaw]) -> pd.DataFrame:
     """`timings.with_verdicts` for a decision: a row a setting and FP8 recipe, narrow models first.
 
-    The loss that a gain would pay for is a prediction, and only of models that have a name: see `affordable_gap`.
+    The loss that a gain would pay for is a prediction, only of models that have a name, and only where one of `laws`
+    reaches: see `affordable_gap`.
     """
     chosen = table[table["recipe"].isin(RECIPES[1:])].sort_values(["width", "micro_batch_tokens"], kind="stable")
     rows = []
     for _, row in chosen.iterrows():
-        affordable = row["ratio"] > 1 and row["model"] in MODELS
+        pays = row["verdict"] == "faster" and row["model"] in MODELS
+        affordable = affordable_gap(row["model"], row["ratio"], laws) if pays else None
         rows.append(
             {
                 "width": f"{row['width']:,}",
                 "recipe": row["recipe"] + (" + head" if row["head"] == "fp8" else ""),
-                "tokens/s, × BF16": f"{row['ratio']:.2f} ({row['low']:.2f}–{row['high']:.2f})",
-                "faster": {"faster": "yes", "slower": "no"}.get(row["verdict"], "unclear"),
+                "tokens/s, × BF16": f"{row['ratio']:.2f} ({_interval(row)})",
+                "faster": {"faster": "yes", "slower": "no"}.get(row["verdict"], "undecided"),
                 "GiB (× BF16)": f"{row['peak_memory_bytes'] / 2**30:.0f} ({row['memory_ratio']:.2f})",
-                "pays for (nats)": f"{affordable_gap(row['model'], row['ratio']):.3f}" if affordable else "–",
+                "pays for (nats)": "–" if not pays else f"{affordable:.3f}" if affordable is not None else "unknown",
                 "tokens a step": number(row["micro_batch_tokens"]),
                 "model": row["model"],
                 "device": row["device"].removeprefix("NVIDIA "),
