@@ -106,14 +106,10 @@ class Evidence:
         ]
         return rows.sort_values(["width", "micro_batch_tokens"], kind="stable")
 
-    def finding(self, claim: str) -> claims.Finding:
-        """The first one whose claim begins so."""
-        return next(finding for finding in self.findings if finding.claim.startswith(claim))
-
 
 def lead(evidence: Evidence) -> str:
-    """The first paragraph: which recipe pays at which widths, and which never; the report's claim; the loss."""
-    parts = [_answer(evidence), _claim(evidence), _costs(evidence), _matched(evidence)]
+    """The first paragraph: which recipe pays at which widths, and which never; what is contradicted; the loss."""
+    parts = [_answer(evidence), _contradictions(evidence), _costs(evidence), _matched(evidence)]
     return " ".join(part for part in parts if part)
 
 
@@ -156,21 +152,26 @@ def _on_device(recipes: Sequence[Payoff], *, introduce: bool) -> str:
 
 def _where(payoff: Payoff) -> str:
     """The widths at which a recipe is known to be faster: what was timed, and nothing beyond."""
-    undecided = f" (undecided at {listing([f'{width:,}' for width in payoff.undecided])})" if payoff.undecided else ""
+    others = [
+        f"{name} at {listing([f'{width:,}' for width in widths])}"
+        for name, widths in (("slower", payoff.slower), ("undecided", payoff.undecided))
+        if widths
+    ]
+    beside = f" ({', '.join(others)})" if others else ""
     first, last = payoff.widths[0], payoff.widths[-1]
     if payoff.never:
-        return f"at no width timed{undecided}"
+        return f"at no width timed{beside}"
     if payoff.pays_from is None:
-        return f"at {payoff.faster} of {payoff.settings} settings timed{undecided}"
+        return f"at {payoff.faster} of {payoff.settings} settings timed{beside}"
     if first == last:
         return f"at {last:,}, the only width timed"
     if payoff.everywhere:
         return f"at every width timed, {first:,} to {last:,}"
     if payoff.pays_from == last:
-        return f"at width {last:,} alone{undecided}"
+        return f"at width {last:,} alone{beside}"
     if any(width < payoff.pays_from for width in payoff.slower):
-        return f"from width {payoff.pays_from:,} on{undecided}"
-    return f"at widths {payoff.pays_from:,} to {last:,}{undecided}"
+        return f"from width {payoff.pays_from:,} on{beside}"
+    return f"at widths {payoff.pays_from:,} to {last:,}{beside}"
 
 
 def _times(payoff: Payoff) -> str:
@@ -182,15 +183,16 @@ def _span(values: Sequence[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _claim(evidence: Evidence) -> str:
-    finding = evidence.finding("FP8 trains 40% faster")
-    if finding.verdict == "untested":
+def _contradictions(evidence: Evidence) -> str:
+    """What the report claims and these records contradict."""
+    told = [
+        f"*{finding.claim}* {finding.scope + ': ' if finding.scope else ''}{finding.why}"
+        for finding in evidence.findings
+        if finding.verdict == "contradicted"
+    ]
+    if not told:
         return ""
-    said = "is contradicted" if finding.verdict == "contradicted" else "is confirmed"
-    return (
-        f"The gain of {claims.CLAIMED_RATIO - 1:.0%} at {claims.CLAIMED_SIZE} that the report behind this project "
-        f"claims {said} here: {finding.why}"
-    )
+    return f"Of what the report behind this project claims, contradicted here (@tbl-scoreboard): {' '.join(told)}"
 
 
 def _costs(evidence: Evidence) -> str:
@@ -397,7 +399,8 @@ VERDICTS = ("contradicted", "confirmed", "untested")
 def scoreboard(findings: Sequence[claims.Finding]) -> str:
     """The claims as a Markdown table, contradictions first: verdict, numbers, where to see them; then the rules."""
     rows = "\n".join(
-        f"| {finding.claim} | **{finding.verdict}** {finding.scope} | {finding.why} ({finding.reference}) |"
+        f"| {finding.claim} | **{finding.verdict}** {finding.scope} | "
+        f"{' '.join(part for part in (finding.why, finding.aside) if part)} ({finding.reference}) |"
         for finding in sorted(findings, key=lambda finding: VERDICTS.index(finding.verdict))
     )
     rules = "\n".join(unique(f"- *{finding.claim}* {finding.rule}." for finding in findings))

@@ -441,3 +441,14 @@ def test_a_resumed_run_stands_beside_its_control(tmp_path: Path) -> None:
     assert table["compared with a whole run"].tolist() == ["a second whole run", "killed and resumed"]
     assert table["weights equal"].tolist() == ["31.20%", "31.20%"]
     assert table["first step whose loss differs"].tolist() == ["333", "333"]
+
+
+def test_a_spike_score_stands_beside_the_steps_that_it_judged(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "demo", SIZES[0], "bf16")
+    assert tables.health.spikes(plan_runs(tmp_path, "demo"))["steps judged"].tolist() == ["40 of 60"]
+    record = records.read(folder)
+    assert isinstance(record, records.TrainRecord)
+    assert record.stability is not None
+    record.stability.judged_steps = None
+    records.write(record, tmp_path)
+    assert tables.health.spikes(plan_runs(tmp_path, "demo"))["steps judged"].tolist() == ["unknown"]

@@ -19,9 +19,7 @@ def spikes(runs: RunSet) -> pd.DataFrame:
             "recipe": run.recipe,
             "seed": run.record.seed,
             "spike score": f"{run.record.stability.spike_score:.2%}" if run.record.stability else "–",
-            "steps judged": "unknown"
-            if (judged := _judged_steps(run)) is None
-            else f"{judged:,} of {run.record.steps:,}",
+            "steps judged": _judged_steps(run),
             "skipped steps": run.record.stability.skipped_steps if run.record.stability else "–",
             "largest gradient norm": f"{run.metrics['grad_norm'].max():.2f}",
             "status": run.record.status,
