@@ -141,7 +141,7 @@ def _recipe_stability(plans: Sequence[RunSet], recipe: str) -> Finding:
         verdicts[size] = _cell_stability(families, baselines.get(size, []))
         told.append(_told(size, families, baselines.get(size, [])))
     longest = max(f.run.record.tokens for families in _cells(plans, recipe).values() for f in families)
-    why = f"{'; '.join(told)}. The longest saw {number(longest)} tokens."
+    why = f"Runs with trouble before their last tenth: {'; '.join(told)}. The longest saw {number(longest)} tokens."
     for verdict in ("contradicted", "confirmed"):
         sizes = [size for size, of_size in verdicts.items() if of_size == verdict]
         if sizes:
@@ -167,19 +167,15 @@ def _is_long(family: Family) -> bool:
 
 def _told(size: str, families: Sequence[Family], baselines: Sequence[Family]) -> str:
     """What was seen of one size, and how closely it was looked at."""
+    count = len(families)
     early, late = sum(f.early_trouble for f in families), sum(f.late_trouble for f in families)
-    complete = [family for family in families if _is_long(family) and family.is_judged]
+    complete = sum(_is_long(family) and family.is_judged for family in families)
     text = (
-        f"at {size} {early or 'none'} of {len(families)} runs had trouble before the last tenth and {late or 'none'} "
-        f"in it, in BF16 {sum(f.early_trouble for f in baselines) or 'none'} of {len(baselines)} before it"
+        f"{early} of {count} at {size} ({sum(f.early_trouble for f in baselines)} of {len(baselines)} in BF16; {late} "
+        f"in the last tenth), where {complete} of {count} were long and judged enough to count"
     )
-    if len(complete) < len(families):
-        text += (
-            f", but {len(complete) or 'none'} of them reached {CLAIMED_TOKENS_PER_PARAMETER} tokens a parameter with "
-            "half of the steps judged for spikes"
-        )
     if not early and complete:
-        text += f"; at most {trouble.most_frequent(len(complete)):.0%} of such runs would have any, at 95%"
+        text += f", so at most {trouble.most_frequent(complete):.0%} of such runs would have any (95%)"
     return text
 
 

@@ -116,6 +116,8 @@ def lead(evidence: Evidence) -> str:
 def _answer(evidence: Evidence) -> str:
     """The plain result on each device, the one with most settings first."""
     timed = evidence.with_head("bf16")
+    if not timed and evidence.map_payoffs:
+        return "**No whole model was timed for this edition**, only the blocks of the speed map (@fig-switch)."
     if not timed:
         return f"**No speed was measured for this edition**: FP8 ran emulated. `{SPEED_COMMAND}` measures it on a GPU."
     devices = unique(payoff.device for payoff in timed)
@@ -146,7 +148,7 @@ def _on_device(recipes: Sequence[Payoff], *, introduce: bool) -> str:
         does = "" if ours else " trains faster than BF16"
         said.append(f"stock torchao{does} {_where(stock)}{_times(stock)}, by `{stock.recipe}`")
     said += [f"`{payoff.recipe}` {_where(payoff)}" for payoff in never]
-    contexts = sorted({f"{context:,}" for payoff in recipes for context in payoff.contexts})
+    contexts = [f"{context:,}" for context in sorted({one for payoff in recipes for one in payoff.contexts})]
     return f"On {short_device(recipes[0].device)}, in contexts of {listing(contexts)} tokens, {'; '.join(said)}."
 
 
@@ -293,8 +295,9 @@ def conclusions(evidence: Evidence) -> list[str]:
     """What follows, each with the figure or table that shows it."""
     found = []
     if evidence.payoffs:
-        found += [_speed_conclusion(evidence), _map_conclusion(evidence), _memory(evidence), _micro_batches(evidence)]
+        found += [_speed_conclusion(evidence), _memory(evidence), _micro_batches(evidence)]
         found += [_head(evidence), _devices(evidence)]
+    found.append(_map_conclusion(evidence))
     costs = _costs(evidence)
     if costs:
         found.append(f"**Loss.** {costs.removesuffix('.')} (@fig-gaps).")

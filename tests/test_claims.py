@@ -162,7 +162,7 @@ def test_runs_that_were_hardly_judged_or_short_do_not_confirm_stability(many_see
     edit(many_seeds / "pilot-h200" / f"{SIZES[0].name}-fused-s3" / "record.json", change)
     finding = stability(many_seeds)
     assert finding.verdict == "untested"
-    assert "but 7 of them" in finding.why
+    assert "7 of 8 were long and judged enough" in finding.why
 
 
 def test_a_size_is_not_confirmed_by_another_and_a_demo_says_nothing(many_seeds: Path) -> None:
@@ -179,7 +179,7 @@ def test_trouble_of_one_run_leaves_stability_untested_unless_it_comes_at_the_end
     trouble(many_seeds, f"{SIZES[0].name}-fused-s1", row)
     finding = stability(many_seeds)
     assert finding.verdict == verdict
-    assert ("1 in it" in finding.why) == (verdict == "confirmed")
+    assert ("; 1 in the last tenth)" in finding.why) == (verdict == "confirmed")
 
 
 def test_trouble_counts_against_fp8_where_bf16_has_less_on_the_same_data(many_seeds: Path) -> None:
