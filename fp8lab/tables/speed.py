@@ -12,7 +12,7 @@ from fp8lab.flops import flops_per_token, fp8_share, linear_weights
 from fp8lab.results import RunSet, SpeedRun
 from fp8lab.slopes import FittedLaw
 from fp8lab.timings import fp8_only, short_device, speed_ratios
-from fp8lab.units import number
+from fp8lab.units import number, signed
 
 
 def speed_table(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
@@ -142,6 +142,7 @@ def matched_table(found: Sequence[Matched]) -> pd.DataFrame:
                 "model": row.measured.size,
                 "recipe": row.measured.recipe,
                 "seeds": f"{row.measured.gap.seeds}{' (scatter assumed)' if row.measured.assumed else ''}",
+                "FP8 − BF16 (nats)": _gap(row),
                 "slope": row.slope.text() if row.slope else "unknown",
                 "tokens, × BF16": row.tokens.text(3) if row.tokens else "unknown",
                 "tokens/s, × BF16": row.ratio.text() if row.ratio else "not timed",
@@ -152,6 +153,12 @@ def matched_table(found: Sequence[Matched]) -> pd.DataFrame:
             for row in found
         ]
     )
+
+
+def _gap(row: Matched) -> str:
+    gap = row.measured.gap
+    spread = f" ({signed(gap.interval[0])} to {signed(gap.interval[1])})" if gap.interval else ""
+    return signed(gap.mean) + spread
 
 
 def _interval(row: pd.Series) -> str:
