@@ -6,9 +6,7 @@ Data flows one way, left to right::
                                               ^
                      plan (YAML) -> papermill-+
 
-Read the modules in that order: `config`, `tokenizer`, `data`, `model`, `precision`, `kernels`,
-`distributed`, `session`, `trainer`, `checkpoint`, `records`, `flops`, `evaluation`, `figures`, `tables`,
-`publish`, `cli`.
+README.md names the modules in that order.
 Nothing right of a run record imports the trainer, and nothing left of it knows that a chapter
 exists: if a figure is wrong, the fault is left of the record or right of it, never both.
 """

@@ -19,7 +19,7 @@ from IPython.display import Markdown, display
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from fp8lab.publish.chart import chart_html
+from fp8lab.chart.page import chart_html
 from fp8lab.results import DEMO_COMMAND, RunSet
 
 
@@ -38,7 +38,7 @@ def show_figure(figure: Figure, label: str, caption: str) -> None:
 
 
 def show_chart(spec: dict[str, Any]) -> None:
-    """Make the picture of figure ``spec["figure"]``, displayed before, interactive (`publish.chart`)."""
+    """Make the picture of figure ``spec["figure"]``, displayed before, interactive (`fp8lab.chart.page`)."""
     display(Markdown(f"```{{=html}}\n{chart_html(spec)}\n```"))
 
 

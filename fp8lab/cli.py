@@ -88,7 +88,7 @@ def run(
     resolved = load_plan(plan, mixture).only(only or [])
     if dry_run:
         from fp8lab.estimate import SCALING_EFFICIENCY
-        from fp8lab.tables import planned_runs
+        from fp8lab.tables.runs import planned_runs
 
         console.print(
             f"{resolved.description}. Planned, not measured; hours assume {bf16_mfu:.0%} BF16-MFU, and on 8 GPUs "

@@ -4,8 +4,10 @@ Two recipes are trained on a number of seeds each, and their mean losses differ.
 can be trusted depends on the scatter between seeds alone:
 
 - `Gap` is the difference with its 95% interval: Welch's, or that of paired differences where runs of the
-  same seed measurably move together (`Correlation.is_measurable`); and an equivalence test, since an interval that
-  contains zero does not say that nothing is there.
+  same seed are known to move together; and an equivalence test, since an interval that contains zero does not say
+  that nothing is there. Whether seeds pair is decided once for a design, from other runs (`fp8lab.variance`): a
+  gap that chose by its own correlation would pair where chance alone made its differences small, and its interval
+  would hold the truth too rarely (8 uncorrelated pairs that pass the test: in 4 of 5 cases).
 - `Deviation` is the scatter, pooled over groups of runs, with the interval that so few runs know it by.
 - `Design` turns a scatter into what a reader plans with: the half-width that a number of pairs buys, and
   the pairs that a half-width costs.
@@ -64,7 +66,12 @@ class Deviation:
 
     def reach(self, seeds: int = 1) -> float:
         """Half-width of a 95% interval of a difference between two means of `seeds` runs that scatter so."""
-        return _quantile(self.degrees) * self.value * math.sqrt(2 / seeds)
+        return self.reach_of_mean([(seeds, seeds)])
+
+    def reach_of_mean(self, runs: Sequence[tuple[int, int]]) -> float:
+        """Half-width of a 95% interval of a mean of several such differences, each between so many runs and so many."""
+        error = math.sqrt(sum(1 / ours + 1 / baseline for ours, baseline in runs)) / len(runs)
+        return _quantile(self.degrees) * self.value * error
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ class Correlation:
 
     @property
     def is_measurable(self) -> bool:
-        """True if the lower bound is above zero: only then do pairs tell more than the two groups."""
+        """True if the lower bound is above zero: pairs of later runs of this design then tell more than two groups."""
         return self.lower > 0
 
 
@@ -127,11 +134,16 @@ class Gap:
         return cls(mean, interval, seeds, standard_error=error, degrees=degrees, baseline=level)
 
     @classmethod
-    def by_seed(cls, ours: Mapping[int, float], baseline: Mapping[int, float]) -> Gap:
-        """Of losses by seed: paired if the seeds that both sides have are measurably correlated, else Welch's."""
+    def by_seed(cls, ours: Mapping[int, float], baseline: Mapping[int, float], *, paired: bool = False) -> Gap:
+        """Of losses by seed: Welch's, or of the differences at the seeds that both sides have.
+
+        Args:
+            paired: whether other runs of this design have shown that seeds move both sides alike. Ignored where fewer
+                than two seeds are shared.
+        """
         shared = [seed for seed in ours if seed in baseline]
         correlation = Correlation.between([ours[seed] for seed in shared], [baseline[seed] for seed in shared])
-        if correlation is None or not correlation.is_measurable:
+        if not paired or len(shared) < 2:
             gap = cls.between(list(ours.values()), list(baseline.values()))
             return replace(gap, correlation=correlation)
         differences = np.array([ours[seed] - baseline[seed] for seed in shared])
@@ -162,6 +174,18 @@ class Gap:
         if self.standard_error == 0:
             return 0.0 if room > 0 else 1.0
         return float(stats.t.sf(room / self.standard_error, self.degrees))
+
+    def difference_p(self, margin: float = EQUIVALENCE_MARGIN) -> float | None:
+        """Two-sided p that the difference is no larger than `margin`: below 0.05 the 95% interval lies outside.
+
+        None without an interval.
+        """
+        if self.standard_error is None or self.degrees is None:
+            return None
+        beyond = abs(self.mean) - margin
+        if self.standard_error == 0:
+            return 0.0 if beyond > 0 else 1.0
+        return min(1.0, 2 * float(stats.t.sf(beyond / self.standard_error, self.degrees)))
 
     def assumed_interval(self, deviation: Deviation) -> tuple[float, float]:
         """95% of a gap whose own seeds tell nothing, if its runs scatter as `deviation` says."""
@@ -217,3 +241,16 @@ def _quantile(degrees: float) -> float:
 def _interval(mean: float, error: float, degrees: float) -> tuple[float, float]:
     reach = _quantile(degrees) * error
     return mean - reach, mean + reach
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values adjusted for having asked as many questions (Holm 1979), in their order.
+
+    Rejecting where one is below 0.05 rejects any true hypothesis with a probability of at most 0.05.
+    """
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, (len(p_values) - rank) * p_values[index])
+        adjusted[index] = min(1.0, largest)
+    return adjusted

@@ -27,6 +27,7 @@ Recipe = Literal["bf16", "tensorwise", "rowwise", "rowwise_with_gw_hp", "fused"]
 Head = Literal["bf16", "fp8"]
 Sharding = Literal["ddp", "fsdp"]
 RECIPES: tuple[Recipe, ...] = get_args(Recipe)
+HEADS: tuple[Head, ...] = get_args(Head)
 
 # A name becomes a folder: it must not be able to leave the folder it is given.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from fp8lab.config import ModelConfig, parameter_count
+from fp8lab.config import Head, ModelConfig, Recipe, parameter_count
 
 BF16_PEAK_FLOPS = 989.4e12
 """Dense BF16 FLOP/s of an H100 SXM or H200 (NVIDIA's data sheets): the denominator of 'BF16-MFU', also for FP8 runs."""
+FP8_OUTPUT_GRADIENT_FROM = 1024
+"""Width from which `fused` computes the weight gradient of attention's output projection in FP8: below, its transposed
+copy costs more than the GEMM gains (`fp8lab.kernels.Fp8Settings`)."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,18 @@ def flops_record(model: ModelConfig, tokens: int) -> dict[str, int]:
     return asdict(per_token) | {"total": per_token.per_token_matmul_attention_causal * tokens}
 
 
-def fp8_share(model: ModelConfig, head: str) -> float:
-    """Share of the GEMMs' FLOPs that runs in FP8: every Linear of the blocks, and the head if `head` is 'fp8'."""
+def fp8_share(model: ModelConfig, recipe: Recipe, head: Head) -> float:
+    """Share of the linear layers' GEMM FLOPs that runs in FP8, where no layer is excluded by name or shape.
+
+    Each Linear has three GEMMs of equal FLOPs (forward, and the gradients of input and weight). ``rowwise_with_gw_hp``
+    keeps the weight gradient's in BF16, ``fused`` that of attention's output projection below a width.
+    """
     weights = linear_weights(model)
-    total = sum(weights.values())
-    return 1.0 if head == "fp8" else (total - weights["head"]) / total
+    gemms = dict.fromkeys(weights, {"bf16": 0, "rowwise_with_gw_hp": 2}.get(recipe, 3))
+    if recipe == "fused" and model.d_model < FP8_OUTPUT_GRADIENT_FROM:
+        gemms["output"] = 2
+    gemms["head"] = 3 if head == "fp8" else 0
+    return sum(gemms[layer] * weight for layer, weight in weights.items()) / (3 * sum(weights.values()))
 
 
 def bf16_mfu(model: ModelConfig, tokens_per_second: float, device_count: int = 1) -> float:

@@ -6,22 +6,19 @@ where BF16 was ``exp(gap / s)`` times fewer tokens earlier, so it needs that man
 BF16's loss. If it does ``r`` times BF16's tokens a second, it is there ``r * exp(-gap / s)`` times as fast:
 the loss-matched speed-up. Where that is below 1, FP8 costs time.
 
-The slope comes from runs of the same size that ended, learning rate decayed, after fewer and after more
-tokens (decay branches), and where there are none from a published law (`scaling.BESIROGLU`); its own
-uncertainty is left out. Both speak of runs whose schedule is made for their length.
+All three are measured with an error, and the interval of what follows holds all three (MOVER, Zou and Donner 2008;
+of the quotient gap / s, Donner and Zou 2012): each end moves by the root of the summed squares of what the parts move
+it by. Where a slope comes from is `fp8lab.slopes`' business.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from fp8lab.comparison import Gap
-from fp8lab.errors import UserError
-from fp8lab.scaling import Chinchilla
+
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -29,8 +26,8 @@ class Estimate:
     """A number with the interval that its runs or rounds give it."""
 
     value: float
-    interval: tuple[float, float] | None = None
-    """None where a single run or round gives none."""
+    interval: Interval | None = None
+    """None where a single run, too few rounds or a slope without one give none."""
 
     def text(self, digits: int = 2) -> str:
         """'1.44 (1.42 to 1.54)', or the number alone."""
@@ -48,28 +45,13 @@ class Slope:
     """For every factor e in tokens."""
     source: str
     """What it rests on, for a reader: 'decay branches', 'published law'."""
+    interval: Interval | None = None
+    """95%; None where nothing says how far it may be off."""
 
-
-def law_slope(law: Chinchilla, tokens: float) -> float:
-    """The slope of ``L(N, D)`` at `tokens`: beta * B / D ** beta, whatever the size."""
-    return law.beta * law.B / tokens**law.beta
-
-
-def measured_slope(tokens: Sequence[float], losses: Sequence[float]) -> float:
-    """The slope at the largest of `tokens`, from the final losses of runs of one size and recipe.
-
-    A parabola in ln D through three budgets or more, a line through two; runs of one budget count by their mean.
-
-    Raises:
-        UserError: fewer than two budgets.
-    """
-    budgets = sorted(set(tokens))
-    if len(budgets) < 2:
-        raise UserError("a slope needs runs that ended after different numbers of tokens")
-    means = [float(np.mean([y for x, y in zip(tokens, losses, strict=True) if x == budget])) for budget in budgets]
-    # Distances from the largest, so that the linear coefficient is the derivative there.
-    distance = np.log(np.array(budgets) / budgets[-1])
-    return -float(np.polyfit(distance, means, min(2, len(budgets) - 1))[-2])
+    def text(self) -> str:
+        """'0.180 (0.150 to 0.210; decay branches)'."""
+        spread = f"{self.interval[0]:.3f} to {self.interval[1]:.3f}; " if self.interval else ""
+        return f"{self.nats:.3f} ({spread}{self.source})"
 
 
 def token_factor(gap: float, slope: float) -> float:
@@ -77,10 +59,30 @@ def token_factor(gap: float, slope: float) -> float:
     return math.exp(gap / slope)
 
 
-def token_factors(gap: Gap, slope: float) -> Estimate:
-    """`token_factor` with the gap's interval."""
-    interval = gap.interval and (token_factor(gap.interval[0], slope), token_factor(gap.interval[1], slope))
-    return Estimate(token_factor(gap.mean, slope), interval)
+def token_factors(gap: Gap, slope: Slope) -> Estimate:
+    """`token_factor` with the interval that gap and slope give it; None where either has none."""
+    value = token_factor(gap.mean, slope.nats)
+    if gap.interval is None or slope.interval is None or slope.interval[0] <= 0:
+        return Estimate(value)
+    low = _quotient_low(gap.mean, gap.interval, slope.nats, slope.interval)
+    negated = (-gap.interval[1], -gap.interval[0])
+    high = -_quotient_low(-gap.mean, negated, slope.nats, slope.interval)
+    return Estimate(value, (math.exp(low), math.exp(high)))
+
+
+def _quotient_low(top: float, top_interval: Interval, bottom: float, bottom_interval: Interval) -> float:
+    """Lower end R of top / bottom, by MOVER: where the lower end of ``top - R * bottom`` is zero.
+
+    Args:
+        bottom: positive with all of its interval.
+    """
+    reach = top - top_interval[0]
+    # Of R times bottom that end counts which lowers the difference: the upper one where R is positive.
+    room = bottom - (bottom_interval[1] if top_interval[0] > 0 else bottom_interval[0])
+    a, c = bottom**2 - room**2, top**2 - reach**2
+    root = math.sqrt(max(0.0, (top * bottom) ** 2 - a * c))
+    # Two forms of one root: the first divides by no difference that may vanish.
+    return c / (top * bottom + root) if top * bottom + root > 0 and top >= 0 else (top * bottom - root) / a
 
 
 def affordable_gap(ratio: float, slope: float) -> float:
@@ -88,18 +90,16 @@ def affordable_gap(ratio: float, slope: float) -> float:
     return slope * math.log(ratio)
 
 
-def loss_matched(ratio: Estimate, gap: Gap, slope: float) -> Estimate:
+def loss_matched(ratio: Estimate, gap: Gap, slope: Slope) -> Estimate:
     """The loss-matched speed-up.
 
     Args:
         ratio: tokens a second over BF16's.
         gap: loss minus BF16's.
-        slope: nats for every factor e in tokens.
+        slope: of BF16's loss at the end.
 
     Returns:
-        ``ratio * exp(-gap / slope)``. Its interval combines those of ratio and gap, taken as independent, on the
-        logarithm: each end moves by the root of the summed squares of what ratio and gap move it by (MOVER, Zou and
-        Donner 2008: the delta method where the two sides of an interval differ). None where either has none.
+        ``ratio * exp(-gap / slope)`` with an interval; without one where a part has none.
     """
     tokens = token_factors(gap, slope)
     value = ratio.value / tokens.value

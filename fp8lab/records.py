@@ -136,6 +136,7 @@ class Stability(_Part):
     judged_steps: int | None = None
     """Steps that `spike_score` could judge: finite losses but the first 100. None where a record does not say."""
     first_spike_step: int | None = None
+    """The first of every step, logged or not, that spiked; None also where a record does not say."""
     skipped_steps: int
     first_bad_step: int | None
     first_bad_layer: str | None

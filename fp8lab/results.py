@@ -16,11 +16,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fp8lab import records
 from fp8lab.comparison import Deviation, Gap
-from fp8lab.config import RECIPES, Recipe
+from fp8lab.config import RECIPES, Head, Recipe
 from fp8lab.errors import UserError
 from fp8lab.records import BENCHMARK_PLAN, BenchmarkRecord, DataRecord, SpeedRecord, TestRecord, TrainRecord
 
@@ -32,6 +33,7 @@ LARGER_PLAN = "125m-h200"
 """A size above the ladder, in another vocabulary."""
 DEMO_PLAN = "demo"
 DEMO_COMMAND = "fp8lab run runs/plans/demo.yaml"
+LADDER_COMMAND = "fp8lab run runs/plans/ladder-h200.yaml"
 SPEED_PLANS = "speed-"
 """Beginning of the names of the plans that time whole models, each on a device of its own."""
 MAP_PLAN = "speed-map"
@@ -67,6 +69,17 @@ class Run:
     def parameters(self) -> int:
         """N, the tied embedding counted once."""
         return self.record.parameters.total
+
+    @property
+    def design(self) -> str:
+        """What the plan's entry put behind the usual name of the run ('low-rate'); empty where it put nothing."""
+        head = "-head_fp8" if self.record.head == "fp8" else ""
+        return self.record.run.removeprefix(f"{self.size}-{self.recipe}{head}-s{self.record.seed}").removeprefix("-")
+
+    @property
+    def kind(self) -> tuple[str, Recipe, Head, int, str]:
+        """What it has in common with the runs that differ from it in their seed alone: size to design."""
+        return self.size, self.recipe, self.record.head, self.record.tokens, self.design
 
     @property
     def validation_loss(self) -> float:
@@ -123,6 +136,13 @@ class Run:
         share = pd.Series(weights)[by_domain.columns]
         return (by_domain * share).sum(axis=1) / share.sum()
 
+    def training_curve(self, windows: int = 60) -> pd.Series:
+        """Mean training loss (nats/token) over windows of steps, by tokens at the window's end."""
+        width = max(1, len(self.metrics) // windows)
+        groups = np.arange(len(self.metrics)) // width
+        windowed = self.metrics.groupby(groups).agg({"tokens": "last", "loss": "mean"})
+        return windowed.set_index("tokens")["loss"]
+
     @cached_property
     def evaluation(self) -> dict[str, Any] | None:
         """lm-eval's results, or None where the run was not scored."""
@@ -138,6 +158,8 @@ class RunSet:
     unfinished: tuple[Run, ...] = ()
     branches: tuple[Run, ...] = ()
     """Finished decay branches: shorter budgets that share a run's stable part and so are no runs of their own."""
+    paired_sizes: frozenset[str] = frozenset()
+    """Sizes at which gaps are taken over pairs of seeds: decided by other runs (`variance.with_pairs`)."""
 
     def __bool__(self) -> bool:
         return bool(self.runs)
@@ -180,12 +202,15 @@ class RunSet:
 
         Args:
             value: what is compared; the validation loss (nats/token) if left out.
+
+        Raises:
+            UserError: the runs of one side differ in more than their seed, or the sides in tokens or design.
         """
         value = value or (lambda run: run.validation_loss)
-        ours, baseline = (
-            {run.record.seed: value(run) for run in self.where(size=size, recipe=name)} for name in (recipe, "bf16")
-        )
-        return Gap.by_seed(ours, baseline)
+        ours, baseline = (self.where(size=size, recipe=name) for name in (recipe, "bf16"))
+        if ours[0].kind[3:] != baseline[0].kind[3:]:
+            raise UserError(f"{_name(ours[0])} and {_name(baseline[0])} differ in tokens or design")
+        return Gap.by_seed(by_seed(ours, value), by_seed(baseline, value), paired=size in self.paired_sizes)
 
     def gaps(self) -> dict[tuple[str, str], Gap]:
         """`gap` for every size and FP8 recipe that has a BF16 run beside it."""
@@ -197,8 +222,29 @@ class RunSet:
         }
 
 
+def by_seed(runs: Iterable[Run], value: Callable[[Run], float]) -> dict[int, float]:
+    """`value` of runs that differ in their seed alone.
+
+    Raises:
+        UserError: two of them have one seed, or differ in size, recipe, head, tokens or design.
+    """
+    seeds: dict[int, Run] = {}
+    for run in runs:
+        first = next(iter(seeds.values()), run)
+        if run.kind != first.kind:
+            raise UserError(f"{_name(first)} and {_name(run)} differ in more than their seed")
+        if run.record.seed in seeds:
+            raise UserError(f"{_name(seeds[run.record.seed])} and {_name(run)} differ in nothing but their name")
+        seeds[run.record.seed] = run
+    return {seed: value(run) for seed, run in seeds.items()}
+
+
+def _name(run: Run) -> str:
+    return f"{run.record.plan}/{run.record.run}"
+
+
 def seed_deviation(sets: Iterable[RunSet], *, size: str | None = None, below: int | None = None) -> Deviation | None:
-    """Scatter of validation losses between runs alike but for their seed, pooled over plans, sizes and recipes.
+    """Scatter of validation losses between runs alike but for their seed, pooled over plans and kinds.
 
     Args:
         size: only this model.
@@ -207,24 +253,12 @@ def seed_deviation(sets: Iterable[RunSet], *, size: str | None = None, below: in
     Returns:
         None where no such runs have two seeds.
     """
-    return Deviation.pooled(
-        [run.validation_loss for run in runs.where(size=name, recipe=recipe)]
-        for runs in sets
-        for name in runs.sizes
-        for recipe in runs.recipes
-        if size in (None, name) and (below is None or runs.where(size=name)[0].parameters < below)
-    )
-
-
-def best_known_gaps(*sets: RunSet) -> dict[tuple[str, str], Gap]:
-    """For each size and FP8 recipe the gap of the plan that has the most seeds of it, the smallest size first."""
-    found: dict[tuple[str, str], Gap] = {}
-    sizes = {run.size: run.parameters for runs in sets for run in runs.runs}
-    for runs in sets:
-        for key, gap in runs.gaps().items():
-            if key not in found or gap.seeds > found[key].seeds:
-                found[key] = gap
-    return dict(sorted(found.items(), key=lambda item: (sizes[item[0][0]], RECIPES.index(item[0][1]))))
+    groups: dict[tuple[object, ...], list[float]] = {}
+    for index, runs in enumerate(sets):
+        for run in runs.runs:
+            if size in (None, run.size) and (below is None or run.parameters < below):
+                groups.setdefault((index, *run.kind), []).append(run.validation_loss)
+    return Deviation.pooled(groups.values())
 
 
 def training_runs(
@@ -235,14 +269,21 @@ def training_runs(
 ) -> RunSet:
     """The first of `plans` in which BF16 and an FP8 recipe both finished; an empty set where none did.
 
+    Where such runs were made on a GPU, the demo's are never shown, not even where those do not suit.
+
     Args:
         suits: whether a plan's runs can show what a chapter needs, for example enough sizes.
     """
-    for plan in plans:
-        runs = plan_runs(records_dir, plan)
-        if "bf16" in runs.recipes and len(runs.recipes) > 1 and suits(runs):
-            return runs
-    return RunSet(plan=DEMO_PLAN, runs=())
+    compared = [runs for plan in plans if "bf16" in (runs := plan_runs(records_dir, plan)).recipes]
+    compared = [runs for runs in compared if len(runs.recipes) > 1]
+    measured = [runs for runs in compared if not runs.toy]
+    return next((runs for runs in measured or compared if suits(runs)), RunSet(plan=DEMO_PLAN, runs=()))
+
+
+def training_command(records_dir: Path) -> str:
+    """What makes the runs that a chapter lacks: the ladder beside runs made on a GPU, else the demo."""
+    shown = training_runs(records_dir)
+    return LADDER_COMMAND if shown and not shown.toy else DEMO_COMMAND
 
 
 def plan_runs(records_dir: Path, plan: str) -> RunSet:
@@ -298,6 +339,37 @@ def bytes_per_token(record: DataRecord) -> float:
         )
     except KeyError as error:
         raise UserError(f"{record.plan}/{record.run}/record.json: {error.args[0]}: missing") from None
+
+
+def data_composition(record: DataRecord) -> pd.DataFrame:
+    """A row a domain of a data set.
+
+    Args:
+        record: its `results` are the data set's manifest, its `config` the mixture.
+
+    Returns:
+        Columns: domain, weight (share of each batch), documents, train_tokens, validation_tokens, removed
+        (documents), contaminated (documents that share text with an evaluation item; among the removed).
+
+    Raises:
+        UserError: a domain or field is missing.
+    """
+    try:
+        rows = [
+            {
+                "domain": domain,
+                "weight": float(record.config["domains"][domain]["weight"]),
+                "documents": values["train"]["documents"],
+                "train_tokens": values["train"]["tokens"],
+                "validation_tokens": values["validation"]["tokens"],
+                "removed": sum(values["removed"].values()),
+                "contaminated": values["removed"]["contaminated"],
+            }
+            for domain, values in record.results["domains"].items()
+        ]
+    except KeyError as error:
+        raise UserError(f"{record.plan}/{record.run}/record.json: {error.args[0]}: missing") from None
+    return pd.DataFrame(rows)
 
 
 def data_benchmarks(records_dir: Path) -> list[BenchmarkRecord]:

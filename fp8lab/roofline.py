@@ -28,7 +28,7 @@ import pandas as pd
 
 from fp8lab.config import ModelConfig, parameter_count
 from fp8lab.errors import UserError
-from fp8lab.flops import linear_weights
+from fp8lab.flops import FP8_OUTPUT_GRADIENT_FROM, linear_weights
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ OPTIMIZER_BYTES = 32
 
 RECIPES = ("bf16", "tensorwise", "fused")
 """What the model covers."""
-RECOMPUTE_FROM, FP8_OUTPUT_GRADIENT_FROM = 2048, 1024
-"""Widths (`fp8lab.kernels.Fp8Settings`) from which `fused` rotates q and k again, and transposes attention's output."""
+RECOMPUTE_FROM = 2048
+"""Width (`fp8lab.kernels.Fp8Settings`) from which `fused` rotates q and k again."""
 
 
 def fused_traffic(d: int, f: int) -> dict[str, int]:

@@ -36,6 +36,8 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize, nnls
 
+from fp8lab import flops
+from fp8lab.config import MODELS
 from fp8lab.errors import UserError
 
 Floats = NDArray[np.float64]
@@ -270,6 +272,12 @@ def bootstrap(
             would miss it where a size has one seed.
         samples: refits. Draws that cannot be fitted (too few different runs) are drawn again, at most ten times as
             often as asked.
+
+    Returns:
+        As many as asked, or what so many draws gave.
+
+    Raises:
+        UserError: fewer than half of `samples` could be fitted: too few for the ends of an interval.
     """
     rng = np.random.default_rng(seed)
     rows = points.reset_index(drop=True)
@@ -289,6 +297,8 @@ def bootstrap(
             continue
         if len(laws) == samples:
             break
+    if len(laws) < samples / 2:
+        raise UserError(f"{len(laws)} of {samples} draws of the runs can be fitted: too few runs for an interval")
     return laws
 
 
@@ -303,9 +313,15 @@ def fit_with_draws(
 
 def interval(draws: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
     """Ends of the central interval of a quantity over the laws of a `bootstrap`."""
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(np.asarray(draws, dtype=float), (tail, 1 - tail))
+    low, high = band(draws, confidence)
     return float(low), float(high)
+
+
+def band(draws: ArrayLike, confidence: float = 0.95) -> tuple[Floats, Floats]:
+    """`interval` of each of several quantities, the laws along the first axis."""
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(np.asarray(draws, dtype=float), (tail, 1 - tail), axis=0)
+    return low, high
 
 
 @dataclass(frozen=True)
@@ -404,3 +420,39 @@ def unidentified(parameters: ArrayLike, tokens: ArrayLike) -> list[str]:
             "freedom: its fit has no meaningful R², and an irreducible loss E cannot be separated from the slope"
         )
     return reasons
+
+
+EXTRAPOLATED = ("125M", "250M", "350M", "1.5B")
+"""Sizes of the source article, which our runs do not reach at full length."""
+
+
+def extrapolated(points: pd.DataFrame, law: JointLaw, draws: Sequence[JointLaw], budget: float) -> pd.DataFrame:
+    """What a law says of sizes beyond those it was fitted to, in BF16: extrapolated, never measured.
+
+    Args:
+        points: what the law was fitted to, as `losses.final_losses` gives them.
+        draws: refits, for the intervals.
+        budget: tokens a parameter.
+
+    Returns:
+        A row a model, the largest measured one first. Columns: size, parameters, non_embedding, tokens, factor (N over
+        the largest measured N), loss, low, high (95%, nats a token), drop, drop_low, drop_high (loss at the largest
+        measured size minus loss here) and for each published law its own drop, under its name.
+    """
+    largest = points.iloc[int(points["parameters"].to_numpy().argmax())]
+    counts = {name: flops.parameters(MODELS[name]) for name in EXTRAPOLATED}
+    rows = [(str(largest["size"]), float(largest["parameters"]), float(largest["non_embedding"]))]
+    rows += [(name, float(count.total), float(count.non_embedding)) for name, count in counts.items()]
+    table = pd.DataFrame(rows, columns=["size", "parameters", "non_embedding"])
+    table = table[table["parameters"] >= table["parameters"].iloc[0]].reset_index(drop=True)
+    n = table["parameters"].to_numpy()
+    table["tokens"], table["factor"] = budget * n, n / n[0]
+    table["loss"] = law(n, budget * n)
+    drawn = np.array([other(n, budget * n) for other in draws])
+    table["low"], table["high"] = band(drawn)
+    table["drop"] = table["loss"].iloc[0] - table["loss"]
+    table["drop_low"], table["drop_high"] = band(drawn[:, :1] - drawn)
+    for name in PUBLISHED:
+        loss = published_loss(name, n, table["non_embedding"], table["tokens"])
+        table[name] = loss[0] - loss
+    return table

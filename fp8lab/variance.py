@@ -4,20 +4,26 @@
 designs (learning rate, decay, batch), each with a moving average of its weights beside the weights. Runs that
 scatter less need fewer seeds for the same interval; a design may pay for it in GPU time or in loss. Here the
 records become a `Cell` a design and kind of weights, and each cell the pairs and GPU minutes that it asks for.
+
+The study also decides, once for each design, whether seeds pair: where the runs of a design show that a seed moves
+both recipes alike, other plans' runs of that design are compared in pairs (`with_pairs`). The study's own gaps are
+Welch's, since the runs that a choice was made by cannot also be its test.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from fp8lab.comparison import TARGET_HALF_WIDTH, Design, Deviation, Gap
-from fp8lab.results import Run, RunSet, plan_runs, seed_deviation, unique
+from fp8lab.config import Plan
+from fp8lab.results import Run, RunSet, by_seed, plan_runs, seed_deviation, unique
+from fp8lab.units import listing
 
 VARIANCE_PLAN = "variance-h200"
 VARIANCE_COMMAND = "fp8lab run runs/plans/variance-h200.yaml"
@@ -54,7 +60,7 @@ class Cell:
 
     def losses(self, recipe: str) -> dict[int, float]:
         """Validation loss (nats/token) by seed."""
-        return {run.record.seed: self._loss(run) for run in self.runs if run.recipe == recipe}
+        return by_seed((run for run in self.runs if run.recipe == recipe), self._loss)
 
     def _loss(self, run: Run) -> float:
         averaged = run.averaged
@@ -62,7 +68,7 @@ class Cell:
 
     @cached_property
     def gap(self) -> Gap:
-        """FP8 minus BF16."""
+        """FP8 minus BF16, by Welch's interval."""
         return Gap.by_seed(self.losses(self.fp8_recipe), self.losses("bf16"))
 
     @cached_property
@@ -78,10 +84,15 @@ class Cell:
         ours, baseline = self.losses(self.fp8_recipe), self.losses("bf16")
         return Deviation.pooled([[ours[seed] - baseline[seed] for seed in ours if seed in baseline]])
 
+    @property
+    def pairs_help(self) -> bool:
+        """Whether these runs show that a seed moves both recipes alike."""
+        return self.gap.correlation is not None and self.gap.correlation.is_measurable
+
     @cached_property
     def comparison(self) -> Design:
-        """Pairs where the seeds are measurably correlated, else two groups."""
-        if self.gap.paired and self.differences is not None:
+        """How later runs of this design are best compared: in pairs where those help, else as two groups."""
+        if self.pairs_help and self.differences is not None:
             return Design(self.differences, paired=True)
         return Design(self.scatter, paired=False)
 
@@ -131,9 +142,28 @@ class Study:
         """The cell that reaches the target in the fewest GPU minutes, as measured."""
         return min(self.cells, key=lambda cell: cell.minutes_needed()[0])
 
+    def pairs_help(self, run: Run) -> bool:
+        """Whether the study has decided for pairs in the design and size of `run`; False where it trained none such."""
+        return any(
+            cell.pairs_help and not cell.averaged and _design_settings(cell.runs[0]) == _design_settings(run)
+            for cell in self.cells
+        )
+
     def loss_cost(self, cell: Cell) -> Gap:
         """BF16 loss of `cell` minus that of `base`: what its quietness costs."""
         return Gap.by_seed(cell.losses("bf16"), self.base.losses("bf16"))
+
+
+def _design_settings(run: Run) -> dict[str, object]:
+    """What makes two plans' runs of a size the same design."""
+    names = ("model", "tokens", "optimizer", "schedule", "global_batch_tokens", "mixture")
+    return {name: run.record.config[name] for name in names}
+
+
+def with_pairs(runs: RunSet, study: Study) -> RunSet:
+    """`runs` with its gaps taken over pairs of seeds at the sizes where the study has decided for that."""
+    paired = {run.size for run in runs.runs if runs.plan != study.runs.plan and study.pairs_help(run)}
+    return replace(runs, paired_sizes=frozenset(paired))
 
 
 @dataclass(frozen=True)
@@ -142,6 +172,8 @@ class Line:
 
     design: Design
     seeds: int
+    devices: tuple[str, ...]
+    """That the scatter was measured on."""
 
 
 def lines(sets: Sequence[RunSet], study: Study) -> dict[str, Line]:
@@ -154,12 +186,29 @@ def lines(sets: Sequence[RunSet], study: Study) -> dict[str, Line]:
         deviation = seed_deviation(sets, size=size)
         if deviation is not None:
             seeds = max(len(runs.where(size=size, recipe="bf16")) for runs in sets)
-            found[size] = Line(Design(deviation, paired=False), seeds)
+            found[size] = Line(Design(deviation, paired=False), seeds, _devices_of(_repeated(sets, size)))
     for cell in study.cells:
         if not cell.averaged or cell is study.cheapest:
             name = f"{cell.size}, {cell.design}{', averaged' if cell.averaged else ''}"
-            found[name] = Line(cell.comparison, cell.seeds)
+            found[name] = Line(cell.comparison, cell.seeds, _devices_of(cell.runs))
     return found
+
+
+def _repeated(sets: Sequence[RunSet], size: str) -> list[Run]:
+    """The runs of a size that another one differs from in seed alone: those that its scatter is known from."""
+    groups = [runs.where(size=size, recipe=recipe) for runs in sets for recipe in runs.recipes]
+    return [run for group in groups if len(group) > 1 for run in group]
+
+
+def _devices_of(runs: Sequence[Run]) -> tuple[str, ...]:
+    return tuple(unique(run.record.provenance.device_name for run in runs))
+
+
+def progress(runs: RunSet, plan: Plan, design: str = BASE) -> str:
+    """How many runs of a design are recorded, of those planned: '5 of 8 `bf16` and 0 of 8 `fused` runs'."""
+    planned = Counter(config.recipe for config in plan.runs if config.run.endswith(f"-{design}"))
+    recorded = Counter(run.recipe for run in runs.runs if design_of(run) == design)
+    return listing([f"{recorded[recipe]} of {count} `{recipe}`" for recipe, count in planned.items()]) + " runs"
 
 
 def study(records_dir: Path, plan: str = VARIANCE_PLAN) -> Study:
@@ -171,9 +220,8 @@ def study(records_dir: Path, plan: str = VARIANCE_PLAN) -> Study:
 
 
 def design_of(run: Run) -> str:
-    """What the plan's entry put behind the usual name of the run."""
-    usual = f"{run.size}-{run.recipe}{'-head_fp8' if run.record.head == 'fp8' else ''}-s{run.record.seed}"
-    return run.record.run.removeprefix(usual).removeprefix("-") or BASE
+    """Its name in the study: the base is what no entry named."""
+    return run.design or BASE
 
 
 def _cell(runs: Sequence[Run], design: str, averaged: bool) -> Cell | None:

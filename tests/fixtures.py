@@ -89,6 +89,7 @@ class Measured:
     health_factor: float = 1.0
     """Multiplies amax, its growth, kurtosis and what rounding loses."""
     spike_score: float = 0.0
+    judged_steps: int = 40
     skipped_steps: int = 1
     score_shift: float = 0.0
     """Added to every accuracy, twice in FP8."""
@@ -123,6 +124,7 @@ OTHER = Measured(
     gradient_factor=1.7,
     health_factor=1.37,
     spike_score=0.013,
+    judged_steps=47,
     skipped_steps=2,
     score_shift=0.11,
     items=70,
@@ -252,10 +254,11 @@ def write_run(
             ),
             "stability": Stability(
                 spike_score=measured.spike_score,
+                judged_steps=measured.judged_steps,
                 skipped_steps=measured.skipped_steps,
                 first_bad_step=None,
                 first_bad_layer=None,
-                saturated_steps={"blocks.0.mlp.down input": 3} if recipe == "fused" else None,
+                saturated_steps={"blocks.0.mlp.down input": 2 + measured.skipped_steps} if recipe == "fused" else None,
                 underflowing_steps={} if recipe == "fused" else None,
             ),
             "speed": Speed(
@@ -631,7 +634,7 @@ def write_map_records(records_dir: Path, *, measured: Measured = DEFAULT) -> Non
                         "sm_clock_mhz": 1700.0 / factor,
                         "power_w": 600.0 * factor,
                     }
-                    for round_ in range(2)
+                    for round_ in range(4)
                 ]
         record = SpeedRecord(
             plan="speed-map",
@@ -639,7 +642,7 @@ def write_map_records(records_dir: Path, *, measured: Measured = DEFAULT) -> Non
             status="finished",
             provenance=provenance(f"NVIDIA {device.name}", measured),
             results={"tokens": "random ids", "emulated": False, "cases": {}},
-            config={},
+            config={"cases": [{"model": {"name": f"w{width}", "d_model": width}} for width in roofline.MAP_WIDTHS]},
         )
         records.write_table(records.write(record, records_dir), "steps", pd.DataFrame(rows))
 

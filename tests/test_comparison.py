@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fp8lab.comparison import Correlation, Design, Deviation, Gap
+from fp8lab.comparison import Correlation, Design, Deviation, Gap, holm
 
 losses = st.lists(st.floats(2, 4).map(lambda value: round(value, 4)), min_size=2, max_size=9).filter(
     lambda values: max(values) - min(values) > 1e-3
@@ -40,28 +40,68 @@ def test_equivalence_is_the_larger_of_two_one_sided_tests(
         assert (gap.equivalence_p(margin) < 0.05) == (-margin < low and high < margin)  # type: ignore[operator]
 
 
-def test_pairs_are_used_only_where_seeds_move_both_recipes_alike() -> None:
-    seeds = range(8)
+def test_pairs_are_used_where_the_design_is_known_to_pair_and_nowhere_else() -> None:
     shared = np.random.default_rng(1).normal(0, 0.01, 8)
-    baseline = {seed: 3 + shared[seed] for seed in seeds}
-    together = {seed: 3.005 + shared[seed] + 0.0005 * (-1) ** seed for seed in seeds}
-    apart = {seed: 3.005 + shared[(seed + 3) % 8] for seed in seeds}
-    gap = Gap.by_seed(together, baseline)
+    baseline = {seed: 3 + shared[seed] for seed in range(8)}
+    together = {seed: 3.005 + shared[seed] + 0.0005 * (-1) ** seed for seed in range(8)}
+    gap = Gap.by_seed(together, baseline, paired=True)
     assert gap.paired
     expected = stats.ttest_rel(list(together.values()), list(baseline.values()))
     assert gap.interval == pytest.approx(tuple(expected.confidence_interval(0.95)))
-    other = Gap.by_seed(apart, baseline)
+    # As correlated as seeds can be, and still no pairs: a gap does not choose by its own runs.
+    other = Gap.by_seed(together, baseline)
+    assert other.correlation is not None
+    assert other.correlation.is_measurable
     assert not other.paired
-    assert other.interval == Gap.between(list(apart.values()), list(baseline.values())).interval
+    assert other.interval == Gap.between(list(together.values()), list(baseline.values())).interval
     assert other.half_width > 5 * gap.half_width  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("seeds", [4, 8])
+def test_gaps_whose_seeds_happen_to_correlate_hold_the_truth_as_often_as_others(seeds: int) -> None:
+    rng = np.random.default_rng(seeds)
+    held = trials = 0
+    while trials < 250:
+        ours, baseline = rng.normal(3, 0.01, (2, seeds))
+        gap = Gap.by_seed(dict(enumerate(ours)), dict(enumerate(baseline)))
+        if gap.correlation is None or not gap.correlation.is_measurable:
+            continue
+        assert gap.interval is not None
+        trials, held = trials + 1, held + (gap.interval[0] <= 0 <= gap.interval[1])
+    assert held / trials > 0.91
 
 
 def test_pairs_are_formed_by_seed_whatever_the_order_and_runs_without_partner_are_left_out() -> None:
     baseline = {seed: 3 + 0.01 * seed for seed in range(1, 7)}
     ours = {seed: baseline[seed] + 0.001 + 1e-5 * seed for seed in (6, 2, 4, 1, 5, 3)} | {99: 5.0}
-    gap = Gap.by_seed(ours, baseline)
+    gap = Gap.by_seed(ours, baseline, paired=True)
     assert (gap.paired, gap.seeds) == (True, 6)
     assert gap.mean == pytest.approx(0.001 + 3.5e-5)
+    assert not Gap.by_seed({1: 3.0}, {1: 3.1}, paired=True).paired
+
+
+@given(losses, losses, st.floats(0.001, 1.0))
+def test_a_difference_is_beyond_the_margin_where_the_interval_is(
+    ours: list[float], baseline: list[float], margin: float
+) -> None:
+    gap = Gap.between(ours, baseline)
+    assert gap.interval is not None
+    p, distance = gap.difference_p(margin), max(gap.interval[0] - margin, -margin - gap.interval[1])
+    assert p is not None
+    if abs(distance) > 1e-9:
+        assert (p < 0.05) == (distance > 0)
+    assert Gap.by_seed({1: 3.0}, {1: 3.1}).difference_p(margin) is None
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_adjusts_as_its_paper_says(p_values: list[float]) -> None:
+    adjusted = holm(p_values)
+    ascending = sorted(p_values)
+    steps = [(len(p_values) - rank) * p for rank, p in enumerate(ascending)]
+    for p, value in zip(p_values, adjusted, strict=True):
+        assert value == pytest.approx(min(1.0, max(steps[: ascending.index(p) + 1])))
+        assert value >= p
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
 
 def test_few_pairs_or_constant_losses_have_no_correlation() -> None:

@@ -35,7 +35,7 @@ def spoil(run: Run, layer: str, tensor: str, steps: slice, **values: float) -> R
 def test_a_healthy_run_has_nothing_to_keep_in_bf16(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     assert diagnosis.keep_in_bf16(run) == []
-    assert tables.rounding_losses([run]).empty
+    assert tables.health.rounding_losses([run]).empty
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_a_healthy_run_has_nothing_to_keep_in_bf16(tmp_path: Path) -> None:
 def test_an_operand_past_a_limit_names_its_layer(tmp_path: Path, values: dict, reason: str, worst: str) -> None:
     run = spoil(a_run(tmp_path), "blocks.2.mlp.down", "grad_output", slice(None), **values)
     assert diagnosis.keep_in_bf16(run) == ["blocks.2.mlp.down"]
-    (row,) = tables.rounding_losses([run]).to_dict("records")
+    (row,) = tables.health.rounding_losses([run]).to_dict("records")
     assert row == {
         "recipe": "tensorwise",
         "Linear": "down",
@@ -80,7 +80,7 @@ def test_blocks_of_one_kind_share_a_row(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     for block in (0, 1, 3):
         run = spoil(run, f"blocks.{block}.mlp.down", "input", slice(None), underflow_fraction=0.02 + 0.01 * block)
-    (row,) = tables.rounding_losses([run]).to_dict("records")
+    (row,) = tables.health.rounding_losses([run]).to_dict("records")
     assert (row["blocks"], row["worst"]) == ("0-1, 3", "5%")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from fp8lab import records, tables
+from fp8lab import records, scores, tables
 from fp8lab.results import Run, RunSet
 from tests.fixtures import SIZES, write_run
 
@@ -38,15 +38,15 @@ def scored(records_dir: Path, evaluation: dict[str, Any]) -> RunSet:
 
 
 def test_a_group_is_one_task_and_another_split_is_named(tmp_path: Path) -> None:
-    scores = tables.scores(scored(tmp_path, FULL))
-    assert set(scores["task"]) == {"wikitext", "hellaswag", "sciq (validation split)", "mmlu"}
-    assert (scores.set_index(["task", "metric"])["random_guess"].dropna() == 0.25).all()
-    headings = list(tables.score_table(scored(tmp_path, FULL)).columns)
+    table = scores.of_runs(scored(tmp_path, FULL))
+    assert set(table["task"]) == {"wikitext", "hellaswag", "sciq (validation split)", "mmlu"}
+    assert (table.set_index(["task", "metric"])["random_guess"].dropna() == 0.25).all()
+    headings = list(tables.scores.score_table(scored(tmp_path, FULL)).columns)
     assert "sciq (validation split) (acc)" in headings
 
 
 def test_every_published_score_has_a_source_and_a_protocol() -> None:
-    published = tables.published_scores()
+    published = scores.published_scores()
     assert len(published) > 500
     sourced = ["model", "params", "task", "metric", "value", "shots", "protocol", "source_title", "source_url"]
     assert not published[sourced].isna().any(axis=None)
@@ -69,22 +69,22 @@ def published(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     columns = ["model", "params", "train_tokens", "task", "metric", "value", "shots", "protocol"]
     frame = pd.DataFrame(rows, columns=columns)
-    monkeypatch.setattr(tables, "published_scores", lambda: frame)
+    monkeypatch.setattr(scores, "published_scores", lambda: frame)
 
 
 @pytest.mark.usefixtures("published")
 def test_a_figure_of_another_protocol_is_marked() -> None:
-    table = tables.published_comparison(TASKS, ("A", "B", "nobody")).set_index("model")
+    table = tables.scores.published_comparison(TASKS, ("A", "B", "nobody")).set_index("model")
     assert list(table.index) == ["random guess", "A", "B"]
     assert table.loc["random guess", "mmlu (acc)"] == "25"
     assert list(table.loc["A"]) == ["1B", "3T", "50.0", "–", "–"]
     assert list(table.loc["B"]) == ["2B", "–", "41.0ᵃ", "80.0ᵇ", "60.0ᵇᶜ"]
-    assert set("ᵃᵇᶜᵈ") == tables.PUBLISHED_MARKS.keys()
+    assert set("ᵃᵇᶜᵈ") == tables.scores.PUBLISHED_MARKS.keys()
 
 
 @pytest.mark.usefixtures("published")
 def test_our_own_runs_stand_beside_them_with_their_errors(tmp_path: Path) -> None:
-    table = tables.published_comparison(TASKS, ("A",), scored(tmp_path, FULL))
+    table = tables.scores.published_comparison(TASKS, ("A",), scored(tmp_path, FULL))
     assert list(table["model"]) == ["random guess", f"this project, {SIZES[0].name} bf16", "A"]
     assert list(table.iloc[1][["hellaswag (acc_norm)", "sciq (acc)", "mmlu (acc)"]]) == [
         "27.0 ± 0.4",
@@ -96,26 +96,27 @@ def test_our_own_runs_stand_beside_them_with_their_errors(tmp_path: Path) -> Non
 @pytest.mark.usefixtures("published")
 def test_scores_of_a_part_of_the_items_are_not_compared(tmp_path: Path) -> None:
     part = FULL | {"config": {"limit": 20}}
-    assert list(tables.published_comparison(TASKS, ("A",), scored(tmp_path, part))["model"]) == ["random guess", "A"]
+    table = tables.scores.published_comparison(TASKS, ("A",), scored(tmp_path, part))
+    assert list(table["model"]) == ["random guess", "A"]
 
 
 @pytest.mark.usefixtures("published")
 def test_random_guessing_alone_is_no_comparison() -> None:
-    assert tables.published_comparison(TASKS, ("nobody",)).empty
+    assert tables.scores.published_comparison(TASKS, ("nobody",)).empty
 
 
 def test_a_published_figure_is_found_by_its_protocol(published: None) -> None:
-    assert tables.published_accuracy("A", "hellaswag", "Own", 10) == 70
-    assert tables.published_accuracy("A", "hellaswag", "lm-eval", metric="acc_norm") == 50
+    assert scores.published_accuracy("A", "hellaswag", "Own", 10) == 70
+    assert scores.published_accuracy("A", "hellaswag", "lm-eval", metric="acc_norm") == 50
     with pytest.raises(KeyError, match="no acc of A on sciq, 5-shot by lm-eval"):
-        tables.published_accuracy("A", "sciq", "lm-eval", 5)
+        scores.published_accuracy("A", "sciq", "lm-eval", 5)
 
 
 def test_bits_of_answers_are_of_tasks_and_groups_not_of_members(tmp_path: Path) -> None:
     bits = {"bits_per_byte": 1.25, "bits_per_byte_stderr": 0.05}
     answers = {"answers": dict.fromkeys(("hellaswag", "sciq", "mmlu", "mmlu_anatomy"), bits)}
-    [row] = tables.answer_bits(scored(tmp_path, FULL | answers)).to_dict("records")
+    [row] = tables.scores.answer_bits(scored(tmp_path, FULL | answers)).to_dict("records")
     assert row == {"model": SIZES[0].name, "recipe": "bf16"} | dict.fromkeys(
         ("hellaswag", "sciq (validation split)", "mmlu"), "1.250 ± 0.050"
     )
-    assert tables.answer_bits(scored(tmp_path, FULL)).empty
+    assert tables.scores.answer_bits(scored(tmp_path, FULL)).empty

@@ -12,9 +12,9 @@ from matplotlib import pyplot
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from fp8lab import figures, scaling, tables, variance
+from fp8lab import figures, losses, scaling, variance
 from fp8lab.config import RECIPES
-from fp8lab.results import Run, RunSet, data_record, plan_runs, speed_runs, training_runs
+from fp8lab.results import Run, RunSet, data_record, speed_runs, training_runs
 from tests.fixtures import (
     DOMAINS,
     LADDER_LAW,
@@ -35,18 +35,18 @@ def fp8_run(runs: RunSet) -> Run:
 
 WEIGHTS = dict(zip(DOMAINS, (0.65, 0.15, 0.10, 0.10), strict=True))
 TRAINING_FIGURES: dict[str, Callable[[RunSet], Figure]] = {
-    "loss_curves": lambda runs: figures.loss_curves(runs, runs.sizes[-1]),
-    "validation_curves": lambda runs: figures.validation_curves(runs, runs.sizes[-1], WEIGHTS),
-    "loss_against_compute": figures.loss_against_compute,
-    "scaling_panels": figures.scaling_panels,
-    "loss_gaps": figures.loss_gaps,
-    "gaps_by_domain": lambda runs: figures.gaps_by_domain(runs, runs.sizes[0]),
-    "gradient_norms": lambda runs: figures.gradient_norms(runs, runs.sizes[-1]),
-    "benchmark_scores": figures.benchmark_scores,
-    "underflow": lambda runs: figures.health_map(fp8_run(runs), "underflow_fraction", runs.toy),
-    "amax_growth": lambda runs: figures.health_map(fp8_run(runs), "growth", runs.toy),
-    "swiglu_outliers": lambda runs: figures.swiglu_outliers(runs.where(size=runs.sizes[0]), runs.toy),
-    "activation_kurtosis": lambda runs: figures.activation_kurtosis(runs.where(size=runs.sizes[0]), runs.toy),
+    "loss_curves": lambda runs: figures.loss.loss_curves(runs, runs.sizes[-1]),
+    "validation_curves": lambda runs: figures.loss.validation_curves(runs, runs.sizes[-1], WEIGHTS),
+    "loss_against_compute": figures.scaling.loss_against_compute,
+    "scaling_panels": figures.scaling.scaling_panels,
+    "loss_gaps": lambda runs: figures.loss.loss_gaps(losses.measured_gaps([runs])),
+    "gaps_by_domain": lambda runs: figures.loss.gaps_by_domain(runs, runs.sizes[0]),
+    "gradient_norms": lambda runs: figures.health.gradient_norms(runs, runs.sizes[-1]),
+    "benchmark_scores": figures.scores.benchmark_scores,
+    "underflow": lambda runs: figures.health.health_map(fp8_run(runs), "underflow_fraction", runs.toy),
+    "amax_growth": lambda runs: figures.health.health_map(fp8_run(runs), "growth", runs.toy),
+    "swiglu_outliers": lambda runs: figures.health.swiglu_outliers(runs.where(size=runs.sizes[0]), runs.toy),
+    "activation_kurtosis": lambda runs: figures.health.activation_kurtosis(runs.where(size=runs.sizes[0]), runs.toy),
 }
 
 
@@ -58,7 +58,7 @@ def runs(tmp_path: Path) -> RunSet:
 
 @pytest.fixture(autouse=True)
 def styled() -> Iterator[None]:
-    figures.use_style()
+    figures.style.use_style()
     yield
     pyplot.close("all")
 
@@ -70,7 +70,7 @@ def texts(figure: Figure) -> list[str]:
 def in_colour(figure: Figure, recipe: str) -> list[np.ndarray]:
     """The y values of every line in the recipe's colour."""
     lines = [line for axes in figure.axes for line in axes.lines]
-    colour = figures.RECIPE_COLOURS[recipe].lower()
+    colour = figures.style.RECIPE_COLOURS[recipe].lower()
     return [np.asarray(line.get_ydata(), float) for line in lines if to_hex(line.get_color()) == colour]
 
 
@@ -101,10 +101,10 @@ def test_no_label_is_cut_off(runs: RunSet, draw: Callable) -> None:
 def test_no_label_of_the_speed_figures_is_cut_off(tmp_path: Path) -> None:
     write_speed_records(tmp_path)
     speeds = speed_runs(tmp_path)
-    for figure in (figures.throughput(speeds), figures.peak_memory(speeds)):
+    for figure in (figures.speed.throughput(speeds), figures.speed.peak_memory(speeds)):
         assert_nothing_is_cut_off(figure)
     for profile in speeds[0].profiles().values():
-        assert_nothing_is_cut_off(figures.step_breakdown(profile))
+        assert_nothing_is_cut_off(figures.speed.step_breakdown(profile))
 
 
 @pytest.mark.parametrize("draw", TRAINING_FIGURES.values(), ids=TRAINING_FIGURES)
@@ -116,9 +116,9 @@ def test_a_measurement_is_not_called_toy(tmp_path: Path, draw: Callable) -> None
 
 
 def test_every_recipe_has_a_colour_and_a_marker_of_its_own() -> None:
-    assert set(RECIPES) <= set(figures.RECIPE_COLOURS)
-    assert len(set(figures.RECIPE_COLOURS.values())) == len(figures.RECIPE_COLOURS)
-    assert len(set(figures.RECIPE_MARKERS.values())) == len(figures.RECIPE_MARKERS)
+    assert set(RECIPES) <= set(figures.style.RECIPE_COLOURS)
+    assert len(set(figures.style.RECIPE_COLOURS.values())) == len(figures.style.RECIPE_COLOURS)
+    assert len(set(figures.style.RECIPE_MARKERS.values())) == len(figures.style.RECIPE_MARKERS)
 
 
 def ladder(folder: Path) -> tuple[RunSet, scaling.JointLaw]:
@@ -128,9 +128,9 @@ def ladder(folder: Path) -> tuple[RunSet, scaling.JointLaw]:
 
 def test_every_final_loss_is_in_every_panel_of_scaling(tmp_path: Path) -> None:
     runs, law = ladder(tmp_path)
-    points = tables.final_losses(runs)
+    points = losses.final_losses(runs)
     for axes, column in zip(
-        figures.scaling_panels(runs, law).axes, ("flops_causal", "parameters", "tokens"), strict=True
+        figures.scaling.scaling_panels(runs, law).axes, ("flops_causal", "parameters", "tokens"), strict=True
     ):
         markers = [line for line in axes.lines if line.get_marker() not in ("None", None, "")]
         drawn = {(x, y) for line in markers for x, y in zip(*line.get_data(), strict=True)}
@@ -139,8 +139,8 @@ def test_every_final_loss_is_in_every_panel_of_scaling(tmp_path: Path) -> None:
 
 def test_the_law_is_drawn_over_what_was_measured_and_no_further(tmp_path: Path) -> None:
     runs, law = ladder(tmp_path)
-    compute, *panels = figures.scaling_panels(runs, law).axes
-    points = tables.final_losses(runs)
+    compute, *panels = figures.scaling.scaling_panels(runs, law).axes
+    points = losses.final_losses(runs)
     for axes, column in zip(panels, ("parameters", "tokens"), strict=True):
         lines = [line for line in axes.lines if line.get_marker() in ("None", None, "")]
         # A line a recipe and budget, and a line a recipe and size.
@@ -154,10 +154,10 @@ def test_the_law_is_drawn_over_what_was_measured_and_no_further(tmp_path: Path) 
 
 def test_what_is_extrapolated_is_dashed_and_named(tmp_path: Path) -> None:
     runs, law = ladder(tmp_path)
-    points = tables.final_losses(runs)
+    points = losses.final_losses(runs)
     at_budget = points[(points["recipe"] == "bf16") & ~points["is_branch"]]
-    beyond = tables.extrapolated(points, law, [law, law], 20)
-    figure = figures.extrapolation(at_budget, law, [law, law], beyond)
+    beyond = scaling.extrapolated(points, law, [law, law], 20)
+    figure = figures.scaling.extrapolation(at_budget, law, [law, law], beyond)
     lines = {line.get_label(): line for line in figure.axes[0].lines}
     largest = points["parameters"].max()
     assert max(lines["fitted"].get_xdata()) <= largest * 1.001
@@ -174,7 +174,7 @@ def test_what_is_extrapolated_is_dashed_and_named(tmp_path: Path) -> None:
 
 def test_the_lower_panel_is_fp8_minus_bf16(runs: RunSet) -> None:
     size = runs.sizes[-1]
-    figure = figures.validation_curves(runs, size, WEIGHTS)
+    figure = figures.loss.validation_curves(runs, size, WEIGHTS)
     (bf16,) = in_colour(figure, "bf16")
     fp8, difference = in_colour(figure, "tensorwise")
     assert difference == pytest.approx(fp8 - bf16)
@@ -182,10 +182,20 @@ def test_the_lower_panel_is_fp8_minus_bf16(runs: RunSet) -> None:
     assert low == -high
 
 
+def test_the_noise_between_seeds_is_drawn_where_it_was_measured_at_the_end(runs: RunSet) -> None:
+    size = runs.sizes[-1]
+    plain, banded = (figures.loss.validation_curves(runs, size, WEIGHTS, band) for band in (None, 0.125))
+    assert not plain.axes[1].collections
+    (bar,) = banded.axes[1].collections
+    ((start, end),) = bar.get_segments()
+    tokens = max(run.record.tokens for run in runs.where(size=size)) / 1e6
+    assert (tuple(start), tuple(end)) == ((tokens, -0.125), (tokens, 0.125))
+
+
 def test_gaps_are_drawn_at_their_size_with_their_interval(tmp_path: Path) -> None:
     write_demo_records(tmp_path, seeds=(1, 2, 3))
     runs = training_runs(tmp_path)
-    figure = figures.loss_gaps(runs)
+    figure = figures.loss.loss_gaps(losses.measured_gaps([runs]))
     drawn = sorted(float(values[0]) for values in in_colour(figure, "tensorwise"))
     assert drawn == pytest.approx(sorted(runs.gap(size, "tensorwise").mean for size in runs.sizes))
     assert len(figure.axes[0].collections) == len(runs.gaps())
@@ -197,7 +207,7 @@ def test_single_seeds_have_a_dashed_bar_where_smaller_models_have_seeds(tmp_path
             write_run(tmp_path, "ladder-h200", model, recipe, device_name="NVIDIA H200")
         for seed in (1, 2, 3):
             write_run(tmp_path, "seeds-h200", SIZES[0], recipe, seed=seed, device_name="NVIDIA H200")
-    figure = figures.loss_gaps(plan_runs(tmp_path, "ladder-h200"), plan_runs(tmp_path, "seeds-h200"))
+    figure = figures.loss.loss_gaps(losses.measured_gaps(losses.measured_sets(tmp_path)))
     solid, dashed = figure.axes[0].collections
     assert solid.get_linestyle()[0][1] is None
     assert dashed.get_linestyle()[0][1] is not None
@@ -208,7 +218,7 @@ def test_half_widths_shrink_with_runs_and_are_marked_where_there_are_runs(tmp_pa
     write_variance_records(tmp_path)
     study = variance.study(tmp_path)
     lines = variance.lines([], study)
-    figure = figures.pairs_needed(lines, toy=False)
+    figure = figures.loss.pairs_needed(lines, toy=False)
     curves = [line for line in figure.axes[0].lines if len(line.get_xdata()) > 10]
     marks = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
     assert len(curves) == len(marks) == len(lines)
@@ -221,7 +231,7 @@ def test_half_widths_shrink_with_runs_and_are_marked_where_there_are_runs(tmp_pa
 
 
 def test_scores_show_one_metric_a_task(runs: RunSet) -> None:
-    figure = figures.benchmark_scores(runs)
+    figure = figures.scores.benchmark_scores(runs)
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
         "demo_choice (acc)",
         "demo_boolean (acc)",
@@ -232,11 +242,11 @@ def test_scores_show_one_metric_a_task(runs: RunSet) -> None:
 
 def test_throughput_shows_every_recipe_but_bf16_and_marks_heads_in_fp8(tmp_path: Path) -> None:
     write_speed_records(tmp_path)
-    figure = figures.throughput(speed_runs(tmp_path))
+    figure = figures.speed.throughput(speed_runs(tmp_path))
     markers = [line for line in figure.axes[0].lines if line.get_marker() not in ("None", None, "")]
     assert len(markers) == 3 * 4
     hollow = [line for line in markers if line.get_markerfacecolor() == "white"]
-    assert {to_hex(line.get_color()) for line in hollow} == {figures.RECIPE_COLOURS["fused"].lower()}
+    assert {to_hex(line.get_color()) for line in hollow} == {figures.style.RECIPE_COLOURS["fused"].lower()}
     assert len(hollow) == 3
     assert "toy scale, CPU" not in texts(figure)
 
@@ -245,14 +255,14 @@ def test_a_breakdown_adds_up_to_the_step(tmp_path: Path) -> None:
     write_speed_records(tmp_path)
     (speed,) = speed_runs(tmp_path)
     (profile,) = speed.profiles().values()
-    figure = figures.step_breakdown(profile)
+    figure = figures.speed.step_breakdown(profile)
     ends = [max(bar.get_x() + bar.get_width() for bar in bars) for bars in zip(*figure.axes[0].containers, strict=True)]
     assert ends == pytest.approx([sum(categories.values()) for categories in profile.values()])
 
 
 def test_memory_is_in_gibibytes(tmp_path: Path) -> None:
     write_speed_records(tmp_path)
-    figure = figures.peak_memory(speed_runs(tmp_path))
+    figure = figures.speed.peak_memory(speed_runs(tmp_path))
     assert max(bar.get_width() for bar in figure.axes[0].patches) == pytest.approx(88, rel=1e-6)
 
 
@@ -260,5 +270,5 @@ def test_the_mixtures_shares_are_drawn(tmp_path: Path) -> None:
     write_demo_records(tmp_path)
     data = data_record(tmp_path, training_runs(tmp_path))
     assert data is not None
-    _, shares = figures.data_composition(data, toy=True).axes
+    _, shares = figures.data.data_composition(data, toy=True).axes
     assert [bar.get_width() for bar in shares.patches] == list(WEIGHTS.values())

@@ -68,6 +68,15 @@ def test_utilisation_is_flops_over_the_bf16_peak() -> None:
     assert bf16_mfu(model, at_peak, device_count=8) == pytest.approx(1 / 8)
 
 
-def test_fp8_covers_all_but_the_head_unless_the_head_is_fp8_too() -> None:
-    assert fp8_share(MODELS["7M"], "bf16") == pytest.approx(1 - 8192 * 256 / 6_914_048)
-    assert fp8_share(MODELS["7M"], "fp8") == 1
+def test_fp8_covers_what_each_recipe_converts() -> None:
+    """Counted by GEMM: three a Linear, of two FLOPs a weight and token each."""
+    narrow, wide = MODELS["7M"], MODELS["350M"]
+    blocks = 1 - 8192 * 256 / 6_914_048
+    assert fp8_share(narrow, "bf16", "bf16") == 0
+    assert fp8_share(narrow, "tensorwise", "bf16") == fp8_share(narrow, "rowwise", "bf16") == pytest.approx(blocks)
+    assert fp8_share(narrow, "rowwise_with_gw_hp", "bf16") == pytest.approx(2 / 3 * blocks)
+    output = narrow.n_layers * 256 * 256 / 6_914_048
+    assert fp8_share(narrow, "fused", "bf16") == pytest.approx(blocks - output / 3)
+    assert fp8_share(wide, "fused", "bf16") == fp8_share(wide, "tensorwise", "bf16")
+    assert fp8_share(wide, "fused", "fp8") == 1
+    assert fp8_share(narrow, "bf16", "fp8") == pytest.approx(1 - blocks)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from fp8lab.comparison import Gap
 from fp8lab.config import MODELS, parameter_count
-from fp8lab.errors import UserError
-from fp8lab.matched import Estimate, affordable_gap, law_slope, loss_matched, measured_slope, token_factor
+from fp8lab.matched import Estimate, Slope, affordable_gap, loss_matched, token_factor, token_factors
 from fp8lab.scaling import BESIROGLU
+from fp8lab.slopes import law_slope
 
 RATIOS = st.floats(0.5, 2.0)
 SLOPES = st.floats(0.05, 1.0)
@@ -37,59 +37,69 @@ def test_a_run_that_trains_on_by_the_factor_has_made_up_the_gap(slope: float, ga
     assert fp8_loss(tokens * token_factor(gap, slope)) == pytest.approx(loss, abs=1e-9)
 
 
-@given(st.floats(0.02, 0.5), st.floats(0.5, 30.0))
-def test_the_slope_of_three_budgets_is_that_of_their_law(exponent: float, scale: float) -> None:
-    budgets = [2.5e8, 5e8, 1e9]
-    losses = [2 + scale * d**-exponent for d in budgets]
-    true = exponent * scale * budgets[-1] ** -exponent
-    # Runs of one budget count by their mean, in whatever order they come.
-    tokens, noisy = [*budgets, budgets[0]], [losses[0] + 0.01, *losses[1:], losses[0] - 0.01]
-    assert measured_slope(tokens, noisy) == pytest.approx(true, rel=0.06)
-    assert measured_slope(tokens[::-1], noisy[::-1]) == pytest.approx(measured_slope(tokens, noisy))
-
-
-def test_one_budget_has_no_slope() -> None:
-    with pytest.raises(UserError, match="different numbers of tokens"):
-        measured_slope([1e9, 1e9], [3.0, 3.01])
-
-
 @given(RATIOS, SLOPES)
 def test_a_gap_that_speed_just_pays_for_leaves_no_gain(ratio: float, slope: float) -> None:
     gap = Gap(affordable_gap(ratio, slope), None, 1)
-    assert loss_matched(Estimate(ratio), gap, slope).value == pytest.approx(1)
+    assert loss_matched(Estimate(ratio), gap, Slope(slope, "")).value == pytest.approx(1)
 
 
 @given(RATIOS, GAPS, SLOPES)
-def test_without_an_interval_of_both_there_is_none(ratio: float, gap: float, slope: float) -> None:
-    known = Estimate(ratio, (0.9 * ratio, 1.1 * ratio))
-    assert loss_matched(known, Gap(gap, None, 1), slope).interval is None
-    assert loss_matched(Estimate(ratio), Gap(gap, (gap - 0.01, gap + 0.01), 3), slope).interval is None
+def test_without_an_interval_of_all_three_there_is_none(ratio: float, gap: float, slope: float) -> None:
+    timed, seeds = Estimate(ratio, (0.9 * ratio, 1.1 * ratio)), Gap(gap, (gap - 0.01, gap + 0.01), 3)
+    known = Slope(slope, "", (0.8 * slope, 1.2 * slope))
+    assert loss_matched(timed, seeds, known).interval is not None
+    assert loss_matched(timed, Gap(gap, None, 1), known).interval is None
+    assert loss_matched(Estimate(ratio), seeds, known).interval is None
+    assert loss_matched(timed, seeds, Slope(slope, "")).interval is None
+    # A slope that may be zero puts no bound on what a gap costs.
+    assert loss_matched(timed, seeds, Slope(slope, "", (-0.1 * slope, 2.1 * slope))).interval is None
+
+
+@given(GAPS, SLOPES, st.floats(0.001, 0.02), st.floats(0.01, 0.9))
+def test_the_interval_of_the_tokens_is_where_gap_minus_log_tokens_times_slope_may_be_zero(
+    gap: float, slope: float, half: float, share: float
+) -> None:
+    known = Slope(slope, "", (slope * (1 - share), slope * (1 + share)))
+    tokens = token_factors(Gap(gap, (gap - half, gap + half), 3), known)
+    assert tokens.interval is not None
+    low, high = (math.log(end) for end in tokens.interval)
+    for end in (low, high):
+        assert (gap - end * slope) ** 2 == pytest.approx(half**2 + (end * slope * share) ** 2, rel=1e-6, abs=1e-12)
+    assert low < gap / slope < high
+    exact = token_factors(Gap(gap, (gap - half, gap + half), 3), Slope(slope, "", (slope, slope))).interval
+    assert exact == pytest.approx((token_factor(gap - half, slope), token_factor(gap + half, slope)))
 
 
 @given(RATIOS, GAPS, SLOPES, st.floats(0.001, 0.02), st.floats(0.01, 0.1))
-def test_the_interval_grows_with_either_part_and_is_never_wider_than_their_sum(
-    ratio: float, gap: float, slope: float, half: float, spread: float
-) -> None:
-    exact = Estimate(ratio, (ratio, ratio))
-    timed = Estimate(ratio, (ratio * math.exp(-spread), ratio * math.exp(spread)))
+def test_the_interval_grows_with_every_part(ratio: float, gap: float, slope: float, half: float, spread: float) -> None:
+    exact, timed = (
+        Estimate(ratio, (ratio, ratio)),
+        Estimate(ratio, (ratio * math.exp(-spread), ratio * math.exp(spread))),
+    )
     seeds = Gap(gap, (gap - half, gap + half), 3)
-    both = loss_matched(timed, seeds, slope).interval
-    gap_alone = loss_matched(exact, seeds, slope).interval
-    assert both is not None
-    assert gap_alone is not None
-    assert both[0] < gap_alone[0] < gap_alone[1] < both[1]
-    assert math.log(both[1] / both[0]) < 2 * (half / slope + spread) + 1e-9
+    sharp, known = Slope(slope, "", (slope, slope)), Slope(slope, "", (0.7 * slope, 1.3 * slope))
+    ends = [
+        loss_matched(*parts).interval for parts in ((exact, seeds, sharp), (timed, seeds, sharp), (timed, seeds, known))
+    ]
+    widths = [math.log(interval[1] / interval[0]) for interval in ends if interval is not None]
+    assert widths[0] < widths[1] <= widths[2] + 1e-9
+    assert widths[1] < 2 * (half / slope + spread) + 1e-9
 
 
-def test_the_interval_covers_the_truth_as_often_as_those_it_is_made_of() -> None:
+@pytest.mark.parametrize("true_gap", [0.02, 0.0, -0.01])
+def test_the_interval_covers_the_truth_as_often_as_those_it_is_made_of(true_gap: float) -> None:
     rng = np.random.default_rng(0)
-    slope, true_ratio, true_gap, gap_error, ratio_error = 0.2, 1.3, 0.01, 0.004, 0.015
-    truth = true_ratio * math.exp(-true_gap / slope)
+    true_slope, true_ratio, gap_error, ratio_error, slope_error = 0.2, 1.3, 0.004, 0.015, 0.03
+    truth = true_ratio * math.exp(-true_gap / true_slope)
     covered = 0
     for _ in range(2000):
         gap, log_ratio = rng.normal(true_gap, gap_error), rng.normal(math.log(true_ratio), ratio_error)
-        ends = [math.exp(log_ratio + sign * 1.96 * ratio_error) for sign in (-1, 1)]
+        nats = rng.normal(true_slope, slope_error)
+        timed = Estimate(
+            math.exp(log_ratio), (math.exp(log_ratio - 1.96 * ratio_error), math.exp(log_ratio + 1.96 * ratio_error))
+        )
         seeds = Gap(gap, (gap - 1.96 * gap_error, gap + 1.96 * gap_error), 8)
-        low, high = loss_matched(Estimate(math.exp(log_ratio), (ends[0], ends[1])), seeds, slope).interval or (0, 0)
+        slope = Slope(nats, "", (nats - 1.96 * slope_error, nats + 1.96 * slope_error))
+        low, high = loss_matched(timed, seeds, slope).interval or (0, 0)
         covered += low <= truth <= high
     assert covered / 2000 == pytest.approx(0.95, abs=0.015)

@@ -74,3 +74,11 @@ def test_rows_arrive_once_and_in_order() -> None:
     assert table["loss"].tolist() == [2.0, 1.0, 0.0, -1.0, -2.0]
     assert table["tokens"].tolist() == [64, 128, 192, 256, 320]
     assert table["skipped"].tolist() == [False, False, False, True, False]
+
+
+def test_losses_are_judged_after_a_hundred_unless_they_are_not_finite() -> None:
+    values = [3.0 + 0.01 * (step % 7) for step in range(250)]
+    assert count_spikes(values).judged == 150
+    assert count_spikes(values[:100]).judged == 0
+    values[200] = float("nan")
+    assert count_spikes(values).judged == 149

@@ -5,9 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fp8lab.publish import readme
+from fp8lab.publish import read_book, readme
+from fp8lab.publish.dependencies import PACKAGE, package_files
+from fp8lab.results import speed_runs
+from fp8lab.timings import short_device
 
 ROOT = Path(__file__).parents[1]
+SMALL = {"errors", "estimate", "schedule", "spikes", "units", "published_scores.csv"}
+"""Helpers that need no place in the order."""
 
 
 def labels(svg: str) -> list[str]:
@@ -27,3 +32,20 @@ def test_the_figure_is_what_the_records_draw() -> None:
     assert str(readme.FIGURE) in (ROOT / "README.md").read_text()
     assert labels(committed) == labels(drawn) != []
     assert points(committed) == points(drawn) != [], "stale: python -m fp8lab.publish.readme draws it again"
+
+
+def test_every_device_drawn_is_the_one_that_the_readme_names() -> None:
+    _, _, below = (ROOT / "README.md").read_text().partition(f"]({readme.FIGURE})\n\n")
+    caption = below.partition("\n\n")[0]
+    assert f"`runs/records/{readme.PLAN}`" in caption
+    drawn = {short_device(speed.device) for speed in speed_runs(ROOT / "runs" / "records", readme.PLAN)}
+    assert drawn == set(re.findall(r"\b[A-Z]\d{2,3}\b", caption)) != set()
+
+
+def test_the_reading_order_names_every_module_that_a_page_rests_on() -> None:
+    _, _, order = (ROOT / "README.md").read_text().partition("The package is meant to be read")
+    named = set(re.findall(r"`(\w+)`", order))
+    assert all((PACKAGE / f"{name}.py").exists() or (PACKAGE / name).is_dir() for name in named)
+    notebooks = [chapter.source for chapter in read_book(ROOT).chapters]
+    modules = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in package_files(notebooks)}
+    assert modules - SMALL - {"__init__"} <= named

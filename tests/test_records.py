@@ -44,6 +44,21 @@ def test_a_record_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert [found for _, found in records.read_plan(tmp_path, "p")] == [record]
 
 
+def test_a_record_that_does_not_say_how_many_losses_were_judged_leaves_it_unknown(tmp_path: Path) -> None:
+    record = started()
+    record.stability = records.Stability(
+        spike_score=0.0, judged_steps=7, skipped_steps=0, first_bad_step=None, first_bad_layer=None
+    )
+    path = records.write(record, tmp_path) / "record.json"
+    values = json.loads(path.read_text())
+    assert values["stability"].pop("judged_steps") == 7
+    path.write_text(json.dumps(values))
+    older = records.read(path.parent)
+    assert isinstance(older, records.TrainRecord)
+    assert older.stability is not None
+    assert older.stability.judged_steps is None
+
+
 def test_only_complete_files_are_left_behind(tmp_path: Path) -> None:
     folder = records.write(started(), tmp_path)
     records.write_table(folder, "metrics", metrics())

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from fp8lab.errors import UserError
 from fp8lab.results import (
+    DEMO_COMMAND,
+    LADDER_COMMAND,
     Gap,
+    RunSet,
     bytes_per_token,
     data_record,
     plan_runs,
+    seed_deviation,
     speed_runs,
+    training_command,
     training_runs,
 )
 from tests.fixtures import SIZES, write_demo_records, write_ladder_records, write_run, write_speed_records
@@ -28,6 +34,17 @@ def test_runs_of_a_gpu_replace_the_demos_and_are_never_mixed_with_them(tmp_path:
     runs = training_runs(tmp_path)
     assert (runs.plan, runs.toy, runs.source) == ("ladder-h200", False, "Measured on NVIDIA H200.")
     assert {run.record.provenance.device_name for run in runs.runs} == {"NVIDIA H200"}
+
+
+def test_what_a_chapter_lacks_beside_runs_of_a_gpu_is_never_filled_with_the_demos(tmp_path: Path) -> None:
+    assert training_command(tmp_path) == DEMO_COMMAND
+    write_demo_records(tmp_path)
+    assert training_runs(tmp_path, suits=lambda runs: len(runs.sizes) > 2).toy
+    assert training_command(tmp_path) == DEMO_COMMAND
+    for recipe in ("bf16", "fused"):
+        write_run(tmp_path, "pilot-h200", SIZES[0], recipe, device_name="NVIDIA H200")
+    assert not training_runs(tmp_path, suits=lambda runs: len(runs.sizes) > 2)
+    assert training_command(tmp_path) == LADDER_COMMAND
 
 
 def test_a_plan_with_one_precision_is_no_comparison(tmp_path: Path) -> None:
@@ -84,6 +101,33 @@ def test_a_gap_is_fp8_minus_bf16_with_welchs_interval() -> None:
     half_width = 2.862 * (1.6667e-4 + 0.25e-4) ** 0.5
     assert gap.interval == pytest.approx((0.045 - half_width, 0.045 + half_width), abs=2e-5)
     assert gap.seeds == 2
+
+
+def test_runs_that_differ_in_more_than_their_seed_are_never_taken_for_one_another(tmp_path: Path) -> None:
+    for recipe in ("bf16", "fused"):
+        write_run(tmp_path, "a", SIZES[0], recipe, seed=1)
+    assert plan_runs(tmp_path, "a").gap("0.4M", "fused").seeds == 1
+
+    def with_another(name: str, **changes: object) -> RunSet:
+        source = json.loads((tmp_path / "a" / "0.4M-fused-s1" / "record.json").read_text())
+        folder = tmp_path / "a" / name
+        shutil.copytree(tmp_path / "a" / "0.4M-fused-s1", folder)
+        (folder / "record.json").write_text(json.dumps(source | {"run": name} | changes))
+        runs = plan_runs(tmp_path, "a")
+        shutil.rmtree(folder)
+        return runs
+
+    for name, changes in {
+        "0.4M-fused-head_fp8-s1": {"head": "fp8"},
+        "0.4M-fused-s2": {"seed": 2, "tokens": 1},
+        "0.4M-fused-s1-low-rate": {},
+    }.items():
+        with pytest.raises(UserError, match="differ in more than their seed"):
+            with_another(name, **changes).gap("0.4M", "fused")
+    twice = with_another("0.4M-fused-s1 ", run="0.4M-fused-s1")
+    with pytest.raises(UserError, match="differ in nothing but their name"):
+        twice.gap("0.4M", "fused")
+    assert seed_deviation([with_another("0.4M-fused-s2-low-rate", seed=2)]) is None
 
 
 def test_one_seed_has_no_interval() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -143,6 +145,25 @@ def test_a_run_and_its_branches_are_drawn_together_and_every_precision_keeps_its
         assert rows["recipe"].value_counts().to_dict() == points["recipe"].value_counts().to_dict()
         assert all(count % 3 == 0 for count in rows["run"].value_counts())
     assert len({tuple(rows["run"]) for rows in drawn}) > 10
+
+
+def test_draws_that_cannot_be_fitted_are_counted_and_too_few_are_refused() -> None:
+    points = ladder(JointLaw(LAW, SHARES))
+
+    def fit_one_in(every: int) -> list[JointLaw]:
+        calls = itertools.count(1)
+
+        def fit(_: pd.DataFrame) -> JointLaw:
+            if next(calls) % every:
+                raise UserError("too few")
+            return JointLaw(LAW, SHARES)
+
+        return bootstrap(points, fit, samples=20)
+
+    assert len(fit_one_in(5)) == 20
+    assert len(fit_one_in(16)) == 12
+    with pytest.raises(UserError, match="9 of 20 draws"):
+        fit_one_in(21)
 
 
 def test_larger_runs_are_predicted_within_an_interval() -> None:

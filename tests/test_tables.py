@@ -6,13 +6,10 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from fp8lab import records, roofline, tables
+from fp8lab import losses, records, roofline, scaling, tables, timings
 from fp8lab.comparison import Deviation
 from fp8lab.config import MODELS, load_plan
 from fp8lab.errors import UserError
@@ -27,6 +24,7 @@ from fp8lab.results import (
     training_runs,
 )
 from fp8lab.scaling import HOFFMANN
+from fp8lab.slopes import PUBLISHED_LAW
 from fp8lab.units import signed
 from tests.fixtures import (
     LADDER_LAW,
@@ -55,7 +53,7 @@ def speeds(tmp_path: Path) -> list[SpeedRun]:
 
 
 def test_the_run_table_has_every_runs_own_losses(runs: RunSet) -> None:
-    table = tables.run_table(runs)
+    table = tables.runs.run_table(runs)
     assert table["validation loss (nats/token)"].tolist() == [f"{run.validation_loss:.4f}" for run in runs.runs]
     assert table["recipe"].tolist() == [run.recipe for run in runs.runs]
 
@@ -63,7 +61,7 @@ def test_the_run_table_has_every_runs_own_losses(runs: RunSet) -> None:
 def test_final_losses_hold_branches_beside_their_runs_in_every_convention(tmp_path: Path) -> None:
     write_ladder_records(tmp_path)
     runs = training_runs(tmp_path)
-    points = tables.final_losses(runs)
+    points = losses.final_losses(runs)
     assert points["is_branch"].sum() == len(runs.branches)
     assert set(points["run"].value_counts()) == {3}
     for run in (*runs.runs, *runs.branches):
@@ -73,7 +71,7 @@ def test_final_losses_hold_branches_beside_their_runs_in_every_convention(tmp_pa
         assert row["tokens"] == run.record.tokens
         assert row["flops_causal"] == pytest.approx(run.record.flops.total)
         assert row["flops_6n"] == 6 * row["parameters"] * row["tokens"]
-    table = tables.budget_table(points)
+    table = tables.losses.budget_table(points)
     assert table["model"].tolist() == [size for size in runs.sizes for _ in runs.recipes]
     assert list(table.columns[3:]) == ["5 tokens/N", "10 tokens/N", "20 tokens/N"]
     assert table["20 tokens/N"].tolist() == [f"{run.validation_loss:.4f}" for run in runs.runs]
@@ -81,20 +79,34 @@ def test_final_losses_hold_branches_beside_their_runs_in_every_convention(tmp_pa
 
 def test_gaps_by_budget_are_means_over_sizes(tmp_path: Path) -> None:
     write_ladder_records(tmp_path)
-    points = tables.final_losses(training_runs(tmp_path))
+    points = losses.final_losses(training_runs(tmp_path))
     scatter = Deviation(0.005, degrees=10)
-    table = tables.gap_by_budget(points, LADDER_LAW, scatter).set_index("recipe")
-    losses = points.pivot_table(index=["budget", "size"], columns="recipe", values="loss")
+    gaps = losses.gaps_by_budget(points, LADDER_LAW, scatter)
+    table = tables.scaling.gap_by_budget(gaps).set_index("recipe")
+    by_size = points.pivot_table(index=["budget", "size"], columns="recipe", values="loss")
     for recipe in ("tensorwise", "fused"):
         for budget in (5, 10, 20):
-            gap = (losses[recipe] - losses["bf16"]).loc[float(budget)].mean()
+            gap = (by_size[recipe] - by_size["bf16"]).loc[float(budget)].mean()
             assert table.loc[recipe, f"{budget} tokens/N"] == f"{signed(gap)} ± {scatter.reach(5):.4f}"
+
+
+def test_more_seeds_of_a_size_narrow_the_gap_of_a_budget_and_do_not_outweigh_other_sizes(tmp_path: Path) -> None:
+    write_ladder_records(tmp_path)
+    points = losses.final_losses(training_runs(tmp_path))
+    scatter = Deviation(0.005, degrees=10)
+    smallest = points[points["size"] == points["size"].iloc[0]]
+    once = losses.gaps_by_budget(points, LADDER_LAW, scatter)
+    twice = losses.gaps_by_budget(pd.concat([points, smallest]), LADDER_LAW, scatter)
+    assert twice["mean"].to_numpy() == pytest.approx(once["mean"].to_numpy())
+    # Four sizes with one seed a side, whose differences have twice the variance of a run, and one with two.
+    assert (twice["reach"] / once["reach"]).to_numpy() == pytest.approx(((4 * 2 + 1) / (5 * 2)) ** 0.5)
+    assert losses.gaps_by_budget(points, LADDER_LAW, None)["reach"].isna().all()
 
 
 def test_an_extrapolation_starts_at_the_largest_measured_size(tmp_path: Path) -> None:
     write_ladder_records(tmp_path)
-    points = tables.final_losses(training_runs(tmp_path))
-    beyond = tables.extrapolated(points, LADDER_LAW, [LADDER_LAW], 20)
+    points = losses.final_losses(training_runs(tmp_path))
+    beyond = scaling.extrapolated(points, LADDER_LAW, [LADDER_LAW], 20)
     assert beyond["size"].tolist() == ["48M", "125M", "250M", "350M", "1.5B"]
     assert beyond["factor"].iloc[0] == 1
     assert beyond["loss"].to_numpy() == pytest.approx(LADDER_LAW(beyond["parameters"], 20 * beyond["parameters"]))
@@ -102,11 +114,11 @@ def test_an_extrapolation_starts_at_the_largest_measured_size(tmp_path: Path) ->
     assert beyond.loc[4, "Hoffmann et al."] == pytest.approx(
         float(HOFFMANN(48_527_680, 20 * 48_527_680) - HOFFMANN(1_541_792_768, 20 * 1_541_792_768))
     )
-    assert tables.extrapolation_table(beyond)["model"].tolist() == ["125M", "250M", "350M", "1.5B"]
+    assert tables.scaling.extrapolation_table(beyond)["model"].tolist() == ["125M", "250M", "350M", "1.5B"]
 
 
 def test_gaps_are_signed_with_a_true_minus(runs: RunSet) -> None:
-    table = tables.loss_gaps(runs)
+    table = tables.losses.loss_gaps(losses.measured_gaps([runs]))
     for (_, row), gap in zip(table.iterrows(), runs.gaps().values(), strict=True):
         shown = row["FP8 − BF16 (nats/token)"]
         assert shown[0] == ("+" if gap.mean >= 0 else "−")
@@ -116,22 +128,35 @@ def test_gaps_are_signed_with_a_true_minus(runs: RunSet) -> None:
 
 def test_gaps_over_seeds_carry_an_interval(tmp_path: Path) -> None:
     write_demo_records(tmp_path, seeds=(1, 2, 3))
-    table = tables.loss_gaps(training_runs(tmp_path))
+    table = tables.losses.loss_gaps(losses.measured_gaps([training_runs(tmp_path)]))
     assert set(table["seeds"]) == {3}
     assert all(" to " in interval for interval in table["95% interval"])
 
 
-def test_the_blocks_share_is_of_the_matmul_parameters(runs: RunSet) -> None:
-    shares = tables.parameter_conventions(runs)["linear-layer FLOPs in the blocks"]
-    for size, shown in zip(runs.sizes, shares, strict=True):
-        record = runs.where(size=size)[0].record
-        head = record.model.vocab_size * record.model.d_model
-        assert shown == f"{(record.parameters.matmul - head) / record.parameters.matmul:.0%}"
+def test_the_share_in_fp8_is_that_of_the_recipe_at_its_size(runs: RunSet) -> None:
+    table = tables.runs.parameter_conventions(runs).set_index("model")
+    record = runs.where(size=runs.sizes[0])[0].record
+    blocks = 1 - record.model.vocab_size * record.model.d_model / record.parameters.matmul
+    assert table.loc[runs.sizes[0], "in FP8, tensorwise"] == f"{blocks:.0%}"
+    assert table.loc[runs.sizes[0], "in FP8, rowwise_with_gw_hp"] == f"{blocks * 2 / 3:.0%}"
+    assert table.loc[runs.sizes[-1], "in FP8, rowwise_with_gw_hp"] == "–", "not trained at this size"
+
+
+def test_the_bound_halves_what_fp8_reaches() -> None:
+    row = tables.speed.bound(["1.5B"]).iloc[0]
+    shares = {name: float(row[name].rstrip("%")) / 100 for name in ("linear layers in blocks", "head", "attention")}
+    assert sum(shares.values()) == pytest.approx(1, abs=0.015)
+    assert float(row["bound, head in BF16"].rstrip("×")) == pytest.approx(
+        1 / (1 - shares["linear layers in blocks"] / 2), abs=0.01
+    )
+    assert float(row["bound, head in FP8"].rstrip("×")) == pytest.approx(
+        1 / (1 - (1 - shares["attention"]) / 2), abs=0.01
+    )
 
 
 def test_the_conversion_table_counts_every_layer_once(runs: RunSet) -> None:
     run = next(run for run in runs.runs if run.recipe == "tensorwise")
-    table = tables.conversion(run)
+    table = tables.runs.conversion(run)
     assert table["layers of this kind"].sum() == len(run.record.conversion)
     assert table.set_index("layer")["precision"]["head"] == "bf16"
 
@@ -139,17 +164,60 @@ def test_the_conversion_table_counts_every_layer_once(runs: RunSet) -> None:
 def test_a_speed_ratio_is_formed_within_its_round(tmp_path: Path) -> None:
     """A GPU that slows down for everyone from round to round changes no ratio."""
     folder = write_speed_records(tmp_path)
-    before = tables.speed_ratios(speed_runs(tmp_path)).set_index(["setting", "recipe", "head"])
+    before = timings.speed_ratios(speed_runs(tmp_path)).set_index(["setting", "recipe", "head"])
     steps = records.read_table(folder, "steps")
     steps["step_ms"] *= 1 + 0.3 * steps["round"]
     records.write_table(folder, "steps", steps)
-    after = tables.speed_ratios(speed_runs(tmp_path)).set_index(["setting", "recipe", "head"])
+    after = timings.speed_ratios(speed_runs(tmp_path)).set_index(["setting", "recipe", "head"])
     pd.testing.assert_frame_equal(after[["ratio", "low", "high"]], before[["ratio", "low", "high"]])
     assert (after["tokens_per_second"] < before["tokens_per_second"]).all()
 
 
+def with_contestant(folder: Path, recipe: str, like: str, factor: float) -> SpeedRun:
+    """An occasion with one more contestant, whose steps take `factor` times those of another."""
+    steps = records.read_table(folder, "steps")
+    own = steps[(steps["recipe"] == like) & (steps["head"] == "bf16")].assign(recipe=recipe)
+    records.write_table(folder, "steps", pd.concat([steps, own.assign(step_ms=own["step_ms"] * factor)]))
+    return next(speed for speed in speed_runs(folder.parents[1]) if speed.folder == folder)
+
+
+def test_ratios_are_to_the_fastest_bf16_which_is_no_fp8_recipe(tmp_path: Path) -> None:
+    folder = write_speed_records(tmp_path)
+    before = timings.speed_ratios(speed_runs(tmp_path)).set_index(["model", "recipe", "head"])
+    speed = with_contestant(folder, "te_bf16", "bf16", 0.5)
+    table = timings.speed_ratios([speed])
+    after = table.set_index(["model", "recipe", "head"])
+    assert set(table["baseline"]) == {"te_bf16"}
+    for key in before.index:
+        assert after.loc[key, "ratio"] == pytest.approx(before.loc[key, "ratio"] / 2)
+    assert "te_bf16" not in set(timings.fp8_only(table)["recipe"])
+    ceiling = tables.speed.gemm_ceiling([speed])
+    assert set(ceiling["recipe"]) == {"fused"}
+    # A slower one changes nothing.
+    slower = with_contestant(write_speed_records(tmp_path, "b"), "te_bf16", "bf16", 1.1)
+    assert set(timings.speed_ratios([slower])["baseline"]) == {"bf16"}
+
+
+def test_two_rounds_decide_nothing_however_far_from_bf16(tmp_path: Path) -> None:
+    folder = write_speed_records(tmp_path)
+    steps = records.read_table(folder, "steps")
+    records.write_table(folder, "steps", steps[(steps["model"] != "125M") | (steps["round"] < 2)])
+    table = timings.with_verdicts(speed_runs(tmp_path)).set_index(["model", "recipe", "head"])
+    assert table.loc[("125M", "fused", "bf16"), "verdict"] == "undecided"
+    assert table.loc[("1.5B", "fused", "bf16"), "verdict"] == "faster"
+    assert table.loc[("1.5B", "rowwise", "bf16"), "verdict"] == "slower"
+    read = tables.speed.switch_table(table.reset_index(), []).set_index(["model", "recipe"])
+    assert read.loc[("125M", "fused"), "tokens/s, × BF16"].endswith("(2 rounds)")
+    assert read.loc[("1.5B", "fused"), "pays for (nats)"] == "unknown"
+    assert float(
+        tables.speed.switch_table(table.reset_index(), [PUBLISHED_LAW])
+        .set_index(["model", "recipe"])
+        .loc[("1.5B", "fused"), "pays for (nats)"]
+    ) == pytest.approx(0.04, abs=0.01)
+
+
 def test_speed_ratios_are_of_bf16s_time_over_the_recipes(speeds: list[SpeedRun]) -> None:
-    ratios = tables.speed_ratios(speeds[:1]).set_index(["model", "recipe", "head"])
+    ratios = timings.speed_ratios(speeds[:1]).set_index(["model", "recipe", "head"])
     assert ratios["ratio"]["1.5B", "bf16", "bf16"] == 1
     assert ratios["ratio"]["1.5B", "fused", "bf16"] == pytest.approx(1.45, abs=0.02)
     assert ratios["ratio"]["1.5B", "rowwise", "bf16"] == pytest.approx(0.75, abs=0.02)
@@ -158,10 +226,10 @@ def test_speed_ratios_are_of_bf16s_time_over_the_recipes(speeds: list[SpeedRun])
 
 
 def test_occasions_are_pooled_round_by_round(speeds: list[SpeedRun]) -> None:
-    ratios = tables.speed_ratios(speeds).set_index(["model", "recipe", "head"])
+    ratios = timings.speed_ratios(speeds).set_index(["model", "recipe", "head"])
     assert (ratios["rounds"] == 6).all()
     assert (ratios["occasions"] == 2).all()
-    first, second = (tables.speed_ratios([speed]).set_index(["model", "recipe", "head"]) for speed in speeds)
+    first, second = (timings.speed_ratios([speed]).set_index(["model", "recipe", "head"]) for speed in speeds)
     assert ratios["low"]["1.5B", "fused", "bf16"] == first["low"]["1.5B", "fused", "bf16"]
     assert ratios["high"]["1.5B", "fused", "bf16"] == second["high"]["1.5B", "fused", "bf16"]
 
@@ -170,38 +238,21 @@ def test_two_devices_are_never_pooled(speeds: list[SpeedRun]) -> None:
     first, second = speeds
     provenance = second.record.provenance.model_copy(update={"device_name": "NVIDIA H100 80GB HBM3"})
     other = replace(second, record=second.record.model_copy(update={"provenance": provenance}))
-    ratios = tables.speed_ratios([first, other])
+    ratios = timings.speed_ratios([first, other])
     for speed, device in ((first, "NVIDIA H200"), (other, "NVIDIA H100 80GB HBM3")):
-        alone = tables.speed_ratios([speed])
+        alone = timings.speed_ratios([speed])
         own = ratios[ratios["device"] == device].reset_index(drop=True)
         pd.testing.assert_frame_equal(own.drop(columns="setting"), alone.drop(columns="setting"))
     by_setting = ratios.groupby("setting")["device"].nunique()
     assert (by_setting == 1).all(), "a figure that goes by setting keeps devices apart"
     assert "1.5B, T 2048, 16 sequences, H100" in by_setting.index
-    drift = tables.speed_drift([first, other])
+    drift = timings.speed_drift([first, other])
     assert set(drift["setting"]) == set(ratios["setting"])
 
 
-@given(st.floats(0.5, 2.0), st.floats(0.001, 0.05), st.integers(3, 8), st.integers(0, 100))
-@settings(max_examples=20, deadline=None)
-def test_the_interval_is_that_of_the_rounds(ratio: float, scatter: float, rounds: int, seed: int) -> None:
-    values = ratio * np.exp(np.random.default_rng(seed).normal(0, scatter, rounds))
-    low, high = tables._ratio_interval(values)
-    assert low < np.exp(np.log(values).mean()) < high
-    scaled_low, scaled_high = tables._ratio_interval(3 * values)
-    assert scaled_low == pytest.approx(3 * low)
-    assert scaled_high == pytest.approx(3 * high)
-    calmer_low, calmer_high = tables._ratio_interval(np.sqrt(values / ratio) * ratio)
-    assert calmer_high / calmer_low < high / low
-
-
-def test_one_round_has_no_interval() -> None:
-    assert np.isnan(tables._ratio_interval(np.array([1.2]))).all()
-
-
 def test_the_interval_of_two_occasions_covers_both(speeds: list[SpeedRun]) -> None:
-    both = tables.speed_ratios(speeds).set_index(["model", "recipe", "head"])
-    first, second = (tables.speed_ratios([speed]).set_index(["model", "recipe", "head"]) for speed in speeds)
+    both = timings.speed_ratios(speeds).set_index(["model", "recipe", "head"])
+    first, second = (timings.speed_ratios([speed]).set_index(["model", "recipe", "head"]) for speed in speeds)
     row = ("1.5B", "fused", "bf16")
     assert both["interval_low"][row] == min(first["interval_low"][row], second["interval_low"][row])
     assert both["interval_high"][row] == max(first["interval_high"][row], second["interval_high"][row])
@@ -215,7 +266,7 @@ def test_losses_of_the_first_steps_are_compared_step_by_step(speeds: list[SpeedR
     contestants = {name: {"warmup_losses": values} for name, values in losses.items()}
     results = speed.record.results | {"cases": {"1.5B-T2048-B16": case | {"contestants": contestants}}}
     changed = replace(speed, record=speed.record.model_copy(update={"results": results}))
-    (row,) = tables.warmup_losses([changed]).to_dict("records")
+    (row,) = timings.warmup_losses([changed]).to_dict("records")
     assert row["contestant"] == "te_delayed"
     assert row["mean_difference"] == pytest.approx(0.3), "over the second half"
     assert row["largest_difference"] == pytest.approx(1.0)
@@ -223,8 +274,8 @@ def test_losses_of_the_first_steps_are_compared_step_by_step(speeds: list[SpeedR
 
 
 def test_a_prediction_stands_beside_its_measurement(speeds: list[SpeedRun]) -> None:
-    table = tables.roofline_against_measurement(speeds[:1]).set_index(["model", "recipe"])
-    ratios = tables.speed_ratios(speeds[:1]).set_index(["model", "recipe", "head"])
+    table = timings.roofline_against_measurement(speeds[:1]).set_index(["model", "recipe"])
+    ratios = timings.speed_ratios(speeds[:1]).set_index(["model", "recipe", "head"])
     assert set(table.index.get_level_values("recipe")) == {"bf16", "tensorwise", "fused"}, "what it can predict"
     assert table["measured_ratio"]["1.5B", "fused"] == ratios["ratio"]["1.5B", "fused", "bf16"]
     model = MODELS["1.5B"].model_copy(update={"seq_len": 2048})
@@ -232,14 +283,14 @@ def test_a_prediction_stands_beside_its_measurement(speeds: list[SpeedRun]) -> N
 
 
 def test_the_map_holds_a_measurement_only_where_there_is_one(tmp_path: Path) -> None:
-    planned = tables.break_even([])
+    planned = timings.break_even([])
     assert planned["measured"].isna().all()
     folder = write_speed_records(tmp_path)
     steps = records.read_table(folder, "steps")
     steps = steps[(steps["model"] == "125M") & (steps["head"] == "bf16")].assign(model="w512", micro_batch=8)
     steps["recipe"] = steps["recipe"].replace("tensorwise", "tensorwise_fast")
     records.write_table(folder, "steps", steps)
-    table = tables.break_even(speed_runs(tmp_path))
+    table = timings.break_even(speed_runs(tmp_path))
     known = table.dropna(subset=["measured"])
     assert known[["device", "tokens", "width"]].drop_duplicates().to_numpy().tolist() == [["H200", 8192, 512]]
     assert set(known["recipe"]) == {"fused", "tensorwise"}
@@ -247,11 +298,11 @@ def test_the_map_holds_a_measurement_only_where_there_is_one(tmp_path: Path) -> 
 
 
 def test_settings_go_from_the_fastest_model_to_the_slowest(speeds: list[SpeedRun]) -> None:
-    assert list(dict.fromkeys(tables.speed_ratios(speeds)["model"])) == ["125M", "350M", "1.5B"]
+    assert list(dict.fromkeys(timings.speed_ratios(speeds)["model"])) == ["125M", "350M", "1.5B"]
 
 
 def test_the_ceiling_leaves_out_the_head(speeds: list[SpeedRun]) -> None:
-    (row,) = tables.gemm_ceiling(speeds[:1]).to_dict("records")
+    (row,) = tables.speed.gemm_ceiling(speeds[:1]).to_dict("records")
     # 56 layers with three GEMMs each, of 2 ms in BF16 and 1 ms in FP8; a step of 609 ms.
     assert row["its blocks' GEMMs (ms)"] == "336.0"
     assert row["in FP8 (ms)"] == "168.0"
@@ -260,7 +311,7 @@ def test_the_ceiling_leaves_out_the_head(speeds: list[SpeedRun]) -> None:
 
 
 def test_a_plan_shows_what_it_costs_before_it_runs() -> None:
-    table = tables.planned_runs(load_plan(Path("runs/plans/article.yaml")), bf16_mfu=0.4).set_index("run")
+    table = tables.runs.planned_runs(load_plan(Path("runs/plans/article.yaml")), bf16_mfu=0.4).set_index("run")
     row = table.loc["125M-bf16-s1"]
     assert row["parameters"] == "123,588,864"
     # 12 layers of 4·768² + 3·768·2048 weights and a head of 50,304 × 768, at 2,471,777,280 tokens.
@@ -278,7 +329,7 @@ def test_a_plan_shows_what_it_costs_before_it_runs() -> None:
 
 def test_twice_the_utilisation_is_half_the_hours() -> None:
     plan = load_plan(Path("runs/plans/article.yaml"))
-    slow, fast = (tables.planned_runs(plan, bf16_mfu=share).set_index("run") for share in (0.25, 0.5))
+    slow, fast = (tables.runs.planned_runs(plan, bf16_mfu=share).set_index("run") for share in (0.25, 0.5))
     assert float(slow.loc["1.5B-bf16-s1", "hours, 1 H100"]) == pytest.approx(
         2 * float(fast.loc["1.5B-bf16-s1", "hours, 1 H100"]), rel=0.01
     )
@@ -296,7 +347,7 @@ def test_data_benchmarks_show_the_median_its_range_and_the_goal(tmp_path: Path) 
     memory = {"document_bytes": 100_000_000, "peak_memory_bytes": 3 << 29}
     records.write(_benchmark("data-memory", memory), tmp_path)
     records.write(_benchmark("checkpoint", {"seconds": 1.0}), tmp_path)
-    table = tables.data_benchmarks(data_benchmarks(tmp_path))
+    table = tables.data.data_benchmarks(data_benchmarks(tmp_path))
     assert table[["median", "range", "goal"]].to_numpy().tolist() == [
         ["52.3M", "40M to 60M", "≥ 10M"],
         ["1.50", "–", "< 2"],
@@ -305,7 +356,7 @@ def test_data_benchmarks_show_the_median_its_range_and_the_goal(tmp_path: Path) 
 
 def test_a_benchmark_without_its_figures_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"benchmarks/data-tokenise/record\.json: build_megabytes_per_second: missing"):
-        tables.data_benchmarks([_benchmark("data-tokenise", {})])
+        tables.data.data_benchmarks([_benchmark("data-tokenise", {})])
 
 
 def test_drift_is_of_the_last_round_over_the_first(tmp_path: Path) -> None:
@@ -314,7 +365,7 @@ def test_drift_is_of_the_last_round_over_the_first(tmp_path: Path) -> None:
     slowed = (steps["recipe"] == "fused") & (steps["head"] == "fp8") & (steps["model"] == "1.5B")
     steps.loc[slowed & (steps["round"] == steps["round"].max()), ["step_ms", "sm_clock_mhz"]] *= [1.1, 0.5]
     records.write_table(folder, "steps", steps)
-    drift = tables.speed_drift(speed_runs(tmp_path)).set_index(["setting", "recipe", "head"])
+    drift = timings.speed_drift(speed_runs(tmp_path)).set_index(["setting", "recipe", "head"])
     assert drift.loc[("1.5B, T 2048, 16 sequences", "fused", "fp8"), "change"] == pytest.approx(0.1, abs=0.02)
     assert drift.loc[("1.5B, T 2048, 16 sequences", "fused", "fp8"), "last_clock_mhz"] == 900
     assert drift["change"].drop(("1.5B, T 2048, 16 sequences", "fused", "fp8")).abs().max() < 0.02
@@ -332,7 +383,7 @@ def test_scaling_out_compares_with_as_many_times_one_gpu(tmp_path: Path) -> None
         run.speed.tokens_per_second_median = tokens_per_second
         records.write(run, tmp_path)
         shutil.rmtree(folder)
-    table = tables.scaling_out(plan_runs(tmp_path, "scaling-out"))
+    table = tables.speed.scaling_out(plan_runs(tmp_path, "scaling-out"))
     assert table["GPUs"].tolist() == [1, 2, 2]
     assert dict(zip(table["sharding"], table["efficiency"], strict=True)) == {
         "": "100.0%",
@@ -346,8 +397,8 @@ def test_a_fault_is_listed_once_with_every_precision_it_was_seen_in(tmp_path: Pa
     record = fault_record(tmp_path)
     assert record is not None
     # In the order of the article's topics, not of the record.
-    assert tables.faults(record)["seen in"].tolist() == ["bf16, fused", "–"]
-    measured = tables.fault_measurements(record)
+    assert tables.operation.faults(record)["seen in"].tolist() == ["bf16, fused", "–"]
+    measured = tables.operation.fault_measurements(record)
     assert measured["test"].tolist() == ["killed", "killed", "a second process is refused"]
     assert measured["measured"][1] == "recipe: fused; newest checkpoints: 250, 500; steps: 1000"
 
@@ -358,15 +409,15 @@ def test_a_report_that_says_too_little_is_refused_by_field(tmp_path: Path) -> No
     assert record is not None
     del record.results["faults"][0]["outcome"]
     with pytest.raises(UserError, match=r"reliability/fault-tests/record\.json: faults: outcome: missing"):
-        tables.faults(record)
+        tables.operation.faults(record)
     record.results["faults"][0] |= {"outcome": "", "topic": "flood"}
     with pytest.raises(UserError, match="unknown topic 'flood'; known: kill, signal"):
-        tables.faults(record)
+        tables.operation.faults(record)
 
 
 def test_costs_of_the_trainer_are_shown_beside_their_goals(tmp_path: Path) -> None:
     write_reliability_records(tmp_path)
-    table = tables.trainer_benchmarks(trainer_benchmarks(tmp_path)).set_index("what")
+    table = tables.operation.trainer_benchmarks(trainer_benchmarks(tmp_path)).set_index("what")
     assert table.loc["all together (% of it)", ["median", "range", "goal"]].tolist() == [
         "+1.18",
         "+0.84 to +1.52",
@@ -381,12 +432,23 @@ def test_what_was_not_measured_on_a_gpu_is_no_cost(tmp_path: Path) -> None:
     for path in tmp_path.glob("benchmarks/trainer-*/record.json"):
         path.write_text(path.read_text().replace("NVIDIA H200", "CPU, 2 cores"))
     assert trainer_benchmarks(tmp_path) == []
-    assert tables.trainer_benchmarks([]).empty
+    assert tables.operation.trainer_benchmarks([]).empty
 
 
 def test_a_resumed_run_stands_beside_its_control(tmp_path: Path) -> None:
     write_reliability_records(tmp_path)
-    table = tables.resumed_runs(trainer_benchmarks(tmp_path))
+    table = tables.operation.resumed_runs(trainer_benchmarks(tmp_path))
     assert table["compared with a whole run"].tolist() == ["a second whole run", "killed and resumed"]
     assert table["weights equal"].tolist() == ["31.20%", "31.20%"]
     assert table["first step whose loss differs"].tolist() == ["333", "333"]
+
+
+def test_a_spike_score_stands_beside_the_steps_that_it_judged(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "demo", SIZES[0], "bf16")
+    assert tables.health.spikes(plan_runs(tmp_path, "demo"))["steps judged"].tolist() == ["40 of 60"]
+    record = records.read(folder)
+    assert isinstance(record, records.TrainRecord)
+    assert record.stability is not None
+    record.stability.judged_steps = None
+    records.write(record, tmp_path)
+    assert tables.health.spikes(plan_runs(tmp_path, "demo"))["steps judged"].tolist() == ["unknown"]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +16,8 @@ import pytest
 from fp8lab import tables, variance
 from fp8lab.comparison import Gap
 from fp8lab.config import load_plan
-from fp8lab.results import SEEDS_PLAN, RunSet, best_known_gaps, plan_runs, seed_deviation
+from fp8lab.losses import measured_gaps
+from fp8lab.results import SEEDS_PLAN, RunSet, plan_runs, seed_deviation
 from tests.fixtures import SIZES, VARIANCE_DESIGNS, Measured, write_run, write_variance_records
 
 ROOT = Path(__file__).parents[1]
@@ -59,16 +64,42 @@ def test_a_design_costs_its_runs_times_their_measured_time(study: variance.Study
     assert study.cheapest.minutes_needed()[0] == min(cell.minutes_needed()[0] for cell in study.cells)
 
 
-def test_pairs_count_only_where_seeds_correlate(study: variance.Study) -> None:
+def test_later_runs_are_planned_in_pairs_where_seeds_correlate_and_the_studys_own_gaps_are_welchs(
+    study: variance.Study,
+) -> None:
     by_design = {cell.design: cell for cell in study.cells if not cell.averaged}
     assert by_design["long-decay"].comparison.paired
     assert by_design["long-decay"].comparison.deviation == by_design["long-decay"].differences
     assert not by_design["base"].comparison.paired
     assert by_design["base"].comparison.deviation == by_design["base"].scatter
+    assert not any(cell.gap.paired for cell in study.cells)
+
+
+def test_the_study_decides_for_other_runs_of_the_same_design_and_size(tmp_path: Path) -> None:
+    write_variance_records(tmp_path, measured=Measured(seeds=8))
+    for path in tmp_path.glob("variance-h200/*-base/record.json"):
+        # Both recipes' losses rise with the seed: pairs help.
+        edit(path, lambda record: record["final"].update(validation_loss=3 + 0.01 * record["seed"]))
+        edit(path, lambda record: record["final"]["averaged"].update(validation_loss=3.0))
+    for recipe, model, seed in itertools.product(("bf16", "fused"), SIZES[:2], (1, 2, 3)):
+        write_run(tmp_path, SEEDS_PLAN, model, recipe, seed=seed)
+    study, seeds = variance.study(tmp_path), plan_runs(tmp_path, SEEDS_PLAN)
+    decided = variance.with_pairs(seeds, study)
+    assert {size: decided.gap(size, "fused").paired for size in seeds.sizes} == {"0.4M": True, "0.9M": False}
+    assert not variance.with_pairs(study.runs, study).paired_sizes
+    for path in tmp_path.glob("seeds-h200/*/record.json"):
+        edit(path, lambda record: record["config"].update(global_batch_tokens=7))
+    assert not variance.with_pairs(plan_runs(tmp_path, SEEDS_PLAN), study).paired_sizes
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
 
 
 def test_tables_have_a_row_a_cell(study: variance.Study) -> None:
-    designs, gaps = tables.variance_designs(study), tables.variance_gaps(study)
+    designs, gaps = tables.losses.variance_designs(study), tables.losses.variance_gaps(study)
     assert len(designs) == len(gaps) == len(study.cells)
     assert (designs["against base"] == "–").sum() == 1
     for cell, pairs in zip(study.cells, designs["pairs for ±0.005"], strict=True):
@@ -84,6 +115,9 @@ def test_lines_are_of_sizes_with_seeds_and_of_designs(tmp_path: Path, study: var
     designs = {f"0.4M, {design}" for design in VARIANCE_DESIGNS}
     assert {"0.4M"} | designs <= set(lines) <= {"0.4M"} | designs | {f"{name}, averaged" for name in designs}
     assert lines["0.4M"].seeds == 3
+    # Those of the runs drawn, whatever else was trained where.
+    assert lines["0.4M"].devices == ("CPU (2 cores)",)
+    assert lines["0.4M, base"].devices == ("NVIDIA H200",)
     assert lines["0.4M, base"].seeds == 8
 
 
@@ -105,18 +139,27 @@ def test_the_plan_and_the_study_agree_on_names() -> None:
     assert all(config.average_half_life and config.compact for config in plan.runs)
 
 
+def test_how_far_the_study_has_come_is_counted_from_plan_and_records(tmp_path: Path) -> None:
+    plan = load_plan(ROOT / "runs" / "plans" / "variance-h200.yaml")
+    assert variance.progress(plan_runs(tmp_path, plan.name), plan) == "0 of 8 `bf16` and 0 of 8 `fused` runs"
+    write_variance_records(tmp_path, measured=Measured(seeds=5))
+    for path in tmp_path.glob("variance-h200/*fused*-base"):
+        shutil.rmtree(path)
+    assert variance.progress(plan_runs(tmp_path, plan.name), plan) == "5 of 8 `bf16` and 0 of 8 `fused` runs"
+
+
 def test_the_plan_with_more_seeds_is_believed(tmp_path: Path) -> None:
     for recipe in ("bf16", "fused"):
         for model in SIZES[:2]:
-            write_run(tmp_path, "ladder-h200", model, recipe)
+            write_run(tmp_path, "ladder-h200", model, recipe, device_name="NVIDIA H200")
         for seed in (1, 2, 3):
-            write_run(tmp_path, SEEDS_PLAN, SIZES[0], recipe, seed=seed)
+            write_run(tmp_path, SEEDS_PLAN, SIZES[0], recipe, seed=seed, device_name="NVIDIA H200")
     ladder, seeds = plan_runs(tmp_path, "ladder-h200"), plan_runs(tmp_path, SEEDS_PLAN)
-    gaps = best_known_gaps(ladder, seeds)
-    assert list(gaps) == [("0.4M", "fused"), ("0.9M", "fused")]
-    assert gaps["0.4M", "fused"] == seeds.gap("0.4M", "fused")
-    assert gaps["0.9M", "fused"] == ladder.gap("0.9M", "fused")
-    table = tables.loss_gaps(ladder, seeds)
+    small, large = gaps = measured_gaps([ladder, seeds])
+    assert [(measured.size, measured.recipe) for measured in gaps] == [("0.4M", "fused"), ("0.9M", "fused")]
+    assert small.gap == seeds.gap("0.4M", "fused")
+    assert (large.gap.mean, large.assumed) == (ladder.gap("0.9M", "fused").mean, True)
+    table = tables.losses.loss_gaps(gaps)
     assert table["from"].tolist() == ["two groups", "assumed"]
     assert table["so"].tolist()[1] == "cannot tell: one seed"
 

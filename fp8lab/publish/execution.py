@@ -1,6 +1,6 @@
 """Executing chapters: papermill, and only those whose inputs changed.
 
-A chapter's inputs are its notebook, the parts of fp8lab that it draws with, the plans, and every
+A chapter's inputs are its notebook, the parts of fp8lab that the chapters draw with, the plans, and every
 record. Their digest is kept beside the executed copies; the same digest means nothing to do.
 """
 
@@ -16,32 +16,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
-import fp8lab
 from fp8lab.errors import UserError
 from fp8lab.publish.book import Chapter, read_book
-from fp8lab.publish.chart import ASSETS
+from fp8lab.publish.dependencies import PACKAGE, package_files
 from fp8lab.records import write_atomically
 
-PACKAGE = Path(fp8lab.__file__).parent
-MODULES = (
-    "article",
-    "claims",
-    "config",
-    "decision",
-    "estimate",
-    "figures",
-    "flops",
-    "frontpage",
-    "matched",
-    "publish.chart",
-    "records",
-    "results",
-    "scaling",
-    "spikes",
-    "tables",
-    "units",
-)
-"""The modules that a chapter's numbers and figures depend on."""
 WORKERS = 2
 
 
@@ -59,7 +38,8 @@ def execute_stale_chapters(root: Path, records_dir: Path) -> list[str]:
         UserError: a chapter failed; the message names it and its executed copy, which shows the traceback.
     """
     book = read_book(root)
-    shared = _digest([*_package_files(), *sorted((root / "runs" / "plans").glob("*.yaml"))], root)
+    sources = [chapter.source for chapter in book.chapters]
+    shared = _digest([*package_files(sources), *sorted((root / "runs" / "plans").glob("*.yaml"))], root)
     shared += _digest(_record_files(records_dir), records_dir) + str(records_dir)
     digests = {
         chapter.name: hashlib.sha256(chapter.source.read_bytes() + shared.encode()).hexdigest()
@@ -140,11 +120,6 @@ def _execute_one(source: Path, executed: Path, root: Path, records_dir: Path) ->
     except PapermillExecutionError as error:
         return time.monotonic() - started, f"{source.name}: {error.ename}: {error.evalue} (traceback in {executed})"
     return time.monotonic() - started, None
-
-
-def _package_files() -> list[Path]:
-    files = [PACKAGE / f"{module.replace('.', '/')}.py" for module in MODULES]
-    return [*files, *(PACKAGE / "publish" / asset for asset in ASSETS), PACKAGE / "published_scores.csv"]
 
 
 def _record_files(records_dir: Path) -> list[Path]:

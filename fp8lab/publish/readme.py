@@ -10,13 +10,15 @@ from fp8lab.records import write_atomically
 from fp8lab.results import speed_runs
 
 FIGURE = Path("assets/speed.svg")
+PLAN = "speed-h200"
+"""The README shows one device's speed; the article shows every device's."""
 
 
 def draw(records_dir: Path) -> bytes:
     """The throughput figure as SVG: the same records give the same bytes."""
-    figures.use_style()
+    figures.style.use_style()
     buffer = io.BytesIO()
-    figures.throughput(speed_runs(records_dir)).savefig(buffer, format="svg", metadata={"Date": None})
+    figures.speed.throughput(speed_runs(records_dir, PLAN)).savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
 

@@ -34,8 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def fault_report(record_property: Callable[[str, object], None]) -> Callable[..., None]:
     """Say what a fault did, after the assertions that show it.
 
-    Call it with the fault's topic (one of `fp8lab.tables.FAULT_TOPICS`), what was done, what the run did, and as
-    keywords what was measured: JSON values. A keyword `recipe` names the precision.
+    Call it with the fault's topic (one of `fp8lab.tables.operation.FAULT_TOPICS`), what was done, what the run did, and
+    as keywords what was measured: JSON values. A keyword `recipe` names the precision.
     """
 
     def report(topic: str, fault: str, outcome: str, **measured: Any) -> None:

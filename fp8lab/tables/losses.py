@@ -1,0 +1,107 @@
+"""Losses and their gaps, for reading."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from fp8lab.comparison import EQUIVALENCE_MARGIN, LEVEL, TARGET_HALF_WIDTH, Deviation, Gap
+from fp8lab.losses import MeasuredGap
+from fp8lab.units import number, p_value, signed, signed_percent
+from fp8lab.variance import Study
+
+
+def budget_table(points: pd.DataFrame) -> pd.DataFrame:
+    """`losses.final_losses` for reading: a row a size and recipe, a column a budget; means over seeds."""
+    losses = points.pivot_table(index=["parameters", "size", "recipe"], columns="budget", values="loss", sort=False)
+    budgets = sorted(losses.columns)
+    table = losses.reset_index()
+    columns = {"model": table["size"], "N": table["parameters"].map(number), "recipe": table["recipe"]}
+    return pd.DataFrame(
+        columns | {f"{budget:g} tokens/N": table[budget].map("{:.4f}".format, na_action="ignore") for budget in budgets}
+    )
+
+
+def loss_gaps(gaps: Sequence[MeasuredGap]) -> pd.DataFrame:
+    """Validation loss of each FP8 recipe minus BF16's, and what so many seeds let one say of it."""
+    return pd.DataFrame(
+        [
+            {"model": measured.size, "recipe": measured.recipe} | _gap_columns(measured.gap, measured.assumed)
+            for measured in gaps
+        ]
+    )
+
+
+def _gap_columns(gap: Gap, assumed: bool = False) -> dict[str, object]:
+    """A gap as a reader sees it.
+
+    Args:
+        assumed: whether its interval is.
+    """
+    interval, how, equivalent = "–", "–", gap.equivalence_p()
+    if gap.interval is not None:
+        interval = f"{signed(gap.interval[0])} to {signed(gap.interval[1])}"
+        how = "assumed" if assumed else "pairs" if gap.paired else "two groups"
+    return {
+        "seeds": gap.seeds,
+        "BF16 loss (nats/token)": f"{gap.baseline:.4f}",
+        "FP8 − BF16 (nats/token)": signed(gap.mean),
+        "relative": signed_percent(gap.mean / gap.baseline, 2),
+        "95% interval": interval,
+        "from": how,
+        "correlation of seeds": "–" if gap.correlation is None else signed(gap.correlation.value, 2),
+        f"p, beyond ±{EQUIVALENCE_MARGIN:g}": "–" if equivalent is None else p_value(equivalent),
+        "so": verdict(gap),
+    }
+
+
+def verdict(gap: Gap) -> str:
+    """What the seeds of a gap can carry, in a few words; equivalent is within `EQUIVALENCE_MARGIN`."""
+    equivalence = gap.equivalence_p()
+    if equivalence is None:
+        return "cannot tell: one seed" if gap.seeds == 1 else "cannot tell"
+    equivalent = equivalence < 1 - LEVEL
+    if gap.excludes_zero:
+        return ("worse" if gap.mean > 0 else "better") + (", yet equivalent" if equivalent else "")
+    return "equivalent" if equivalent else "cannot tell: too few seeds"
+
+
+def variance_designs(study: Study) -> pd.DataFrame:
+    """What each design of the variance study costs for an interval of plus or minus `TARGET_HALF_WIDTH`."""
+    rows = []
+    for cell in study.cells:
+        pairs, minutes = cell.comparison.pairs_range(), cell.minutes_needed()
+        cost = study.loss_cost(cell)
+        rows.append(
+            {
+                "design": cell.design,
+                "weights": cell.weights,
+                "seeds": cell.seeds,
+                "BF16 loss (nats/token)": f"{np.mean(list(cell.losses('bf16').values())):.4f}",
+                "against base": "–" if cell is study.base else _with_reach(cost),
+                "sd (95% interval)": _deviation(cell.scatter),
+                "sd of differences": "–" if cell.differences is None else _deviation(cell.differences),
+                "from": "pairs" if cell.comparison.paired else "two groups",
+                f"pairs for ±{TARGET_HALF_WIDTH:g}": f"{cell.comparison.pairs_needed()} ({pairs[0]}–{pairs[1]})",
+                "GPU minutes for it": f"{minutes[0]:.1f} ({minutes[1]:.1f}–{minutes[2]:.1f})",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _deviation(deviation: Deviation) -> str:
+    low, high = deviation.interval
+    return f"{deviation.value:.4f} ({low:.4f}–{high:.4f})"
+
+
+def _with_reach(gap: Gap) -> str:
+    return signed(gap.mean) + (f" ± {gap.half_width:.4f}" if gap.half_width is not None else "")
+
+
+def variance_gaps(study: Study) -> pd.DataFrame:
+    """FP8 minus BF16 in each cell of the variance study."""
+    return pd.DataFrame(
+        [{"design": cell.design, "weights": cell.weights} | _gap_columns(cell.gap) for cell in study.cells]
+    )

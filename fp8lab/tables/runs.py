@@ -1,0 +1,98 @@
+"""What was run and what is planned, for reading: models, precisions, conventions, cost."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from fp8lab import estimate, flops
+from fp8lab.config import ModelConfig, Plan, Recipe, parameter_count
+from fp8lab.results import Run, RunSet
+from fp8lab.units import number, scientific
+
+
+def run_table(runs: RunSet) -> pd.DataFrame:
+    """One row a run: what it was and how it ended."""
+    rows = [
+        {
+            "model": run.size,
+            "recipe": run.recipe,
+            "seed": run.record.seed,
+            "tokens": number(run.record.tokens),
+            "tokens / N": f"{run.record.tokens / run.parameters:.1f}",
+            "compute (FLOPs)": scientific(run.record.flops.total),
+            "validation loss (nats/token)": f"{run.validation_loss:.4f}",
+            "bits/byte": f"{run.bits_per_byte:.4f}",
+        }
+        for run in runs.runs
+    ]
+    return pd.DataFrame(rows)
+
+
+def parameter_conventions(runs: RunSet) -> pd.DataFrame:
+    """Parameters and training FLOPs a token of each model, by convention, and the share of GEMM FLOPs in FP8."""
+    rows = []
+    for size in runs.sizes:
+        record = runs.where(size=size)[0].record
+        row = {
+            "model": size,
+            "layers × width": f"{record.model.n_layers} × {record.model.d_model}",
+            "N, total": number(record.parameters.total),
+            "non-embedding": number(record.parameters.non_embedding),
+            "6·N": scientific(record.flops.per_token_6n),
+            "6·N_matmul + 12·L·d·T": scientific(record.flops.per_token_matmul_attention),
+            "6·N_matmul + 6·L·d·T": scientific(record.flops.per_token_matmul_attention_causal),
+        }
+        rows.append(row | {f"in FP8, {recipe}": _fp8_share(runs, size, recipe) for recipe in _fp8_recipes(runs)})
+    return pd.DataFrame(rows)
+
+
+def _fp8_recipes(runs: RunSet) -> list[Recipe]:
+    return [recipe for recipe in runs.recipes if recipe != "bf16"]
+
+
+def _fp8_share(runs: RunSet, size: str, recipe: Recipe) -> str:
+    """Of every kind of run of this size and recipe: with the head in BF16 and in FP8 where both were trained."""
+    trained = [run.record for run in runs.where(size=size, recipe=recipe)]
+    shares = {
+        record.head: flops.fp8_share(ModelConfig(**record.model.model_dump(exclude={"tied"})), recipe, record.head)
+        for record in trained
+    }
+    return ", ".join(f"{share:.0%}" for share in shares.values()) or "–"
+
+
+def conversion(run: Run) -> pd.DataFrame:
+    """What the precision swap did, one row a kind of layer instead of one a block."""
+    table = pd.DataFrame(run.record.conversion, columns=["name", "shape", "precision", "reason"])
+    table["layer"] = table["name"].str.replace(r"^blocks\.\d+\.", "", regex=True)
+    grouped = table.groupby(["layer", "shape", "precision", "reason"], sort=False).size().rename("count").reset_index()
+    return grouped.rename(columns={"shape": "shape (out × in)", "count": "layers of this kind"})
+
+
+def planned_runs(plan: Plan, bf16_mfu: float) -> pd.DataFrame:
+    """What a plan will cost before it runs: planned, never measured.
+
+    Args:
+        bf16_mfu: assumed share of BF16's peak FLOP/s, for the hours.
+    """
+    rows = []
+    for config in plan.runs:
+        per_token = flops.flops_per_token(config.model)
+        rows.append(
+            {
+                "run": config.run,
+                "parameters": f"{parameter_count(config.model):,}",
+                "tokens": f"{config.tokens:,}",
+                "tokens / parameter": f"{config.tokens / parameter_count(config.model):.1f}",
+                "FLOPs, 6·N": scientific(per_token.per_token_6n * config.tokens),
+                "FLOPs, matmul + attention": scientific(per_token.per_token_matmul_attention * config.tokens),
+                "FLOPs, causal": scientific(per_token.per_token_matmul_attention_causal * config.tokens),
+                "memory (GB)": f"{estimate.memory_bytes(config) / 1e9:.0f}",
+                "hours, 1 H100": _hours(estimate.hours(config, bf16_mfu, 1)),
+                "hours, 8 H100s": _hours(estimate.hours(config, bf16_mfu, 8)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _hours(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"

@@ -1,0 +1,325 @@
+"""Timed steps, ready to be compared: ratios to BF16 with their intervals, and what was predicted beside them.
+
+Frames have plain column names and raw numbers; `fp8lab.tables` and `fp8lab.figures` show them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from fp8lab import roofline
+from fp8lab.config import MODELS, ModelConfig
+from fp8lab.errors import UserError
+from fp8lab.results import MAP_PLAN, SpeedRun, unique
+from fp8lab.rounds import Occasion, SpeedRatio, settled_count, side
+
+BF16_CONTESTANTS = ("bf16", "te_bf16")
+"""What is timed in BF16: ours, and Transformer Engine's. FP8 is held against the faster of the two."""
+SETTING = ["device", "model", "seq_len", "micro_batch"]
+
+
+def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
+    """Speed of each recipe against the fastest BF16 timed in the same process, each device apart.
+
+    Ratio and interval are those of `fp8lab.rounds`: of the settled rounds, and of several occasions together.
+
+    Returns:
+        A row a device, setting (model, context, micro-batch) and recipe. Columns: device, model, case, seq_len,
+        micro_batch, setting, recipe, head, baseline (the BF16 that was fastest, of the last occasion), step_ms (median
+        of the settled rounds), tokens_per_second, ratio, interval_low, interval_high (95%, NaN where too few rounds
+        give none), low, high (smallest and largest of all rounds), first, last (rounds of the occasion that drifted
+        most), drift (from the one to the other, relative), rounds (of all occasions), occasions, peak_memory_bytes.
+    """
+    steps = pd.concat([speed.steps for speed in speeds], ignore_index=True)
+    rounds = (
+        steps.groupby([*SETTING, "recipe", "head", "occasion", "round"], sort=False)
+        .agg(step_ms=("step_ms", "median"), tokens=("tokens", "first"), memory=("peak_memory_bytes", "max"))
+        .reset_index()
+    )
+    rounds = rounds.merge(_baselines(rounds), on=[*SETTING, "occasion", "round"])
+    rounds["ratio"] = rounds["bf16_ms"] / rounds["step_ms"]
+    several = rounds["device"].nunique() > 1
+    table = pd.DataFrame(
+        [
+            _ratio_row(group.sort_values("round", kind="stable"), several)
+            for _, group in rounds.groupby([*SETTING, "recipe", "head"], sort=False)
+        ]
+    )
+    order = table["setting"].map({setting: index for index, setting in enumerate(_by_speed(table))})
+    return table.assign(order=order).sort_values("order", kind="stable").drop(columns="order").reset_index(drop=True)
+
+
+def _baselines(rounds: pd.DataFrame) -> pd.DataFrame:
+    """The rounds of each occasion's fastest BF16. Columns: those of a setting, occasion, round, bf16_ms, baseline."""
+    bf16 = rounds[rounds["recipe"].isin(BF16_CONTESTANTS) & (rounds["head"] == "bf16")]
+    fastest = [
+        min((own for _, own in of_occasion.groupby("recipe", sort=False)), key=_settled_ms)
+        for _, of_occasion in bf16.groupby([*SETTING, "occasion"], sort=False)
+    ]
+    columns = [*SETTING, "occasion", "round", "step_ms", "recipe"]
+    if not fastest:
+        raise UserError("no BF16 step was timed, so there is nothing to hold FP8's speed against")
+    return pd.concat(fastest)[columns].rename(columns={"step_ms": "bf16_ms", "recipe": "baseline"})
+
+
+def _settled_ms(rounds: pd.DataFrame) -> float:
+    """Median step (ms) of one contestant's settled rounds, each occasion's own."""
+    ordered = rounds.sort_values("round", kind="stable")
+    settled = [own["step_ms"].tail(settled_count(len(own))) for _, own in ordered.groupby("occasion", sort=False)]
+    return float(pd.concat(settled).median())
+
+
+def _ratio_row(group: pd.DataFrame, several_devices: bool) -> dict[str, object]:
+    """A row of `speed_ratios` from the rounds of one setting, recipe and head."""
+    first = group.iloc[0]
+    ratio = SpeedRatio(
+        tuple(Occasion(tuple(own.to_numpy())) for _, own in group.groupby("occasion", sort=False)["ratio"])
+    )
+    low, high = ratio.interval or (float("nan"), float("nan"))
+    step_ms, furthest = _settled_ms(group), ratio.furthest
+    device = f", {short_device(str(first['device']))}" if several_devices else ""
+    return {
+        "device": first["device"],
+        "model": first["model"],
+        "case": f"{first['model']}-T{first['seq_len']}-B{first['micro_batch']}",
+        "seq_len": first["seq_len"],
+        "micro_batch": first["micro_batch"],
+        "setting": _setting(first["model"], first["seq_len"], first["micro_batch"]) + device,
+        "recipe": first["recipe"],
+        "head": first["head"],
+        "baseline": group["baseline"].iloc[-1],
+        "step_ms": step_ms,
+        "tokens_per_second": float(first["tokens"]) / step_ms * 1e3,
+        "ratio": ratio.value,
+        "interval_low": low,
+        "interval_high": high,
+        "low": float(group["ratio"].min()),
+        "high": float(group["ratio"].max()),
+        "first": furthest.ratios[0],
+        "last": furthest.ratios[-1],
+        "drift": furthest.drift,
+        "rounds": len(group),
+        "occasions": len(ratio.occasions),
+        "peak_memory_bytes": int(group["memory"].max()),
+    }
+
+
+def fp8_only(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of contestants that compute in FP8."""
+    return table[~table["recipe"].isin(BF16_CONTESTANTS)]
+
+
+def short_device(name: str) -> str:
+    """'H100' of 'NVIDIA H100 80GB HBM3'."""
+    return name.removeprefix("NVIDIA ").partition(" ")[0]
+
+
+def device_label(name: str, device: str) -> str:
+    """Label of the figure or table `name` of one device: 'throughput-h100-80gb-hbm3'."""
+    return f"{name}-{re.sub('[^a-z0-9]+', '-', device.removeprefix('NVIDIA ').lower()).strip('-')}"
+
+
+def warmup_losses(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
+    """Whether each contestant's loss follows BF16's, over the steps that both trained before any was timed.
+
+    They start from the same weights, on the same batches and with the same learning rate.
+
+    Returns:
+        A row an occasion, case, recipe and head but BF16's. Columns: device, occasion, case, contestant, steps, first,
+        last (losses, nats/token), bf16_last, mean_difference (over the second half of the steps), largest_difference.
+    """
+    rows = []
+    for speed in speeds:
+        for case, results in speed.cases.items():
+            losses = {
+                name: np.array(contestant["warmup_losses"])
+                for name, contestant in results["contestants"].items()
+                if contestant.get("warmup_losses")
+            }
+            if "bf16" not in losses:
+                continue
+            exact = losses.pop("bf16")
+            for name, values in losses.items():
+                difference = values - exact
+                rows.append(
+                    {
+                        "device": speed.device,
+                        "occasion": f"{speed.record.plan}/{speed.record.run}",
+                        "case": case,
+                        "contestant": name,
+                        "steps": len(values),
+                        "first": float(values[0]),
+                        "last": float(values[-1]),
+                        "bf16_last": float(exact[-1]),
+                        "mean_difference": float(difference[len(difference) // 2 :].mean()),
+                        "largest_difference": float(difference[np.abs(difference).argmax()]),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def speed_drift(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
+    """How far each contestant's step moved from an occasion's first round to its last.
+
+    A GPU at its power limit lowers its clock as it warms up and as the weights grow less random, and a ratio from
+    rounds that still drift is no steady state.
+
+    Returns:
+        A row an occasion, setting, recipe and head. Columns: occasion, setting, recipe, head, change (last round's
+        median step over the first's, minus 1), first_clock_mhz, last_clock_mhz, power_w (medians).
+    """
+    steps = pd.concat([speed.steps for speed in speeds], ignore_index=True)
+    rows = []
+    several = steps["device"].nunique() > 1
+    keys = ["device", "occasion", "model", "seq_len", "micro_batch", "recipe", "head"]
+    for key, group in steps.groupby(keys, sort=False):
+        device, occasion, model, seq_len, micro_batch, recipe, head = key
+        by_round = group.groupby("round")[["step_ms", "sm_clock_mhz"]].median()
+        first, last = by_round.iloc[0], by_round.iloc[-1]
+        rows.append(
+            {
+                "occasion": occasion,
+                "setting": _setting(model, seq_len, micro_batch)
+                + (f", {short_device(str(device))}" if several else ""),
+                "recipe": recipe,
+                "head": head,
+                "change": float(last["step_ms"] / first["step_ms"] - 1),
+                "first_clock_mhz": float(first["sm_clock_mhz"]),
+                "last_clock_mhz": float(last["sm_clock_mhz"]),
+                "power_w": float(group["power_w"].median()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _setting(model: object, seq_len: object, micro_batch: object) -> str:
+    """How figures and tables call what a step was timed with."""
+    return f"{model}, T {seq_len}, {micro_batch} sequences"
+
+
+def _by_speed(table: pd.DataFrame) -> list[str]:
+    """Settings from the smallest model (most tokens/s) to the largest."""
+    return unique(
+        table[table["recipe"].isin(BF16_CONTESTANTS)].sort_values("tokens_per_second", ascending=False)["setting"]
+    )
+
+
+def with_verdicts(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
+    """`speed_ratios` of each device, and of whole models and the speed map's blocks, with what a decision needs.
+
+    Returns:
+        Its columns, and: kind ('model', or 'blocks' of the speed map), width (d_model), micro_batch_tokens,
+        memory_ratio (peak over our BF16's at the same setting), verdict ('faster' or 'slower' where the interval lies
+        above or below 1, else 'undecided'), runs ('plan/run' of each occasion), commits.
+    """
+    frames = []
+    for device in unique(speed.device for speed in speeds):
+        for kind in ("model", "blocks"):
+            alike = [one for one in speeds if one.device == device and _kind(one) == kind]
+            if alike:
+                frames.append(_judged(alike).assign(device=device, kind=kind))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _kind(speed: SpeedRun) -> str:
+    return "blocks" if speed.record.plan == MAP_PLAN else "model"
+
+
+def _judged(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
+    """`with_verdicts` of one device and kind."""
+    ratios = speed_ratios(speeds)
+    ours = ratios[(ratios["recipe"] == "bf16") & (ratios["head"] == "bf16")].set_index("setting")
+    widths = {name: width for speed in speeds for name, width in _widths(speed).items()}
+    occasions = {case: _occasions(speeds, case) for case in unique(ratios["case"])}
+    verdicts = {"above": "faster", "below": "slower", "undecided": "undecided"}
+    return ratios.assign(
+        width=ratios["model"].map(widths),
+        micro_batch_tokens=ratios["micro_batch"] * ratios["seq_len"],
+        memory_ratio=ratios["peak_memory_bytes"] / ratios["setting"].map(ours["peak_memory_bytes"]),
+        verdict=[
+            verdicts[side(low, high)] for low, high in zip(ratios["interval_low"], ratios["interval_high"], strict=True)
+        ],
+        runs=[", ".join(f"{s.record.plan}/{s.record.run}" for s in occasions[case]) for case in ratios["case"]],
+        commits=[
+            ", ".join(unique(s.record.provenance.git_commit[:7] for s in occasions[case])) for case in ratios["case"]
+        ],
+    )
+
+
+def _widths(speed: SpeedRun) -> dict[str, int]:
+    """d_model of every model that was timed: named sizes, and those with dimensions of their own in the plan."""
+    named = {name: model.d_model for name, model in MODELS.items()}
+    own = {case["model"]["name"]: case["model"]["d_model"] for case in speed.record.config.get("cases", [])}
+    return named | own
+
+
+def _occasions(speeds: Sequence[SpeedRun], case: str) -> list[SpeedRun]:
+    return [
+        speed
+        for speed in speeds
+        if case in {f"{m}-T{t}-B{b}" for m, t, b in speed.steps[["model", "seq_len", "micro_batch"]].to_numpy()}
+    ]
+
+
+def roofline_against_measurement(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
+    """Predicted beside measured ratios and steps, where `fp8lab.roofline` knows the device, model and recipe.
+
+    Returns:
+        A row a device, setting and recipe, heads in BF16. Columns: device, model, setting, recipe, predicted_ms,
+        measured_ms, predicted_ratio, measured_ratio, interval_low, interval_high (`speed_ratios`).
+    """
+    ratios = speed_ratios(speeds)
+    own = {
+        case["model"]["name"]: ModelConfig(**case["model"])
+        for speed in speeds
+        for case in speed.record.config.get("cases", [])
+    }
+    rows = []
+    for row in ratios.to_dict("records"):
+        device, model = roofline.device_of(row["device"]), own.get(row["model"], MODELS.get(row["model"]))
+        if device is None or model is None or row["recipe"] not in roofline.RECIPES or row["head"] != "bf16":
+            continue
+        model = model.model_copy(update={"seq_len": row["seq_len"]})
+        tokens = row["seq_len"] * row["micro_batch"]
+        rows.append(
+            {name: row[name] for name in ("device", "model", "setting", "recipe", "interval_low", "interval_high")}
+            | {
+                "predicted_ms": roofline.step_ms(model, tokens, row["recipe"], device),
+                "measured_ms": row["step_ms"],
+                "predicted_ratio": roofline.ratio(model, tokens, row["recipe"], device),
+                "measured_ratio": row["ratio"],
+            }
+        )
+    return pd.DataFrame(rows, columns=ROOFLINE_COLUMNS)
+
+
+ROOFLINE_COLUMNS = [
+    "device", "model", "setting", "recipe", "predicted_ms", "measured_ms", "predicted_ratio", "measured_ratio",
+    "interval_low", "interval_high",
+]  # fmt: skip
+
+
+def break_even(maps: Sequence[SpeedRun]) -> pd.DataFrame:
+    """The map of ratios by width and tokens a micro-batch: predicted for both devices, measured where records are.
+
+    Args:
+        maps: occasions of the map's plan.
+
+    Returns:
+        A row a device, recipe, tokens and width. Columns: device ('H100'), recipe, tokens, width, predicted, measured
+        (NaN where there is no record).
+    """
+    frames = [roofline.map_table(device).assign(device=device.name) for device in roofline.DEVICES]
+    table = pd.concat(frames, ignore_index=True).rename(columns={"ratio": "predicted"})
+    measured: dict[tuple[str, str, int, int], float] = {}
+    if maps:
+        for row in speed_ratios(maps).to_dict("records"):
+            recipe = row["recipe"].removesuffix("_fast")
+            width, tokens = int(row["model"].removeprefix("w")), row["seq_len"] * row["micro_batch"]
+            measured[short_device(row["device"]), recipe, tokens, width] = row["ratio"]
+    keys = zip(table["device"], table["recipe"], table["tokens"], table["width"], strict=True)
+    return table.assign(measured=[measured.get(key, float("nan")) for key in keys])

@@ -1,0 +1,55 @@
+"""What a chapter depends on is read off its imports, so that none of it can change unnoticed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from fp8lab.publish import read_book
+from fp8lab.publish.dependencies import PACKAGE, package_files
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def depended_on() -> set[str]:
+    notebooks = [chapter.source for chapter in read_book(ROOT).chapters]
+    return {path.relative_to(PACKAGE).as_posix() for path in package_files(notebooks)}
+
+
+def test_every_module_that_the_chapters_load_is_one_that_they_depend_on(depended_on: set[str]) -> None:
+    cells = [
+        cell.source
+        for chapter in read_book(ROOT).chapters
+        for cell in nbformat.read(chapter.source, as_version=4).cells
+        if cell.cell_type == "code"
+    ]
+    imports = [
+        ast.unparse(node)
+        for source in cells
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    show = "import sys; print(*(m.__file__ for n, m in sys.modules.items() if n.partition('.')[0] == 'fp8lab'))"
+    code = "\n".join([*imports, show])
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    names = {Path(path).relative_to(PACKAGE).as_posix() for path in loaded.split()}
+    assert "losses.py" in names
+    assert names <= depended_on
+
+
+def test_tables_and_scripts_that_a_module_reads_count_and_training_does_not(depended_on: set[str]) -> None:
+    assert {"published_scores.csv", "chart/chart.css", "chart/chart.js"} < depended_on
+    assert {"comparison.py", "variance.py", "diagnosis.py", "roofline.py", "chart/switch.py"} < depended_on
+    assert not {"trainer.py", "session.py", "cli.py", "publish/pandoc_edition.py"} & depended_on
+
+
+def test_imports_are_followed_through_functions_and_packages(tmp_path: Path) -> None:
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("def f():\n    import fp8lab.units\n")])
+    nbformat.write(notebook, tmp_path / "one.ipynb")
+    assert [path.name for path in package_files([tmp_path / "one.ipynb"])] == ["__init__.py", "units.py"]

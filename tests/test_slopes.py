@@ -1,0 +1,96 @@
+"""Slopes of the loss: from branches, from a law within the runs that it was fitted to, and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fp8lab.comparison import Deviation
+from fp8lab.config import MODELS, parameter_count
+from fp8lab.errors import UserError
+from fp8lab.results import plan_runs, training_runs
+from fp8lab.scaling import BESIROGLU
+from fp8lab.slopes import PUBLISHED_LAW, by_law, known_laws, ladder_law, law_slope, measured_slope, slope_at
+from tests.fixtures import LADDER, LADDER_LAW, SIZES, write_gpu_records, write_ladder_records, write_run
+
+
+@given(st.floats(0.02, 0.5), st.floats(0.5, 30.0))
+def test_the_slope_of_three_budgets_is_that_of_their_law(exponent: float, scale: float) -> None:
+    budgets = [2.5e8, 5e8, 1e9]
+    losses = [2 + scale * d**-exponent for d in budgets]
+    true = exponent * scale * budgets[-1] ** -exponent
+    # Runs of one budget count by their mean, in whatever order they come.
+    tokens, noisy = [*budgets, budgets[0]], [losses[0] + 0.01, *losses[1:], losses[0] - 0.01]
+    assert measured_slope(tokens, noisy).nats == pytest.approx(true, rel=0.06)
+    assert measured_slope(tokens[::-1], noisy[::-1]).nats == pytest.approx(measured_slope(tokens, noisy).nats)
+
+
+def test_one_budget_has_no_slope() -> None:
+    with pytest.raises(UserError, match="different numbers of tokens"):
+        measured_slope([1e9, 1e9], [3.0, 3.01])
+
+
+def test_the_interval_of_a_slope_holds_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(4)
+    tokens, true = [2.5e8, 5e8, 1e9], 0.2
+    exact = np.array([3 - true * math.log(d / 1e9) for d in tokens])
+    held = 0
+    for _ in range(1000):
+        noise = Deviation.pooled([list(rng.normal(0, 0.005, 5))])
+        assert noise is not None
+        slope = measured_slope(tokens, list(exact + rng.normal(0, 0.005, 3)), noise)
+        assert slope.interval is not None
+        held += slope.interval[0] <= true <= slope.interval[1]
+    assert held / 1000 == pytest.approx(0.95, abs=0.02)
+    assert measured_slope(tokens, list(exact)).interval is None
+
+
+def test_no_law_is_asked_outside_what_it_was_fitted_to() -> None:
+    # 7M on 138M tokens: the published law promises a slope of 0.80 where runs fall by 0.47.
+    for name in ("7M", "13M", "48M", "125M"):
+        n = parameter_count(MODELS[name])
+        assert by_law([PUBLISHED_LAW], n, 20 * n) is None
+    slope = by_law([PUBLISHED_LAW], parameter_count(MODELS["1.5B"]), 30e9)
+    assert slope is not None
+    assert (slope.nats, slope.source) == (pytest.approx(law_slope(BESIROGLU, 30e9)), "published law")
+    assert by_law([PUBLISHED_LAW], 1e6, 30e9) is None
+    assert by_law([PUBLISHED_LAW], 1e9, 1e13) is None
+
+
+def test_our_ladders_own_law_is_asked_first_and_knows_how_far_off_it_may_be(tmp_path: Path) -> None:
+    write_ladder_records(tmp_path)
+    sets = [plan_runs(tmp_path, plan) for plan in ("seeds-h200", "ladder-h200")]
+    own, published = known_laws(sets)
+    assert published is PUBLISHED_LAW
+    n = parameter_count(LADDER[2])
+    slope = by_law([own, published], n, 20 * n)
+    assert slope is not None
+    assert slope.source == "law of ladder-h200"
+    assert slope.nats == pytest.approx(law_slope(LADDER_LAW.bf16, 20 * n), rel=0.4)
+    assert slope.interval is not None
+    assert slope.interval[0] < slope.nats < slope.interval[1]
+    assert by_law([own], n, 2000 * n) is None
+
+
+def test_the_slope_of_a_run_is_that_of_its_decay_branches_or_unknown(tmp_path: Path) -> None:
+    write_gpu_records(tmp_path, sizes=SIZES[:1])
+    runs = training_runs(tmp_path)
+    run = runs.runs[0]
+    assert ladder_law([runs]) is None
+    assert slope_at([runs], run, known_laws([runs])) is None
+    folder = write_run(tmp_path, "pilot-h200", SIZES[0], "bf16", seed=3, device_name="NVIDIA H200")
+    record = json.loads((folder / "record.json").read_text())
+    record.update(parent={"run": run.record.run, "step": 10}, tokens=record["tokens"] // 2)
+    record["final"].update(validation_loss=run.validation_loss + 0.2)
+    (folder / "record.json").write_text(json.dumps(record))
+    slope = slope_at([training_runs(tmp_path)], run, [])
+    assert slope is not None
+    assert slope.source == "decay branches"
+    assert slope.nats == pytest.approx(0.2 / 0.693, rel=0.05)
+    assert slope.interval is not None
