@@ -22,13 +22,16 @@ __all__ = ["demo_runs", "fault_report", "pytest_addoption", "pytest_configure"]
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What looks at the demo's runs comes first, in one worker, and may take long: training shares the cores."""
-    items.sort(key=lambda item: not _uses_demo(item))
-    for item in filter(_uses_demo, items):
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """What looks at the demo's runs does so in one worker, and may take long: training shares the cores."""
+    if _uses_demo(item):
         item.add_marker(pytest.mark.xdist_group("demo"))
         item.add_marker(pytest.mark.timeout(3600))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest work first."""
+    items.sort(key=lambda item: not _uses_demo(item))
 
 
 def _uses_demo(item: pytest.Item) -> bool:
