@@ -105,7 +105,8 @@ def _order(failure: ProcessFailure) -> tuple[bool, bool, int]:
 
 
 def _is_consequence(failure: ProcessFailure) -> bool:
-    return _message(failure).startswith(CONSEQUENCE)
+    # The launcher ends by SIGTERM what still runs when one rank has failed.
+    return _message(failure).startswith(CONSEQUENCE) or failure.exitcode == -signal.SIGTERM
 
 
 def _message(failure: ProcessFailure) -> str:

@@ -543,6 +543,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             checkpoints_dir=options.checkpoints_dir,
         )
     except BaseException as error:
+        if dist.is_torchelastic_launched():
+            # Once one rank has left, torchrun ends the others: those that are leaving keep their exit code.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         # torchrun tells of the first rank that failed, which need not be the leader.
         get_error_handler().record_exception(error)
         code = _exit_code(error)

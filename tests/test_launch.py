@@ -42,6 +42,12 @@ TOLD = (2, 7, "PeerFailed: rank 1: micro_batch: 8 do not fit")
         ({"a": LOST, "b": (-9, 0, "")}, RuntimeError, "rank 1: Signal 9 (SIGKILL) received by PID 2"),
         ({"a": (2, 7, "UserError: tokens: too few")}, UserError, "tokens: too few"),
         ({"a": (1, 7, "Diverged: 20 steps")}, RuntimeError, "rank 0: Diverged: 20 steps"),
+        # The launcher ended the second while it was leaving.
+        (
+            {"a": (143, 7, "Interrupted: SIGTERM"), "b": (-15, 6, "Interrupted: SIGTERM")},
+            Interrupted,
+            "SIGTERM after step 0; the same command resumes",
+        ),
         ({"a": (143, 7, "Interrupted: SIGTERM")}, Interrupted, "SIGTERM after step 0; the same command resumes"),
     ],
 )
