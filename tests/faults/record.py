@@ -59,7 +59,8 @@ class _FaultRecord:
             self._failed.append(report.nodeid)
         if report.when == "call":
             self._faults += [
-                {**value, "test": report.nodeid, "passed": report.passed}
+                # xdist appends its group.
+                {**value, "test": report.nodeid.partition("@")[0], "passed": report.passed}
                 for name, value in report.user_properties
                 if name == PROPERTY and isinstance(value, dict)
             ]
