@@ -81,14 +81,15 @@ def _ratio_row(group: pd.DataFrame, several_devices: bool) -> dict[str, object]:
     )
     low, high = ratio.interval or (float("nan"), float("nan"))
     step_ms, furthest = _settled_ms(group), ratio.furthest
-    device = f", {short_device(str(first['device']))}" if several_devices else ""
     return {
         "device": first["device"],
         "model": first["model"],
-        "case": f"{first['model']}-T{first['seq_len']}-B{first['micro_batch']}",
+        "case": _case(first["model"], first["seq_len"], first["micro_batch"]),
         "seq_len": first["seq_len"],
         "micro_batch": first["micro_batch"],
-        "setting": _setting(first["model"], first["seq_len"], first["micro_batch"]) + device,
+        "setting": _setting(
+            first["model"], first["seq_len"], first["micro_batch"], first["device"] if several_devices else None
+        ),
         "recipe": first["recipe"],
         "head": first["head"],
         "baseline": group["baseline"].iloc[-1],
@@ -183,8 +184,7 @@ def speed_drift(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
         rows.append(
             {
                 "occasion": occasion,
-                "setting": _setting(model, seq_len, micro_batch)
-                + (f", {short_device(str(device))}" if several else ""),
+                "setting": _setting(model, seq_len, micro_batch, device if several else None),
                 "recipe": recipe,
                 "head": head,
                 "change": float(last["step_ms"] / first["step_ms"] - 1),
@@ -196,9 +196,15 @@ def speed_drift(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _setting(model: object, seq_len: object, micro_batch: object) -> str:
-    """How figures and tables call what a step was timed with."""
-    return f"{model}, T {seq_len}, {micro_batch} sequences"
+def _setting(model: object, seq_len: object, micro_batch: object, device: object = None) -> str:
+    """How figures and tables call what a step was timed with; with the device where there are several."""
+    setting = f"{model}, T {seq_len}, {micro_batch} sequences"
+    return setting if device is None else f"{setting}, {short_device(str(device))}"
+
+
+def _case(model: object, seq_len: object, micro_batch: object) -> str:
+    """How a speed record names it."""
+    return f"{model}-T{seq_len}-B{micro_batch}"
 
 
 def _by_speed(table: pd.DataFrame) -> list[str]:
@@ -233,7 +239,7 @@ def _judged(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     """`with_verdicts` of one device and kind."""
     ratios = speed_ratios(speeds)
     ours = ratios[(ratios["recipe"] == "bf16") & (ratios["head"] == "bf16")].set_index("setting")
-    widths = {name: width for speed in speeds for name, width in _widths(speed).items()}
+    widths = {name: model.d_model for name, model in _models(speeds).items()}
     occasions = {case: _occasions(speeds, case) for case in unique(ratios["case"])}
     verdicts = {"above": "faster", "below": "slower", "undecided": "undecided"}
     return ratios.assign(
@@ -250,18 +256,17 @@ def _judged(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     )
 
 
-def _widths(speed: SpeedRun) -> dict[str, int]:
-    """d_model of every model that was timed: named sizes, and those with dimensions of their own in the plan."""
-    named = {name: model.d_model for name, model in MODELS.items()}
-    own = {case["model"]["name"]: case["model"]["d_model"] for case in speed.record.config.get("cases", [])}
-    return named | own
+def _models(speeds: Sequence[SpeedRun]) -> dict[str, ModelConfig]:
+    """Every model that was timed: named sizes, and those with dimensions of their own in the plan."""
+    own = [ModelConfig(**case["model"]) for speed in speeds for case in speed.record.config.get("cases", [])]
+    return MODELS | {model.name: model for model in own}
 
 
 def _occasions(speeds: Sequence[SpeedRun], case: str) -> list[SpeedRun]:
     return [
         speed
         for speed in speeds
-        if case in {f"{m}-T{t}-B{b}" for m, t, b in speed.steps[["model", "seq_len", "micro_batch"]].to_numpy()}
+        if case in {_case(*timed) for timed in speed.steps[["model", "seq_len", "micro_batch"]].to_numpy()}
     ]
 
 
@@ -272,15 +277,10 @@ def roofline_against_measurement(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
         A row a device, setting and recipe, heads in BF16. Columns: device, model, setting, recipe, predicted_ms,
         measured_ms, predicted_ratio, measured_ratio, interval_low, interval_high (`speed_ratios`).
     """
-    ratios = speed_ratios(speeds)
-    own = {
-        case["model"]["name"]: ModelConfig(**case["model"])
-        for speed in speeds
-        for case in speed.record.config.get("cases", [])
-    }
+    ratios, models = speed_ratios(speeds), _models(speeds)
     rows = []
     for row in ratios.to_dict("records"):
-        device, model = roofline.device_of(row["device"]), own.get(row["model"], MODELS.get(row["model"]))
+        device, model = roofline.device_of(row["device"]), models.get(row["model"])
         if device is None or model is None or row["recipe"] not in roofline.RECIPES or row["head"] != "bf16":
             continue
         model = model.model_copy(update={"seq_len": row["seq_len"]})

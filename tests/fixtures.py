@@ -642,7 +642,7 @@ def write_map_records(records_dir: Path, *, measured: Measured = DEFAULT) -> Non
             status="finished",
             provenance=provenance(f"NVIDIA {device.name}", measured),
             results={"tokens": "random ids", "emulated": False, "cases": {}},
-            config={"cases": [{"model": {"name": f"w{width}", "d_model": width}} for width in roofline.MAP_WIDTHS]},
+            config={"cases": [{"model": roofline.map_model(width).model_dump()} for width in roofline.MAP_WIDTHS]},
         )
         records.write_table(records.write(record, records_dir), "steps", pd.DataFrame(rows))
 

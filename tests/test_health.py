@@ -18,6 +18,7 @@ from torchao.float8.float8_scaling_utils import get_maybe_axiswise_dim, hp_tenso
 
 from fp8lab import health, records, trainer
 from fp8lab.config import RECIPES
+from fp8lab.cpu import bf16_autocast
 from fp8lab.errors import UserError
 from fp8lab.health import HealthProbe, Rounding, dynamic_rounding, kurtosis, losses, overflow_counts, rounding_sums
 from fp8lab.kernels import end_step, reference
@@ -146,7 +147,7 @@ def batch_of(rows: int) -> Tensor:
 def backward(model: GPT, batch: Tensor, micro_batch: int) -> Tensor:
     """The gradients of one step, as the trainer accumulates them; returns their norms."""
     for tokens in batch.split(micro_batch):
-        with torch.autocast("cpu", torch.bfloat16):
+        with bf16_autocast(torch.device("cpu")):
             objective, _ = training_loss(model, model.hidden(tokens[:, :-1]), tokens[:, 1:])
         (objective / (len(batch) / micro_batch)).backward()
     return torch.stack([parameter.grad.norm() for parameter in model.parameters()])

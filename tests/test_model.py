@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8lab.config import MODELS, ModelConfig, parameter_count
+from fp8lab.cpu import bf16_autocast
 from fp8lab.model import GPT, apply_rope, rope_frequencies
 from tests.rule_data import tiny_model
 
@@ -86,7 +87,7 @@ def test_bf16_autocast_keeps_the_residual_stream_in_bf16() -> None:
     model = GPT(tiny_model())
     seen = []
     model.blocks[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), bf16_autocast(torch.device("cpu")):
         model(torch.zeros(1, 8, dtype=torch.int64))
     assert seen == [torch.bfloat16]
 

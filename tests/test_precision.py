@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from fp8lab.config import ModelConfig
+from fp8lab.cpu import bf16_autocast
 from fp8lab.errors import UserError
 from fp8lab.loss import training_loss
 from fp8lab.model import GPT
@@ -26,7 +27,7 @@ def tiny(d_model: int = 64, d_ff: int = 160) -> GPT:
 
 def loss(model: GPT) -> torch.Tensor:
     tokens = torch.randint(0, 256, (2, 33), generator=torch.Generator().manual_seed(2))
-    with torch.autocast("cpu", torch.bfloat16):
+    with bf16_autocast(torch.device("cpu")):
         return training_loss(model, model.hidden(tokens[:, :-1]), tokens[:, 1:])[0]
 
 

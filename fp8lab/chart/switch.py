@@ -139,13 +139,7 @@ def switch_chart(points: pd.DataFrame, toy: bool) -> Figure:
         for index, recipe in enumerate(recipes):
             offset = 1.035 ** (index - (len(recipes) - 1) / 2)
             for _, row in rows[rows["series"] == recipe].iterrows():
-                style = point_style(recipe) | {"markersize": 6.5}
-                if row["hollow"]:
-                    style |= {
-                        "markerfacecolor": "white",
-                        "markeredgecolor": RECIPE_COLOURS[recipe],
-                        "markeredgewidth": 1.5,
-                    }
+                style = point_style(recipe, hollow=row["hollow"]) | {"markersize": 6.5}
                 axes.vlines(row["x"] * offset, row["low"], row["high"], color=RECIPE_COLOURS[recipe], linewidth=2)
                 axes.plot(row["x"] * offset, row["y"], linestyle="none", **style)
         axes.axhline(reference, color=RECIPE_COLOURS["bf16"], linewidth=1.2)

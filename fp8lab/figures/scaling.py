@@ -73,9 +73,7 @@ def _compute_panel(axes: Axes, runs: RunSet, points: pd.DataFrame) -> None:
     _label_sizes(axes, points, "flops_causal")
     # What lies above and to the left is the first steps, which no frontier needs.
     axes.set_ylim(points["loss"].min() - 0.12, points["loss"].max() + 0.75)
-    axes.set_xlim(points["flops_causal"].min() / 4, points["flops_causal"].max() * 3)
-    axes.set_title("against compute")
-    axes.set_xlabel("training compute (FLOPs)")
+    _frame(axes, points["flops_causal"], (4, 3), "against compute", "training compute (FLOPs)")
 
 
 def _parameters_panel(axes: Axes, points: pd.DataFrame, law: JointLaw | None) -> None:
@@ -90,9 +88,7 @@ def _parameters_panel(axes: Axes, points: pd.DataFrame, law: JointLaw | None) ->
     for _, group in points.groupby("budget"):
         last = group.iloc[int(group["parameters"].to_numpy().argmax())]
         label(axes, f"{last['budget']:g} tokens/N", last["parameters"], last["loss"])
-    axes.set_xlim(points["parameters"].min() / 1.4, points["parameters"].max() * 2.4)
-    axes.set_title("against parameters")
-    axes.set_xlabel("parameters N (embedding included once)")
+    _frame(axes, points["parameters"], (1.4, 2.4), "against parameters", "parameters N (embedding included once)")
 
 
 def _tokens_panel(axes: Axes, points: pd.DataFrame, law: JointLaw | None) -> None:
@@ -104,9 +100,14 @@ def _tokens_panel(axes: Axes, points: pd.DataFrame, law: JointLaw | None) -> Non
         d = np.geomspace(group["tokens"].min(), group["tokens"].max(), 40)
         axes.plot(d, law(n, d, recipe), color=RECIPE_COLOURS[recipe], linewidth=0.9, alpha=0.7)
     _label_sizes(axes, points, "tokens")
-    axes.set_xlim(points["tokens"].min() / 1.4, points["tokens"].max() * 2)
-    axes.set_title("against tokens")
-    axes.set_xlabel("training tokens D")
+    _frame(axes, points["tokens"], (1.4, 2), "against tokens", "training tokens D")
+
+
+def _frame(axes: Axes, x: pd.Series, room: tuple[float, float], title: str, x_label: str) -> None:
+    """Title and horizontal axis of a panel; `room` is that left and right of the points, as factors."""
+    axes.set_xlim(x.min() / room[0], x.max() * room[1])
+    axes.set_title(title)
+    axes.set_xlabel(x_label)
 
 
 def _plot_points(axes: Axes, points: pd.DataFrame, x: str) -> None:

@@ -5,13 +5,14 @@ From measurements on GPUs only (`fp8lab.results.speed_runs`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -30,25 +31,39 @@ def throughput(speeds: Sequence[SpeedRun]) -> Figure:
     timed = set(fp8_only(ratios)["recipe"])
     recipes = [recipe for recipe in RECIPE_COLOURS if recipe in timed]
     figure, axes = plt.subplots(figsize=(WIDTH, 1.2 + 0.16 * len(settings) * max(2, len(recipes))))
-    for index, recipe in enumerate(recipes):
-        offset = (index - (len(recipes) - 1) / 2) * 0.8 / len(recipes)
-        rows = ratios[ratios["recipe"] == recipe]
-        positions = np.array([settings.index(setting) for setting in rows["setting"]]) + offset
-        axes.hlines(positions, rows["interval_low"], rows["interval_high"], color=RECIPE_COLOURS[recipe], linewidth=2)
+    for recipe, rows, positions in _side_by_side(ratios, recipes, settings, share=0.8):
+        colour = RECIPE_COLOURS[recipe]
+        axes.hlines(positions, rows["interval_low"], rows["interval_high"], color=colour, linewidth=2)
         for ratio, position, head in zip(rows["ratio"], positions, rows["head"], strict=True):
-            style = point_style(recipe) | (
-                {"markerfacecolor": "white", "markeredgewidth": 1.5} if head == "fp8" else {}
-            )
-            axes.plot(ratio, position, **style | {"markeredgecolor": RECIPE_COLOURS[recipe]})
+            axes.plot(ratio, position, **point_style(recipe, hollow=head == "fp8") | {"markeredgecolor": colour})
     for boundary in range(1, len(settings)):
         axes.axhline(boundary - 0.5, color="#e6e6e6", linewidth=0.8)
     axes.axvline(1, color=RECIPE_COLOURS["bf16"], linewidth=1.2)
-    axes.set_yticks(range(len(settings)), [setting.replace(", ", "\n") for setting in settings])
-    axes.set_ylim(len(settings) - 0.5, -0.5)
     axes.set_xlabel("tokens/s relative to BF16 (higher is faster)")
-    axes.grid(axis="y", visible=False)
+    _name_settings(axes, settings)
     finish(figure, axes, recipes, toy=False)
     return figure
+
+
+def _side_by_side(
+    table: pd.DataFrame, recipes: Sequence[str], settings: Sequence[str], *, share: float
+) -> Iterator[tuple[str, pd.DataFrame, np.ndarray]]:
+    """Each recipe's rows of `table`, and where they lie on an axis of `settings`: beside each other about a setting.
+
+    Args:
+        share: of the room between two settings, that all recipes take together.
+    """
+    for index, recipe in enumerate(recipes):
+        rows = table[table["recipe"] == recipe]
+        offset = (index - (len(recipes) - 1) / 2) * share / len(recipes)
+        yield recipe, rows, np.array([settings.index(setting) for setting in rows["setting"]]) + offset
+
+
+def _name_settings(axes: Axes, settings: Sequence[str]) -> None:
+    """Settings down the vertical axis, the first on top."""
+    axes.set_yticks(range(len(settings)), [setting.replace(", ", "\n") for setting in settings])
+    axes.set_ylim(len(settings) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
 
 
 def step_breakdown(milliseconds: Mapping[str, Mapping[str, float]]) -> Figure:
@@ -80,23 +95,17 @@ def roofline(table: pd.DataFrame) -> Figure:
     settings = unique(table["setting"])
     recipes = [recipe for recipe in RECIPE_COLOURS if recipe in set(table["recipe"])]
     figure, axes = plt.subplots(figsize=(WIDTH, 1.3 + 0.26 * len(settings) * len(recipes)))
-    for index, recipe in enumerate(recipes):
-        rows = table[table["recipe"] == recipe]
-        offset = (index - (len(recipes) - 1) / 2) * 0.6 / len(recipes)
-        positions = np.array([settings.index(setting) for setting in rows["setting"]]) + offset
+    for recipe, rows, positions in _side_by_side(table, recipes, settings, share=0.6):
         colour = RECIPE_COLOURS[recipe]
         axes.hlines(
             positions, rows["predicted_ratio"], rows["measured_ratio"], color=colour, linewidth=1, linestyle=":"
         )
         axes.hlines(positions, rows["interval_low"], rows["interval_high"], color=colour, linewidth=2)
         axes.plot(rows["measured_ratio"], positions, **point_style(recipe), linestyle="none")
-        hollow = point_style(recipe) | {"markerfacecolor": "white", "markeredgecolor": colour, "markeredgewidth": 1.5}
-        axes.plot(rows["predicted_ratio"], positions, **hollow, linestyle="none")
+        axes.plot(rows["predicted_ratio"], positions, **point_style(recipe, hollow=True), linestyle="none")
     axes.axvline(1, color=RECIPE_COLOURS["bf16"], linewidth=1.2)
-    axes.set_yticks(range(len(settings)), [setting.replace(", ", "\n") for setting in settings])
-    axes.set_ylim(len(settings) - 0.5, -0.5)
     axes.set_xlabel("tokens/s relative to BF16")
-    axes.grid(axis="y", visible=False)
+    _name_settings(axes, settings)
     finish(figure, axes, recipes, toy=False)
     return figure
 
@@ -139,15 +148,12 @@ def peak_memory(speeds: Sequence[SpeedRun]) -> Figure:
     settings = unique(ratios["setting"])
     recipes = [recipe for recipe in RECIPE_COLOURS if recipe in set(ratios["recipe"])]
     figure, axes = plt.subplots(figsize=(WIDTH, 1.2 + 0.13 * len(settings) * len(recipes)))
-    height = 0.8 / len(recipes)
-    for index, recipe in enumerate(recipes):
-        rows = ratios[(ratios["recipe"] == recipe) & (ratios["head"] == "bf16")]
-        offset = (index - (len(recipes) - 1) / 2) * height
-        positions = np.array([settings.index(setting) for setting in rows["setting"]]) + offset
-        axes.barh(positions, rows["peak_memory_bytes"] / 2**30, height * 0.9, color=RECIPE_COLOURS[recipe])
-    axes.set_yticks(range(len(settings)), [setting.replace(", ", "\n") for setting in settings])
-    axes.invert_yaxis()
+    share = 0.8
+    bf16_heads = ratios[ratios["head"] == "bf16"]
+    for recipe, rows, positions in _side_by_side(bf16_heads, recipes, settings, share=share):
+        height = 0.9 * share / len(recipes)
+        axes.barh(positions, rows["peak_memory_bytes"] / 2**30, height, color=RECIPE_COLOURS[recipe])
     axes.set_xlabel("peak GPU memory (GiB)")
-    axes.grid(axis="y", visible=False)
+    _name_settings(axes, settings)
     finish(figure, axes, recipes, toy=False)
     return figure

@@ -100,8 +100,15 @@ def mark_toy(figure: Figure, toy: bool) -> None:
         )
 
 
-def point_style(recipe: str) -> dict[str, Any]:
-    """BF16 is a ring, so that a point of another recipe on top of it leaves both in sight."""
+def point_style(recipe: str, *, hollow: bool = False) -> dict[str, Any]:
+    """BF16 is a ring, so that a point of another recipe on top of it leaves both in sight.
+
+    Args:
+        hollow: for the second kind of point in one figure: a head in FP8, or a prediction.
+    """
+    if hollow:
+        filled = {"markerfacecolor": "white", "markeredgecolor": RECIPE_COLOURS[recipe], "markeredgewidth": 1.5}
+        return point_style(recipe) | filled
     ring = recipe == "bf16"
     return {
         "color": RECIPE_COLOURS[recipe],

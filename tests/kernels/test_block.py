@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fp8lab.config import ModelConfig
+from fp8lab.cpu import bf16_autocast
 from fp8lab.errors import UserError
 from fp8lab.kernels import Fp8Settings, convert_blocks, end_step, linear_cross_entropy, reference
 from fp8lab.kernels.block import SLOTS
@@ -36,7 +37,7 @@ def batch(seed: int = 2) -> Tensor:
 
 def loss(gpt: GPT, tokens: Tensor) -> Tensor:
     tokens = tokens.to(gpt.embedding.weight.device)
-    with torch.autocast(tokens.device.type, torch.bfloat16):
+    with bf16_autocast(tokens.device):
         hidden = gpt.hidden(tokens[:, :-1]).flatten(0, 1)
         return linear_cross_entropy(hidden, gpt.embedding.weight, tokens[:, 1:].flatten(), fp8=False)[0]
 
