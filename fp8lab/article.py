@@ -47,15 +47,21 @@ def show_table(table: pd.DataFrame, label: str, caption: str) -> None:
     display(Markdown(f"::: {{#tbl-{label}}}\n\n{_html_table(table)}\n\n{caption}\n\n:::"))
 
 
+SENTENCE = 40
+"""Characters from which a cell is one, and may be broken into lines."""
+
+
+def _cell(tag: str, text: str, right: bool) -> str:
+    mark = ' class="sentence"' if len(text) >= SENTENCE else ""
+    return f'<{tag}{mark} style="text-align: {"right" if right else "left"}">{html.escape(text)}</{tag}>'
+
+
 def _html_table(table: pd.DataFrame) -> str:
-    """The table as HTML: first column and text to the left, numbers to the right."""
+    """The table as HTML: first column and text to the left, numbers to the right; sentences are broken into lines."""
     numeric = [position > 0 and _is_numeric(table.iloc[:, position]) for position in range(table.shape[1])]
 
     def row(tag: str, values: list[object]) -> str:
-        cells = (
-            f'<{tag} style="text-align: {"right" if right else "left"}">{html.escape(_text(value))}</{tag}>'
-            for value, right in zip(values, numeric, strict=True)
-        )
+        cells = (_cell(tag, _text(value), right) for value, right in zip(values, numeric, strict=True))
         return f"<tr>{''.join(cells)}</tr>"
 
     body = "\n".join(row("td", list(values)) for values in table.itertuples(index=False, name=None))

@@ -366,8 +366,7 @@ def barely_above_guessing(runs: RunSet) -> Finding:
 
 def _leads(runs: RunSet) -> pd.DataFrame:
     """Accuracy above guessing by task, in its usual metric: means over the scored runs of the largest size."""
-    known = scores.of_runs(runs)
-    known = known[known["metric"] == known["task"].map(scores.usual_metric)].dropna(subset=["random_guess", "stderr"])
+    known = scores.usual_accuracies(runs).dropna(subset=["random_guess", "stderr"])
     largest = [size for size in runs.sizes if size in set(known["size"])][-1:]
     of_largest = known[known["size"].isin(largest)]
     leads = of_largest.assign(lead=of_largest["value"] - of_largest["random_guess"])

@@ -73,6 +73,12 @@ def usual_metric(task: str) -> str:
     return "acc_norm" if task.partition(" (")[0] in ("hellaswag", "arc_challenge", "openbookqa", "piqa") else "acc"
 
 
+def usual_accuracies(runs: RunSet) -> pd.DataFrame:
+    """The rows of `of_runs` that are a task's accuracy as it is usually quoted: one a run and task."""
+    table = of_runs(runs)
+    return table[table["metric"] == table["task"].map(usual_metric)]
+
+
 PUBLISHED_COLUMNS = (
     "model",
     "params",

@@ -47,6 +47,13 @@ def test_numbers_are_aligned_to_the_right_and_text_to_the_left(shown: Show) -> N
     ]
 
 
+def test_a_sentence_may_be_broken_into_lines_and_a_name_may_not(shown: Show) -> None:
+    sentence = "The same command resumes from the newest whole checkpoint"
+    table = shown(pd.DataFrame({"fault": ["kill -9"], "outcome": [sentence]}))
+    assert f'<td class="sentence" style="text-align: left">{sentence}</td>' in table
+    assert '<td style="text-align: left">kill -9</td>' in table
+
+
 def test_a_missing_value_is_a_dash(shown: Show) -> None:
     assert ">–<" in shown(pd.DataFrame({"a": ["x"], "b": [float("nan")]}))
 

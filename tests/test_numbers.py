@@ -117,6 +117,7 @@ DISPLAYS: dict[str, tuple[str, str]] = {
     "fig-scores": ("eval", ""),
     "tbl-scores": ("eval", ""),
     "benchmarks 4": ("eval", "0 18"),
+    "benchmarks said": ("eval", ""),
     "tbl-faults": ("test", "2"),
     "tbl-measured": ("test", "2"),
     "tbl-costs": ("benchmark", "1 2"),

@@ -10,13 +10,12 @@ from matplotlib.ticker import PercentFormatter
 
 from fp8lab.figures.style import NEUTRAL, RECIPE_COLOURS, RECIPE_MARKERS, WIDTH, finish
 from fp8lab.results import RunSet, unique
-from fp8lab.scores import of_runs, usual_metric
+from fp8lab.scores import usual_accuracies
 
 
 def benchmark_scores(runs: RunSet) -> Figure:
     """Accuracy of every scored run by task, in its usual metric, with lm-eval's standard error and the random guess."""
-    scores = of_runs(runs)
-    scores = scores[scores["metric"] == scores["task"].map(usual_metric)]
+    scores = usual_accuracies(runs)
     tasks = unique(scores["task"])
     figure, grid = plt.subplots(
         len(tasks), 1, figsize=(WIDTH, 0.7 + len(tasks) * (0.35 + 0.22 * len(runs.sizes))), sharex=True, squeeze=False

@@ -180,6 +180,7 @@ def switch_table(table: pd.DataFrame, laws: Sequence[FittedLaw]) -> pd.DataFrame
         affordable = affordable_gap(row["model"], row["ratio"], laws) if pays else None
         rows.append(
             {
+                "device": short_device(row["device"]),
                 "width": f"{row['width']:,}",
                 "recipe": row["recipe"] + (" + head" if row["head"] == "fp8" else ""),
                 "tokens/s, × BF16": f"{row['ratio']:.2f} ({_interval(row)})",
@@ -188,7 +189,6 @@ def switch_table(table: pd.DataFrame, laws: Sequence[FittedLaw]) -> pd.DataFrame
                 "pays for (nats)": "–" if not pays else f"{affordable:.3f}" if affordable is not None else "unknown",
                 "tokens a step": number(row["micro_batch_tokens"]),
                 "model": row["model"],
-                "device": row["device"].removeprefix("NVIDIA "),
             }
         )
     found = pd.DataFrame(rows)
