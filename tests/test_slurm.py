@@ -63,7 +63,15 @@ def submit(project: Path, **variables: str) -> subprocess.Popen[str]:
     slurm = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7", "PLAN": "plan.yaml"}
     path = f"{project / '.venv' / 'bin'}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **slurm, **variables}
-    return subprocess.Popen(["bash", SCRIPT], cwd=project, env=environment, text=True, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        ["bash", SCRIPT],
+        cwd=project,
+        env=environment,
+        text=True,
+        stderr=subprocess.PIPE,
+        # Tests that run in a shell's background inherit an ignored SIGINT, and what bash inherits so it cannot trap.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def started(project: Path) -> list[str]:
