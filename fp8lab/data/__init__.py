@@ -1,7 +1,8 @@
 """Text into batches: mixtures, cleaning, token shards and the stateless loader.
 
 Read in this order: `mixture` (what is to be built), `installed` and `sources` (where text comes from), `cleaning`
-(duplicates, evaluation text), `build` (the stages), `shards` (files and the manifest), `loader` (batches).
+(duplicates, evaluation text), `build` (the stages, which `workers` share), `tokenise` (one part into shards), `shards`
+(files and the manifest), `loader` (batches).
 """
 
 from fp8lab.data.build import build, train_tokenizer

@@ -24,11 +24,13 @@ from rich.console import Console
 
 from fp8lab import records, tokenizer
 from fp8lab.data import cleaning
-from fp8lab.data.build import TokeniseJob, WorkerPool, build, sample_texts, tokenise
+from fp8lab.data.build import build, sample_texts
 from fp8lab.data.loader import Loader, TokenDataset
 from fp8lab.data.mixture import DomainConfig, JsonlSource, MixtureConfig, TokenizerFile, load_mixture
 from fp8lab.data.shards import TOKENIZER
 from fp8lab.data.sources import JsonlPart, Part, jsonl_parts
+from fp8lab.data.tokenise import TokeniseJob, tokenise_part
+from fp8lab.data.workers import WorkerPool
 from fp8lab.errors import UserError
 from fp8lab.measurement import begin_provenance, console, print_summary, run_app, summary, write_benchmark
 
@@ -68,7 +70,7 @@ def time_tokenising(
             (folder / TOKENIZER).write_bytes(tokenizer.ranks_text(encoding))
             jobs = [TokeniseJob(part, folder, mixture.shard_tokens, cleaning.Exclusions(), False) for part in parts]
             started = time.perf_counter()
-            results = pool.map("tokenise", tokenise, jobs)
+            results = pool.map("tokenise", tokenise_part, jobs)
             ended = time.perf_counter()
             ours.append(size / 1e6 / (ended - started))
 

@@ -14,28 +14,25 @@ hold. A build that was stopped goes on from there; one whose inputs have changed
 
 from __future__ import annotations
 
-import concurrent.futures
-import functools
+import contextlib
+import fcntl
 import itertools
 import json
-import multiprocessing
 import os
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import tiktoken
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fp8lab import records, tokenizer
-from fp8lab.config import Config
 from fp8lab.data import cleaning, installed
 from fp8lab.data.mixture import HubSource, InstalledSource, JsonlSource, MixtureConfig, TokenizerFile, TrainedTokenizer
 from fp8lab.data.shards import (
@@ -45,30 +42,19 @@ from fp8lab.data.shards import (
     DomainManifest,
     Manifest,
     Removed,
-    ShardWriter,
     SplitManifest,
     TokenizerManifest,
     check_sizes,
     read_manifest,
     write_manifest,
 )
-from fp8lab.data.sources import HubPart, JsonlPart, Part, Split, file_sha256, jsonl_parts, pieces
+from fp8lab.data.sources import HubPart, JsonlPart, Part, Split, file_sha256, jsonl_parts
+from fp8lab.data.tokenise import PartResult, TokeniseJob, load_items, ngram_file, tokenise_part
+from fp8lab.data.workers import WorkerPool, counted
 from fp8lab.errors import UserError
 
 MAX_UNREADABLE = 0.001
 """Share of a domain's documents that may be unreadable before the build is refused."""
-
-Result = TypeVar("Result")
-
-
-class PartResult(Config):
-    """What a part's finished shards hold; kept beside them so that a stopped build can go on."""
-
-    documents_read: int = 0
-    finished: bool = False
-    removed: Removed = Removed()
-    train: SplitManifest = SplitManifest()
-    validation: SplitManifest = SplitManifest()
 
 
 def build(
@@ -83,6 +69,8 @@ def build(
 ) -> Path:
     """Build ``<data_dir>/<mixture.name>``, go on with a build that was stopped, or return at once if it is complete.
 
+    Where another process is building it, wait for that one.
+
     Args:
         corpus_dir: folder that the patterns of jsonl sources start from.
         eval_data_dir: folder of evaluation items (``*.jsonl``), for decontamination.
@@ -93,20 +81,54 @@ def build(
         UserError: an input is missing or bad, or a shard of a finished build is missing or truncated.
     """
     folder = Path(data_dir) / mixture.name
-    if (folder / MANIFEST).exists():
-        manifest = read_manifest(folder)
-        if manifest.content_sha256 == mixture.content_sha256:
-            check_sizes(folder, manifest)
-            return folder
+    console = console or Console(stderr=True)
+    if _is_complete(folder, mixture):
+        return folder
+    inputs = _inputs(mixture, corpus_dir, eval_data_dir)
+    with _only_builder(folder, console):
+        # The one waited for may have completed it.
+        if not _is_complete(folder, mixture):
+            work = _open_work_folder(folder, inputs)
+            _build(mixture, folder, work, corpus_dir, eval_data_dir, processes, records_dir, console)
+    return folder
+
+
+def _is_complete(folder: Path, mixture: MixtureConfig) -> bool:
+    if not (folder / MANIFEST).exists():
+        return False
+    manifest = read_manifest(folder)
+    if manifest.content_sha256 != mixture.content_sha256:
+        return False
+    check_sizes(folder, manifest)
+    return True
+
+
+@contextlib.contextmanager
+def _only_builder(folder: Path, console: Console) -> Iterator[None]:
+    """Hold the lock of a data set, beside its folder, which a build may empty; a dead owner's is gone with it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.print(f"{folder}: another process is building it; waiting for it", markup=False, soft_wrap=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(
+    mixture: MixtureConfig,
+    folder: Path,
+    work: Path,
+    corpus_dir: Path | None,
+    eval_data_dir: Path | None,
+    processes: int | None,
+    records_dir: Path | None,
+    console: Console,
+) -> None:
+    """`build`, by its only builder."""
     started = time.monotonic()
     provenance = records.collect_provenance(records.cpu_name())
-    if mixture.decontaminate and eval_data_dir is None:
-        raise UserError(
-            f"mixture {mixture.name!r} removes evaluation text from training: give the evaluation data "
-            "(--eval-data DIR), or set its field decontaminate to false"
-        )
-    _check_corpus(mixture, corpus_dir)
-    work = _open_work_folder(folder, mixture, corpus_dir, eval_data_dir)
     with WorkerPool(processes or os.cpu_count() or 1, console) as pool:
         items = None if eval_data_dir is None or not mixture.decontaminate else _evaluation_items(eval_data_dir, work)
         parts = _gather(mixture, corpus_dir, work, pool)
@@ -117,14 +139,13 @@ def build(
             TokeniseJob(part, folder, mixture.shard_tokens, exclusions[part.name], items is not None)
             for part in itertools.chain.from_iterable(parts.values())
         ]
-        results = pool.map("tokenise", tokenise, jobs)
+        results = pool.map("tokenise", tokenise_part, jobs)
         by_part = {job.part.name: result for job, result in zip(jobs, results, strict=True)}
         manifest = _manifest(mixture, encoding, items, parts, by_part)
     write_manifest(folder, manifest)
     shutil.rmtree(work)
     if records_dir is not None:
         _write_record(manifest, mixture, provenance, time.monotonic() - started, records_dir)
-    return folder
 
 
 def train_tokenizer(
@@ -168,22 +189,36 @@ def _check_corpus(mixture: MixtureConfig, corpus_dir: Path | None) -> None:
             )
 
 
-def _open_work_folder(folder: Path, mixture: MixtureConfig, corpus_dir: Path | None, eval_dir: Path | None) -> Path:
-    """The folder of half-done work: kept if it is of the same inputs, else emptied with all old shards."""
-    inputs: list[tuple[str, int, int]] = []
+def _inputs(mixture: MixtureConfig, corpus_dir: Path | None, eval_data_dir: Path | None) -> str:
+    """Tells one set of inputs from another, or from a changed one.
+
+    Raises:
+        UserError: an input is missing.
+    """
+    if mixture.decontaminate and eval_data_dir is None:
+        raise UserError(
+            f"mixture {mixture.name!r} removes evaluation text from training: give the evaluation data "
+            "(--eval-data DIR), or set its field decontaminate to false"
+        )
+    _check_corpus(mixture, corpus_dir)
+    states: list[tuple[str, int, int]] = []
     for name, domain in mixture.domains.items():
         if isinstance(domain.source, JsonlSource):
             assert corpus_dir is not None
-            inputs += [_state_of(part.path) for part in jsonl_parts(name, domain.source, corpus_dir)]
+            states += [_state_of(part.path) for part in jsonl_parts(name, domain.source, corpus_dir)]
         elif isinstance(domain.source, InstalledSource):
-            inputs.append((installed.revision(domain.source), 0, 0))
-    if eval_dir is not None:
-        inputs += [_state_of(path) for path in sorted(eval_dir.rglob("*.jsonl"))]
-    state = json.dumps([mixture.content_sha256, inputs])
+            states.append((installed.revision(domain.source), 0, 0))
+    if eval_data_dir is not None:
+        states += [_state_of(path) for path in sorted(eval_data_dir.rglob("*.jsonl"))]
+    return json.dumps([mixture.content_sha256, states])
+
+
+def _open_work_folder(folder: Path, inputs: str) -> Path:
+    """The folder of half-done work: kept if it is of the same inputs, else emptied with all old shards."""
     state_file = folder / ".build" / "state.json"
-    if not state_file.exists() or state_file.read_text() != state:
+    if not state_file.exists() or state_file.read_text() != inputs:
         shutil.rmtree(folder, ignore_errors=True)
-        records.write_atomically(state_file, state.encode())
+        records.write_atomically(state_file, inputs.encode())
     (folder / MANIFEST).unlink(missing_ok=True)
     return state_file.parent
 
@@ -197,12 +232,8 @@ def _state_of(path: Path) -> tuple[str, int, int]:
 def _evaluation_items(folder: Path, work: Path) -> Decontamination:
     """Collect the evaluation items' 13-grams into a file that the workers map."""
     items = cleaning.EvaluationItems.read(folder)
-    np.save(_ngram_file(work), items.ngrams, allow_pickle=False)
+    np.save(ngram_file(work), items.ngrams, allow_pickle=False)
     return items.report
-
-
-def _ngram_file(work: Path) -> Path:
-    return work / "evaluation-ngrams.npy"
 
 
 def _gather(mixture: MixtureConfig, corpus_dir: Path | None, work: Path, pool: WorkerPool) -> dict[str, list[Part]]:
@@ -257,7 +288,7 @@ def _fingerprint(task: tuple[JsonlPart, Path, bool]) -> None:
     path = work / f"{part.name}.npz"
     if path.exists():
         return
-    prints = cleaning.fingerprints(_counted(part.documents()), _load_items(work) if decontaminate else None)
+    prints = cleaning.fingerprints(counted(part.documents()), load_items(work) if decontaminate else None)
     temporary = path.with_suffix(".tmp.npz")
     columns: dict[str, Any] = {field.name: getattr(prints, field.name) for field in fields(prints)}
     np.savez(temporary, **columns)
@@ -317,85 +348,6 @@ def sample_texts(mixture: MixtureConfig, parts: dict[str, list[Part]], sample_by
                 elif left > 0:
                     left -= len(text)
                     yield text
-
-
-@dataclass(frozen=True)
-class TokeniseJob:
-    """Tokenise one part into `folder`."""
-
-    part: Part
-    folder: Path
-    shard_tokens: int
-    excluded: cleaning.Exclusions
-    decontaminate: bool
-
-
-def tokenise(job: TokeniseJob) -> PartResult:
-    """Read a part, and write its documents as shards, from where an earlier, stopped build got to."""
-    part, folder = job.part, job.folder
-    sidecar = folder / ".build" / f"{part.name}.json"
-    result = PartResult.model_validate_json(sidecar.read_bytes()) if sidecar.exists() else PartResult()
-    if result.finished:
-        return result
-    encoding = tokenizer.load(folder / TOKENIZER)
-    items = _load_items(folder / ".build") if job.decontaminate and isinstance(part, HubPart) else None
-    train = ShardWriter(folder, f"{part.domain}-train-{part.index:03d}", result.train)
-    validation = ShardWriter(folder, f"{part.domain}-validation-{part.index:03d}", result.validation)
-    removed = result.removed.model_dump()
-    max_tokens = part.max_tokens if isinstance(part, HubPart) else None
-
-    def save(documents_read: int, finished: bool) -> PartResult:
-        train.close_shard()
-        validation.close_shard()
-        saved = PartResult(
-            documents_read=documents_read,
-            finished=finished,
-            removed=Removed(**removed),
-            train=train.written,
-            validation=validation.written,
-        )
-        records.write_atomically(sidecar, saved.model_dump_json().encode())
-        return saved
-
-    documents_read = result.documents_read
-    numbered = enumerate(_counted(part.documents()))
-    for number, text in itertools.islice(numbered, documents_read, None):
-        documents_read = number + 1
-        reason = _why_removed(number, text, job.excluded, items)
-        if reason is not None or text is None:
-            removed[reason or "unreadable"] += 1
-            continue
-        held_out = part.split == "validation" or cleaning.in_validation(text, part.validation_fraction)
-        writer = validation if held_out else train
-        writer.add(encode_document(encoding, text), sum(len(piece.encode()) for piece in pieces(text)))
-        if max_tokens is not None and train.written.tokens + train.tokens >= max_tokens:
-            break
-        if writer.tokens >= job.shard_tokens:
-            save(documents_read, finished=False)
-    return save(documents_read, finished=True)
-
-
-def _why_removed(
-    number: int, text: str | None, excluded: cleaning.Exclusions, items: cleaning.EvaluationItems | None
-) -> str | None:
-    """The field of `Removed` to count a document under, or None to keep it."""
-    if text is None:
-        return "unreadable"
-    if not text or text.isspace():
-        return "empty"
-    if items is not None and items.contaminate(text):
-        return "contaminated"
-    return excluded.reason(number)
-
-
-def encode_document(encoding: tiktoken.Encoding, text: str) -> Iterator[np.ndarray]:
-    """Token ids of a document, a piece at a time, end-of-text last: uint32 arrays.
-
-    Text that spells a special token stays text: nothing in a document becomes the end-of-text token.
-    """
-    for piece in pieces(text):
-        yield encoding.encode_to_numpy(piece, allowed_special=set(), disallowed_special=())
-    yield np.array([encoding.eot_token], dtype=np.uint32)
 
 
 def _manifest(
@@ -470,87 +422,3 @@ def _peak_memory_bytes() -> int:
     """The most resident memory that this process, or any that it started and that has ended, ever had."""
     largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return largest if sys.platform == "darwin" else largest * 1024
-
-
-_documents_done: Any = None
-
-
-def _start_worker(documents_done: Any) -> None:
-    global _documents_done
-    _documents_done = documents_done
-    # Else `datasets` imports torch: seconds and 200 MB in every worker, for nothing.
-    os.environ["USE_TORCH"] = "0"
-
-
-def _counted(documents: Iterable[Result]) -> Iterator[Result]:
-    """Pass documents through, adding to the count that the progress bar shows."""
-    for document in documents:
-        if _documents_done is not None:
-            with _documents_done.get_lock():
-                _documents_done.value += 1
-        yield document
-
-
-def _load_items(work: Path) -> cleaning.EvaluationItems:
-    """The evaluation items, read once a process."""
-    file = _ngram_file(work)
-    return _read_items(file, file.stat().st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=1)
-def _read_items(file: Path, _modified: int) -> cleaning.EvaluationItems:
-    ngrams = np.load(file, mmap_mode="r", allow_pickle=False)
-    return cleaning.EvaluationItems(ngrams, Decontamination(files=0, items=0, ngrams=len(ngrams), sha256=""))
-
-
-class WorkerPool:
-    """Worker processes with a progress bar for each stage; one process means this one."""
-
-    def __init__(self, processes: int, console: Console | None) -> None:
-        self._console = console or Console(stderr=True)
-        self._count: Any = None
-        self._executor: concurrent.futures.ProcessPoolExecutor | None = None
-        if processes > 1:
-            # Spawned, not forked: the caller may hold threads (torch, tokenizers).
-            context = multiprocessing.get_context("spawn")
-            self._count = context.Value("q", 0)
-            self._executor = concurrent.futures.ProcessPoolExecutor(
-                processes, mp_context=context, initializer=_start_worker, initargs=(self._count,)
-            )
-
-    def __enter__(self) -> WorkerPool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
-
-    def map(self, stage: str, function: Callable[[Any], Result], tasks: Sequence[Any]) -> list[Result]:
-        """`function` of each task, in the order of `tasks`."""
-        if not tasks:
-            return []
-        with Progress(
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("parts · {task.fields[documents]:,} documents"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-        ) as progress:
-            bar = progress.add_task(stage, total=len(tasks), documents=0)
-            if self._executor is None:
-                results = []
-                for task in tasks:
-                    results.append(function(task))
-                    progress.advance(bar)
-                return results
-            self._count.value = 0
-            futures = [self._executor.submit(function, task) for task in tasks]
-            waiting = set(futures)
-            while waiting:
-                done, waiting = concurrent.futures.wait(waiting, timeout=0.25)
-                for future in done:
-                    future.result()  # raise at the first failure, not after the last part
-                progress.update(bar, completed=len(futures) - len(waiting), documents=self._count.value)
-            return [future.result() for future in futures]

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -13,11 +18,12 @@ import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from fp8lab import records
 from fp8lab.data import MixtureConfig, TokenDataset, build, sources, train_tokenizer
-from fp8lab.data.build import encode_document
 from fp8lab.data.shards import ShardWriter, read_manifest
+from fp8lab.data.tokenise import encode_document
 from fp8lab.errors import UserError
 from tests.data.conftest import sentence, write_jsonl
 
@@ -77,6 +83,31 @@ def test_two_processes_build_what_one_builds(mixture_of: Callable, corpus: Path,
         for processes in (1, 2)
     ]
     assert manifests[0] == manifests[1]
+
+
+def test_a_second_build_of_the_same_data_waits_for_the_first(
+    mixture_of: Callable, corpus: Path, data_dir: Path
+) -> None:
+    """The holder of the lock stands for a build in another process, which is killed."""
+    mixture = mixture_of()
+    data_dir.mkdir()
+    lock = data_dir / f".{mixture.name}.lock"
+    hold = f"import fcntl, time; f = open({str(lock)!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True)"
+    said = io.StringIO()
+    with (
+        subprocess.Popen([sys.executable, "-c", f"{hold}; time.sleep(600)"], stdout=subprocess.PIPE) as first,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert first.stdout is not None
+        first.stdout.readline()
+        second = pool.submit(build, mixture, data_dir, corpus_dir=corpus, processes=1, console=Console(file=said))
+        while "another process is building it" not in said.getvalue():
+            assert not second.done()
+            time.sleep(0.01)
+        assert not (data_dir / mixture.name).exists()
+        first.kill()
+        assert second.result() == data_dir / mixture.name
+    TokenDataset.open(mixture, data_dir)
 
 
 def test_a_stopped_build_keeps_its_shards_and_ends_the_same(
