@@ -40,7 +40,7 @@ from fp8lab.measurement import begin_provenance, console, print_summary, run_app
 from fp8lab.model import GPT
 from fp8lab.precision import convert, fp8_tensor_cores, uses_fp8
 from fp8lab.session import Session, compile_blocks, device_name, make_optimizer, training_device
-from fp8lab.speed import optimizer_step
+from fp8lab.speed.step import optimizer_step
 
 SAVE_EVERY = 500
 """Steps between checkpoints that the cost of one is spread over."""

@@ -186,11 +186,6 @@ class RunSet:
         present = {run.recipe for run in self.runs}
         return [recipe for recipe in RECIPES if recipe in present]
 
-    @property
-    def ladder_recipes(self) -> list[Recipe]:
-        """Recipes that were trained at every size: those that a trend over sizes can be drawn for."""
-        return [recipe for recipe in self.recipes if {run.size for run in self.where(recipe=recipe)} == set(self.sizes)]
-
     def where(self, *, size: str | None = None, recipe: str | None = None) -> list[Run]:
         """Runs of one size, of one recipe, or of both."""
         return [

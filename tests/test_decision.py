@@ -17,6 +17,8 @@ from fp8lab import decision, figures, frontpage, losses, records, slopes, tables
 from fp8lab.chart import switch
 from fp8lab.chart.page import chart_html
 from fp8lab.claims import CLAIMED_TRAININGS
+from fp8lab.frontpage.loss import most_seeds
+from fp8lab.frontpage.payoff import where
 from fp8lab.results import speed_runs
 from fp8lab.rounds import side
 from fp8lab.timings import with_verdicts
@@ -100,7 +102,7 @@ def test_devices_have_payoffs_of_their_own_and_bf16_has_none() -> None:
 )
 def test_nothing_is_said_of_widths_that_were_not_timed(rows: list[tuple[int, float, float]], said: str) -> None:
     (payoff,) = decision.payoffs(timed(*(("fused", *row) for row in rows)))
-    assert frontpage._where(payoff) == said
+    assert where(payoff) == said
 
 
 @given(st.lists(st.tuples(st.sampled_from([256, 512, 1024]), st.floats(0.5, 2), st.floats(0, 0.3)), min_size=1))
@@ -192,7 +194,7 @@ def test_the_first_page_quotes_the_gap_that_the_figure_draws(tmp_path: Path) -> 
                 if recipe == "fused":
                     shift = 0.01 * seed * len(plan)
                     edit(folder / "record.json", lambda record, by=shift: add_loss(record, by))
-    (measured,) = frontpage._most_seeds(frontpage.Evidence.read(tmp_path).matched)
+    (measured,) = most_seeds(frontpage.Evidence.read(tmp_path).matched)
     figure = figures.loss.loss_gaps(gaps_of(tmp_path))
     colour = figures.style.RECIPE_COLOURS["fused"].lower()
     (drawn,) = [line.get_ydata()[0] for line in figure.axes[0].lines if to_hex(line.get_color()) == colour]

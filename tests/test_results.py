@@ -67,7 +67,6 @@ def test_runs_are_in_order_of_size_and_recipe(tmp_path: Path) -> None:
     runs = training_runs(tmp_path)
     assert runs.sizes == [model.name for model in SIZES]
     assert runs.recipes == ["bf16", "tensorwise", "rowwise", "rowwise_with_gw_hp"]
-    assert runs.ladder_recipes == ["bf16", "tensorwise"]
 
 
 def test_branches_are_no_runs_of_their_own(tmp_path: Path) -> None:

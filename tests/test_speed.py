@@ -14,6 +14,7 @@ from fp8lab import cli, records, speed
 from fp8lab.config import ModelConfig
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
+from fp8lab.speed import batches, breakdown, contestants
 
 TINY = {"name": "tiny", "d_model": 32, "n_layers": 1, "n_heads": 2, "d_ff": 96, "vocab_size": 128, "seq_len": 32}
 PLAN = {
@@ -148,18 +149,18 @@ def test_a_case_reads_the_tokens_of_its_own_mixture(tmp_path, monkeypatch) -> No
         def batch(self, _: int) -> np.ndarray:
             return np.full((2, 33), self.vocabulary - 1)
 
-    monkeypatch.setattr(speed, "load_mixture", lambda name: name)
-    monkeypatch.setattr(speed.TokenDataset, "open", open_dataset)
-    monkeypatch.setattr(speed, "Loader", Tokens)
+    monkeypatch.setattr(batches, "load_mixture", lambda name: name)
+    monkeypatch.setattr(batches.TokenDataset, "open", open_dataset)
+    monkeypatch.setattr(batches, "Loader", Tokens)
     cases = [
         {"model": TINY, "micro_batch": 2, "contestants": [{"recipe": "bf16"}]},
         {"model": TINY, "micro_batch": 2, "mixture": "small", "contestants": [{"recipe": "bf16"}]},
     ]
     plan = speed.load_speed_plan(write_plan(tmp_path, mixture="large", cases=cases))
-    batches, source = speed._batch_source(plan, tmp_path)
+    batches_of, source = batches.batch_source(plan, tmp_path)
     assert opened == ["large", "small"]
-    assert (batches(plan.cases[1])[0] == 63).all()
-    random = batches(plan.cases[0])[0]
+    assert (batches_of(plan.cases[1])[0] == 63).all()
+    random = batches_of(plan.cases[0])[0]
     assert random.max() < TINY["vocab_size"], "the large vocabulary does not fit"
     assert random.unique().numel() > 20
     assert "large" in source
@@ -193,7 +194,7 @@ def convert(model, recipe):
 
 
 def test_a_peer_is_loaded_only_when_a_plan_names_it(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(speed, "PEERS_DIR", tmp_path)
+    monkeypatch.setattr(contestants, "PEERS_DIR", tmp_path)
     (tmp_path / "te_adapter.py").write_text(PEER)
     (tmp_path / "nanochat_adapter.py").write_text("raise SystemExit('loaded')")
     cases = [{"model": TINY, "micro_batch": 2, "contestants": [{"recipe": "bf16"}, {"recipe": "te_delayed"}]}]
@@ -222,7 +223,7 @@ def test_nanochats_linear_is_taken_from_a_checkout(tmp_path, monkeypatch) -> Non
     )
     (tmp_path / "COMMIT").write_text("abc123\n")
     monkeypatch.setenv("NANOCHAT", str(tmp_path))
-    peer = speed.load_peer("nanochat")
+    peer = contestants.load_peer("nanochat")
     assert peer.version() == "nanochat abc123"
     model = GPT(ModelConfig(**TINY))
     peer.convert(model, "nanochat")
@@ -266,7 +267,7 @@ def test_mistakes_are_named(tmp_path, change, message) -> None:
     ],
 )
 def test_kernels_have_categories(kernel, category) -> None:
-    assert speed.kernel_category(kernel) == category
+    assert breakdown.kernel_category(kernel) == category
 
 
 def test_nanochats_version_is_its_own_commit_and_tells_of_local_edits(tmp_path, monkeypatch) -> None:
@@ -285,7 +286,7 @@ def test_nanochats_version_is_its_own_commit_and_tells_of_local_edits(tmp_path, 
     (checkout / "nanochat").mkdir(parents=True)
     (checkout / "nanochat" / "fp8.py").write_text("")
     monkeypatch.setenv("NANOCHAT", str(checkout))
-    version = speed.load_peer("nanochat").version
+    version = contestants.load_peer("nanochat").version
     commit(tmp_path)
     assert version() == "nanochat of unknown commit"
     own = commit(checkout)

@@ -1,0 +1,118 @@
+"""What follows from the measurements, each with the figure or table that shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fp8lab.claims import OURS
+from fp8lab.decision import Payoff
+from fp8lab.frontpage.evidence import Evidence
+from fp8lab.frontpage.loss import loss_costs
+from fp8lab.frontpage.payoff import span, times, where
+from fp8lab.results import unique
+from fp8lab.timings import device_label, short_device
+from fp8lab.units import listing
+
+
+def conclusions(evidence: Evidence) -> list[str]:
+    """What follows, each with the figure or table that shows it."""
+    found = []
+    if evidence.payoffs:
+        found += [_speed_conclusion(evidence), _memory(evidence), _micro_batches(evidence)]
+        found += [_head(evidence), _devices(evidence)]
+    found.append(_map_conclusion(evidence))
+    costs = loss_costs(evidence)
+    if costs:
+        found.append(f"**Loss.** {costs.removesuffix('.')} (@fig-gaps).")
+    told = [
+        f"{row.speedup.text()} with `{row.measured.recipe}` at {row.measured.size} on {short_device(row.device)}"
+        for row in evidence.matched
+        if row.speedup and row.device
+    ]
+    if told:
+        found.append(f"**Speed at matched loss.** BF16's time over FP8's: {listing(told)} (@tbl-matched).")
+    return [conclusion for conclusion in found if conclusion]
+
+
+def _speed_conclusion(evidence: Evidence) -> str:
+    return f"**Speed.** {_by_place(evidence.with_head('bf16'))} ({_shown(evidence, 'throughput')})."
+
+
+def _shown(evidence: Evidence, name: str) -> str:
+    """Reference to a figure of the chapter on speed, which has one a device; of several, to the table of all."""
+    devices = unique(evidence.timings[evidence.timings["kind"] == "model"]["device"])
+    return f"@fig-{device_label(name, devices[0])}" if len(devices) == 1 else "@tbl-switch"
+
+
+def _map_conclusion(evidence: Evidence) -> str:
+    if not evidence.map_payoffs:
+        return ""
+    return f"**Speed map**, blocks of four layers. {_by_place(evidence.map_payoffs)} (@fig-switch)."
+
+
+def _by_place(payoffs: Sequence[Payoff]) -> str:
+    """Recipes by where they are faster, device by device."""
+    said = []
+    for device in unique(payoff.device for payoff in payoffs):
+        groups: dict[str, list[str]] = {}
+        for payoff in payoffs:
+            if payoff.device == device:
+                groups.setdefault(where(payoff), []).append(f"`{payoff.recipe}`")
+        told = "; ".join(f"{listing(recipes)}: faster {where}" for where, recipes in groups.items())
+        said.append(f"On {short_device(device)}, {told}")
+    return ". ".join(said)
+
+
+def _head(evidence: Evidence) -> str:
+    told = [
+        f"on {short_device(payoff.device)} faster than BF16 {where(payoff)}{times(payoff)}"
+        for payoff in evidence.with_head("fp8")
+        if payoff.recipe == OURS
+    ]
+    shown = _shown(evidence, "throughput")
+    return f"**Output head.** With it in FP8 too, `{OURS}` is {'; '.join(told)} ({shown})." if told else ""
+
+
+def _memory(evidence: Evidence) -> str:
+    kept: dict[str, list[float]] = {}
+    for payoff in evidence.with_head("bf16"):
+        kept.setdefault(payoff.recipe, []).extend(evidence.timed(payoff.recipe, payoff.device)["memory_ratio"])
+    told = [f"{span(ratios)} with `{recipe}`" for recipe, ratios in kept.items()]
+    return f"**GPU memory.** The peak over BF16's: {listing(told)} ({_shown(evidence, 'memory')})."
+
+
+def _micro_batches(evidence: Evidence) -> str:
+    told = []
+    for payoff in evidence.with_head("bf16"):
+        if payoff.recipe != OURS:
+            continue
+        for (width, context), group in evidence.timed(OURS, payoff.device).groupby(["width", "seq_len"], sort=False):
+            few, many = group.iloc[0], group.iloc[-1]
+            if few["micro_batch_tokens"] < many["micro_batch_tokens"]:
+                told.append(
+                    f"{few['ratio']:.2f} at {few['micro_batch_tokens']:,} and {many['ratio']:.2f} at "
+                    f"{many['micro_batch_tokens']:,} at width {width:,}, context {context:,}, on "
+                    f"{short_device(payoff.device)}"
+                )
+    said = (
+        f"`{OURS}` over BF16: {'; '.join(told)}"
+        if told
+        else "Each width was timed with one micro-batch on a device, so their influence on whole models is untested"
+    )
+    return f"**Tokens a micro-batch.** {said} (@tbl-switch)."
+
+
+def _devices(evidence: Evidence) -> str:
+    """Settings that were timed on several devices."""
+    rows = evidence.timings[
+        (evidence.timings["recipe"] == OURS)
+        & (evidence.timings["head"] == "bf16")
+        & (evidence.timings["kind"] == "model")
+    ]
+    both = rows.pivot_table(index="setting", columns="device", values="ratio", sort=False)
+    both = both.dropna() if len(both.columns) > 1 else both.iloc[:0]
+    told = [
+        f"{listing([f'{ratio:.2f} on {device}' for device, ratio in row.items()])} at {setting}"
+        for setting, row in both.iterrows()
+    ]
+    return f"**Device.** `{OURS}` over BF16: {'; '.join(told)} (@tbl-switch)." if told else ""

@@ -1,0 +1,97 @@
+"""All that the first page draws on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from fp8lab import claims, decision, losses, slopes
+from fp8lab.decision import Matched, Payoff
+from fp8lab.results import (
+    MAP_PLAN,
+    Run,
+    RunSet,
+    SpeedRun,
+    plan_runs,
+    scored_runs,
+    speed_runs,
+    training_runs,
+    unique,
+)
+from fp8lab.slopes import FittedLaw
+from fp8lab.timings import with_verdicts
+from fp8lab.units import listing
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the records say, read once."""
+
+    runs: RunSet
+    """The runs that the article shows."""
+    others: tuple[Run, ...]
+    """Runs that a verdict, a score or a gap of the page rests on besides: of other plans, and decay branches."""
+    speeds: list[SpeedRun]
+    """Of whole models, and of the speed map's blocks."""
+    timings: pd.DataFrame
+    """`timings.with_verdicts`; empty where nothing was timed on a GPU."""
+    payoffs: list[Payoff]
+    """Of whole models."""
+    map_payoffs: list[Payoff]
+    """Of the speed map's blocks."""
+    matched: list[Matched]
+    laws: list[FittedLaw]
+    findings: list[claims.Finding]
+
+    @classmethod
+    def read(cls, records_dir: Path) -> Evidence:
+        """Everything from a folder of records."""
+        runs = training_runs(records_dir)
+        speeds = [*speed_runs(records_dir), *speed_runs(records_dir, MAP_PLAN)]
+        timings = with_verdicts(speeds) if speeds else pd.DataFrame(columns=["kind", "device", "recipe", "head"])
+        sets = losses.measured_sets(records_dir)
+        laws = slopes.known_laws(sets)
+        matched = decision.loss_matched(sets, laws, timings)
+        plans = [plan_runs(records_dir, plan) for plan in losses.GAP_PLANS]
+        ladder = training_runs(records_dir, suits=lambda found: len(found.sizes) > 2) or runs
+        scored = scored_runs(records_dir)
+        return cls(
+            runs=runs,
+            others=tuple(
+                run for plan in (*plans, ladder, scored) if not plan.toy for run in (*plan.runs, *plan.branches)
+            ),
+            speeds=speeds,
+            timings=timings,
+            payoffs=decision.payoffs(timings[timings["kind"] == "model"]),
+            map_payoffs=decision.payoffs(timings[timings["kind"] == "blocks"]),
+            matched=matched,
+            laws=laws,
+            findings=claims.scoreboard(
+                gaps=[row.measured for row in matched],
+                stability=plans,
+                timings=timings,
+                ladder=ladder,
+                scored=scored,
+            ),
+        )
+
+    @property
+    def devices(self) -> str:
+        """Where speed was measured."""
+        return listing(unique(self.timings["device"]))
+
+    def with_head(self, head: str, device: str | None = None) -> list[Payoff]:
+        """Payoffs of whole models, of one device or all."""
+        return [payoff for payoff in self.payoffs if payoff.head == head and device in (None, payoff.device)]
+
+    def timed(self, recipe: str, device: str, head: str = "bf16") -> pd.DataFrame:
+        """Timings of whole models in one recipe on one device, by width and then tokens a micro-batch."""
+        rows = self.timings[
+            (self.timings["recipe"] == recipe)
+            & (self.timings["head"] == head)
+            & (self.timings["device"] == device)
+            & (self.timings["kind"] == "model")
+        ]
+        return rows.sort_values(["width", "micro_batch_tokens"], kind="stable")

@@ -1,0 +1,84 @@
+"""What FP8 costs in loss and what its speed is worth at matched loss, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fp8lab import decision
+from fp8lab.claims import OURS
+from fp8lab.config import MODELS
+from fp8lab.decision import Matched
+from fp8lab.frontpage.evidence import Evidence
+from fp8lab.losses import MeasuredGap
+from fp8lab.results import unique
+from fp8lab.timings import short_device
+from fp8lab.units import listing, signed
+
+
+def loss_costs(evidence: Evidence) -> str:
+    """What is known of the cost in loss, of each recipe at its size with most seeds."""
+    telling = most_seeds(evidence.matched)
+    if not telling:
+        return ""
+    unclear = [measured for measured in telling if not _excludes_zero(measured)]
+    clear = [measured for measured in telling if _excludes_zero(measured)]
+    said = []
+    if clear:
+        said.append(f"FP8 moves the loss by more than these seeds leave open: {listing([*map(_gap, clear)])}.")
+    if unclear:
+        said.append(f"What FP8 costs in loss these runs cannot tell from nothing: {listing([*map(_gap, unclear)])}.")
+    return " ".join(said)
+
+
+def most_seeds(matched: Sequence[Matched]) -> list[MeasuredGap]:
+    """A gap a recipe: of most seeds, and of the largest size among those."""
+    found = []
+    for recipe in unique(row.measured.recipe for row in matched):
+        of_recipe = [row.measured for row in matched if row.measured.recipe == recipe]
+        most = max(measured.gap.seeds for measured in of_recipe)
+        found.append([measured for measured in of_recipe if measured.gap.seeds == most][-1])
+    return found
+
+
+def _excludes_zero(measured: MeasuredGap) -> bool:
+    return measured.gap.excludes_zero and not measured.assumed
+
+
+def _gap(measured: MeasuredGap) -> str:
+    gap = measured.gap
+    spread = "one seed"
+    if gap.interval is not None and not measured.assumed:
+        spread = f"{signed(gap.interval[0])} to {signed(gap.interval[1])}, {gap.seeds} seeds"
+    return f"{signed(gap.mean)} nats/token ({spread}) with `{measured.recipe}` at {measured.size}"
+
+
+def speed_at_matched_loss(evidence: Evidence) -> str:
+    """The speed-up that is left when FP8 trains to BF16's loss, ours before others; else what is known towards it."""
+    known = [row for row in evidence.matched if row.speedup and row.speedup.interval]
+    if known:
+        best = max(known, key=lambda row: (row.measured.recipe == OURS, row.measured.gap.seeds))
+        assert best.speedup
+        assert best.device
+        how = "; one seed, its scatter assumed" if best.measured.assumed else ""
+        return (
+            f"At matched loss `{best.measured.recipe}` is {best.speedup.text()} times as fast as BF16 at "
+            f"{best.measured.size} on {short_device(best.device)} (@tbl-matched{how})."
+        )
+    return _affordable(evidence)
+
+
+def _affordable(evidence: Evidence) -> str:
+    """What loss the speed of the widest model would pay for, where a law reaches that far."""
+    rows = evidence.timings[(evidence.timings["recipe"] == OURS) & (evidence.timings["head"] == "bf16")]
+    rows = rows[rows["model"].isin(list(MODELS)) & (rows["verdict"] == "faster")] if len(rows) else rows
+    if rows.empty:
+        return ""
+    widest = rows.sort_values(["width", "ratio"]).iloc[-1]
+    nats = decision.affordable_gap(widest["model"], widest["interval_low"], evidence.laws)
+    said = "No size was both timed and trained with seeds enough, so the speed-up at matched loss is untested"
+    if nats is None:
+        return f"{said}."
+    return (
+        f"{said}; by a law of other data, the lower end of the speed of `{OURS}` at {widest['model']} on "
+        f"{short_device(widest['device'])} would pay for a loss up to {nats:.3f} nats higher."
+    )

@@ -1,0 +1,43 @@
+"""Where a recipe pays, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fp8lab.decision import Payoff
+from fp8lab.units import listing
+
+
+def where(payoff: Payoff) -> str:
+    """The widths at which a recipe is known to be faster: what was timed, and nothing beyond."""
+    others = [
+        f"{name} at {listing([f'{width:,}' for width in widths])}"
+        for name, widths in (("slower", payoff.slower), ("undecided", payoff.undecided))
+        if widths
+    ]
+    beside = f" ({', '.join(others)})" if others else ""
+    first, last = payoff.widths[0], payoff.widths[-1]
+    if payoff.never:
+        return f"at no width timed{beside}"
+    if payoff.pays_from is None:
+        return f"at {payoff.faster} of {payoff.settings} settings timed{beside}"
+    if first == last:
+        return f"at {last:,}, the only width timed"
+    if payoff.everywhere:
+        return f"at every width timed, {first:,} to {last:,}"
+    if payoff.pays_from == last:
+        return f"at width {last:,} alone{beside}"
+    if any(width < payoff.pays_from for width in payoff.slower):
+        return f"from width {payoff.pays_from:,} on{beside}"
+    return f"at widths {payoff.pays_from:,} to {last:,}{beside}"
+
+
+def times(payoff: Payoff) -> str:
+    """How many times BF16's tokens/s, over the settings timed: to follow `where`."""
+    return f", {span([payoff.slowest, payoff.fastest])} times its tokens/s"
+
+
+def span(values: Sequence[float]) -> str:
+    """The smallest and largest of `values`, or the one that both are at two digits."""
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,99 @@
+"""What to time: cases of a model, a batch and its contestants."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from fp8lab.config import MODELS, Config, Head, ModelConfig, Name, Recipe, read_yaml, validate
+
+
+def _named_model(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value not in MODELS:
+        raise ValueError(f"no model {value!r}; known: {', '.join(MODELS)}")
+    return MODELS[value]
+
+
+class Contestant(Config):
+    """One recipe in the comparison."""
+
+    recipe: Recipe | Literal["tensorwise_fast", "te_bf16", "te_current", "te_delayed", "nanochat"]
+    """A recipe of `fp8lab.precision`; tensorwise with fast accumulation in all three GEMMs; or one of `PEERS`."""
+    head: Head = "bf16"
+    """Precision of the output head's GEMMs."""
+
+    @property
+    def name(self) -> str:
+        return self.recipe + ("-head_fp8" if self.head == "fp8" else "")
+
+
+class SpeedCase(Config):
+    """One model and batch, and who runs it."""
+
+    model: Annotated[ModelConfig, BeforeValidator(_named_model)]
+    """A named size, or dimensions of one's own."""
+    seq_len: int | None = Field(default=None, gt=0)
+    """Context length in tokens; the model's own if left out."""
+    micro_batch: int = Field(gt=0)
+    """Sequences a step."""
+    mixture: str | None = None
+    """Mixture whose training tokens are used, in place of the plan's: one whose vocabulary is the model's."""
+    contestants: tuple[Contestant, ...] = Field(min_length=1)
+    """In the order in which they take turns; ratios are to BF16."""
+
+    @property
+    def sized_model(self) -> ModelConfig:
+        return self.model.model_copy(update={"seq_len": self.seq_len or self.model.seq_len})
+
+    @property
+    def name(self) -> str:
+        return f"{self.model.name}-T{self.sized_model.seq_len}-B{self.micro_batch}"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a step."""
+        return self.sized_model.seq_len * self.micro_batch
+
+
+class SpeedPlan(Config):
+    """What to time."""
+
+    name: Name
+    description: str
+    mixture: str | None = None
+    """Mixture whose training tokens are used; random ids if left out, or where its vocabulary exceeds the model's."""
+    cases: tuple[SpeedCase, ...] = Field(min_length=1)
+    """In order of importance: a time budget cuts the last."""
+    rounds: int = Field(default=6, gt=0)
+    """Turns of each contestant."""
+    steps_per_round: int = Field(default=5, gt=0)
+    """Timed steps a turn."""
+    heat_up_seconds: float = Field(default=0.0, ge=0)
+    """Untimed turns before the first round: at its power limit a GPU lowers its clock for a while."""
+    warmup_steps: int = Field(default=10, gt=0)
+    """Steps from the initial weights, untimed, whose losses are recorded."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """Constant."""
+    compile: bool = True
+    """torch.compile what is not compiled already: the blocks of other recipes than fused, and the last norm."""
+    seed: int = 1
+    """Of the weights, and of the random ids."""
+
+    @property
+    def mixtures(self) -> list[str]:
+        """The mixtures that the cases use, each once."""
+        names = [case.mixture or self.mixture for case in self.cases]
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+
+def load_speed_plan(path: Path) -> SpeedPlan:
+    """Read a speed plan.
+
+    Raises:
+        UserError: any mistake in the file, naming the field.
+    """
+    return validate(SpeedPlan, read_yaml(path), str(path))
