@@ -11,6 +11,7 @@ import time
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -219,16 +220,61 @@ def test_a_skipped_step_moves_no_scale_of_fused_even_where_its_gradients_are_fin
 
 
 class HostReads(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU: reading a tensor's value, or copying it to the host."""
+    """Counts what would make the host wait for a GPU: reading values, or asking how many satisfy something."""
+
+    METHODS = ("tolist", "numpy", "cpu", "__array__")
+    """What a CPU's tensors do without an operator; the rest goes through one."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self._patch = pytest.MonkeyPatch()
+
+    def __enter__(self) -> HostReads:
+        for name in self.METHODS:
+            self._patch.setattr(torch.Tensor, name, self._counted(getattr(torch.Tensor, name)))
+        return super().__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        self._patch.undo()
+
+    def _counted(self, method):
+        def counted(tensor, *arguments, **keywords):
+            self.found.append(method.__name__)
+            return method(tensor, *arguments, **keywords)
+
+        return counted
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+        aten = torch.ops.aten
+        if function in (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default):
+            self.found.append(str(function))
+        if function is aten.index.Tensor and any(i is not None and i.dtype is torch.bool for i in arguments[1]):
             self.found.append(str(function))
         return function(*arguments, **keywords or {})
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.any()),
+        lambda x: float(x[0]),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x.numpy(),
+        lambda x: np.asarray(x),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+    ],
+)
+def test_whatever_reads_a_value_is_counted(read) -> None:
+    with HostReads() as counted:
+        torch.where(torch.ones(3) > 0, 1.0, 2.0).sum()
+        assert counted.found == []
+        read(torch.ones(3))
+    assert counted.found
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "tensorwise", "fused"])

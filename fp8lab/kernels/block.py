@@ -115,8 +115,8 @@ class FusedBlock(nn.Module):
                 self,
                 dict(zip(SLOTS, slots, strict=True)),
             )
-        if not recording and self.state.calibrating:
-            # The weights' copies were cast by scales that are now forgotten.
+        if not recording:
+            # The weights' copies were cast without recording an amax; training, finding them, would record none either.
             self._quantised.clear()
         return out.to(x.dtype)
 

@@ -185,6 +185,16 @@ def test_evaluation_leaves_no_trace() -> None:
         train(gpt, 1)
 
 
+def test_evaluation_between_steps_leaves_later_steps_as_they_were() -> None:
+    plain, evaluated = model(fused=True), model(fused=True)
+    for step in range(4):
+        with torch.no_grad():
+            loss(evaluated, batch(seed=9))
+        assert train(evaluated, 1, first=step) == train(plain, 1, first=step)
+    assert plain.fp8_state.history.amax(0).gt(0).all()
+    assert torch.equal(evaluated.fp8_state.history, plain.fp8_state.history)
+
+
 def test_evaluation_before_the_first_step_changes_nothing() -> None:
     plain, evaluated = model(fused=True), model(fused=True)
     with torch.no_grad():
