@@ -50,6 +50,11 @@ in backward. The map, for one block; d = d_model, f = d_ff, 8 = FP8, 16 = BF16::
 ``dot`` is each row's sum of a Linear's output times its gradient: what RMSNorm's backward would otherwise have to
 sum over whole rows of the Linear's input (`fp8lab.kernels.reference.rms_norm_backward`).
 
+All FP8 GEMMs here, those of the weight gradients too, run with fast accumulation: partial sums stay in Hopper's tensor
+cores, which keep about 14 bits of them, instead of being added up in FP32 registers every so often (DeepSeek-V3,
+2412.19437, section 3.3.2). A weight gradient sums over all tokens of a micro-batch, where that loses most. torchao
+does so in the forward GEMM alone. The reference accumulates in FP32: in this emulated runs are better than the recipe.
+
 `fp8lab.kernels.reference` specifies each kernel in plain PyTorch, `fp8lab.kernels.triton_ops` implements it, and
 where there are no FP8 tensor cores the blocks run on the reference: emulated.
 """

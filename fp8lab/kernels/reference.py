@@ -215,7 +215,10 @@ def norm_rotate_backward(
 
 
 def matmul(a: Tensor, b: Tensor, a_slot: Slot, b_slot: Slot, dtype: torch.dtype) -> Tensor:
-    """``a @ b.T`` of FP8 matrices (m, k) and (n, k), each divided by its scale, accumulated in FP32."""
+    """``a @ b.T`` of FP8 matrices (m, k) and (n, k), each divided by its scale.
+
+    Accumulated in FP32, where the tensor cores keep fewer bits (see `fp8lab.kernels`).
+    """
     product = a.float() @ b.float().t()
     return (product * (a_slot.dequantise * b_slot.dequantise)).to(dtype)
 

@@ -489,6 +489,7 @@ def norm_rotate_backward(
 
 
 def matmul(a: Tensor, b: Tensor, a_slot: Slot, b_slot: Slot, dtype: torch.dtype) -> Tensor:
+    # Fast accumulation: what the tensor cores sum stays in them, with fewer bits than FP32 (see `fp8lab.kernels`).
     return torch._scaled_mm(
         a, b.t(), scale_a=a_slot.dequantise, scale_b=b_slot.dequantise, out_dtype=dtype, use_fast_accum=True
     )
