@@ -27,6 +27,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import pandas as pd
 import torch
 import typer
 from safetensors.torch import load_file
@@ -376,24 +378,37 @@ def _compare(one: _Worker, other: _Worker) -> dict[str, Any]:
     weights, others = (load_file(worker.checkpoints / MODEL_FILE) for worker in (one, other))
     differences = {name: (weights[name] - others[name]).abs() for name in weights}
     curves = [records.read_table(worker.record_folder, "metrics") for worker in (one, other)]
-    losses = (curves[0]["loss"] - curves[1]["loss"]).abs()
     finals = []
     for worker in (one, other):
         record = records.read(worker.record_folder)
         assert isinstance(record, records.TrainRecord)
         assert record.final is not None
         finals.append(record.final.validation_loss)
-    parted = curves[0]["step"][losses > 0]
     return {
         "weights_identical": all(torch.equal(weights[name], others[name]) for name in weights),
         "largest_weight_difference": max(float(difference.max()) for difference in differences.values()),
         "equal_weights_share": sum(int((difference == 0).sum()) for difference in differences.values())
         / sum(difference.numel() for difference in differences.values()),
-        "steps_logged": [len(curve) for curve in curves],
-        "curve_identical": len(curves[0]) == len(curves[1]) and not len(parted),
-        "first_different_step": int(parted.iloc[0]) if len(parted) else None,
-        "largest_loss_difference": float(losses.max()),
+        **_compare_curves(*curves),
         "validation_loss_difference": finals[1] - finals[0],
+    }
+
+
+def _compare_curves(one: pd.DataFrame, other: pd.DataFrame) -> dict[str, Any]:
+    """Where two runs' rows of metrics part.
+
+    A loss that is NaN in both, a skipped step's, is the same; one that is NaN, or missing, in one of them is not. The
+    largest difference is of losses that are finite in both.
+    """
+    losses, others = (curve.set_index("step")["loss"] for curve in (one, other))
+    losses, others = losses.align(others)
+    parted = losses.index[(losses != others) & ~(losses.isna() & others.isna())]
+    differences = (losses - others).abs()
+    return {
+        "steps_logged": [len(one), len(other)],
+        "curve_identical": len(one) == len(other) and not len(parted),
+        "first_different_step": int(parted[0]) if len(parted) else None,
+        "largest_loss_difference": float(differences[np.isfinite(differences)].max()),
     }
 
 

@@ -152,6 +152,15 @@ class ScheduleConfig(Config):
     final_fraction: float = Field(default=0.1, ge=0, le=1)
     """Rate at the last step as a fraction of the peak."""
 
+    @model_validator(mode="after")
+    def _warms_up_before_decaying(self) -> ScheduleConfig:
+        if self.kind == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError(
+                f"warmup_fraction {self.warmup_fraction:g} and decay_fraction {self.decay_fraction:g} add up to more "
+                "than 1: the rate would fall before it has risen"
+            )
+        return self
+
 
 class ParentConfig(Config):
     """Where a decay branch leaves the run that it shares its warm-up and stable part with."""
@@ -201,7 +210,7 @@ class RunConfig(Config):
     average_half_life: float = Field(default=0.0, ge=0, lt=1)
     """Half-life, as a share of the steps, of an exponential moving average of the weights, validated at the end.
 
-    Beside the weights themselves, so that one run tells what averaging does. 0: none is kept.
+    Beside the weights themselves, so that one run tells what averaging does. 0: none is kept, as by decay branches.
     """
     validation_tokens: int = Field(default=65_536, gt=0)
     """Validation tokens a domain."""
@@ -250,10 +259,19 @@ class RunConfig(Config):
             return self
         if self.schedule.kind != "wsd":
             raise ValueError("parent: a decay branch needs schedule.kind wsd")
-        start = decay_start(self.schedule, self.steps)
+        warmup, start = warmup_steps(self.schedule, self.steps), decay_start(self.schedule, self.steps)
         if self.parent.step > start:
             raise ValueError(
                 f"parent.step {self.parent.step} is after this run's decay begins, at step {start} of {self.steps}"
+            )
+        if self.parent.step < warmup:
+            raise ValueError(
+                f"parent.step {self.parent.step} is before this run's warm-up ends, at step {warmup} of {self.steps}: "
+                "schedule.warmup_fraction is a share of the branch's own length"
+            )
+        if self.average_half_life:
+            raise ValueError(
+                "average_half_life: give none with parent: the average up to there has its parent's half-life"
             )
         return self
 
@@ -404,7 +422,8 @@ class _Entry(Config):
     """Peak learning rate at d_model 256; at other widths in inverse proportion (as in 2203.03466)."""
     decay_branches_at: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """Smaller budgets, in tokens a parameter, that branch off each run: they share its warm-up and stable part (WSD)
-    and train only their own decay. A branch is named like its run with -d<budget> at the end, and is not scored."""
+    and train only their own decay. A branch is named like its run with -d<budget> at the end, is not scored, and keeps
+    no average of its weights."""
     suffix: str = ""
     """Ends the names of the entry's runs."""
 
@@ -535,7 +554,7 @@ def _decay_branches(config: RunConfig, budgets: tuple[float, ...], where: str) -
         # The warm-up that it shares took as many steps of a longer run.
         schedule = config.schedule.model_dump() | {"warmup_fraction": warmup / steps}
         values = config.model_dump() | {"run": f"{config.run}-d{budget:g}", "tokens": tokens, "schedule": schedule}
-        values |= {"parent": {"run": config.run, "step": start}, "evaluation": "none"}
+        values |= {"parent": {"run": config.run, "step": start}, "evaluation": "none", "average_half_life": 0.0}
         branches.append(validate(RunConfig, values, where))
     return branches
 

@@ -78,6 +78,13 @@ class StepGuard(nn.Module):
         self.skipped_in_a_row.add_(1).mul_(skip)
         return norm, skip
 
+    @torch.no_grad()
+    def forget_skipped(self) -> None:
+        """Count skipped and non-finite steps from now on; what outliers are judged against stays."""
+        for buffer in (self.skipped, self.skipped_in_a_row, self.first_bad_parameters, self.streak_bad_parameters):
+            buffer.zero_()
+        self.first_bad_step.fill_(-1)
+
     def _remember(self, loss: Tensor, norm: Tensor, skip: Tensor) -> None:
         # A skipped step leaves the history alone, or one outlier would excuse the next.
         slot = (torch.arange(OUTLIER_WINDOW, device=loss.device) == self.taken % OUTLIER_WINDOW) & ~skip

@@ -317,7 +317,10 @@ class OverflowCounts(NamedTuple):
 
 
 def overflow_counts(model: GPT) -> OverflowCounts | None:
-    """What a fused model's scales have counted since the run began; None for another recipe. Waits for the device."""
+    """What a fused model's scales have counted since the run, or its branch, began; None for another recipe.
+
+    Waits for the device.
+    """
     state = getattr(model, "fp8_state", None)
     if state is None:
         return None
@@ -333,3 +336,11 @@ def overflow_counts(model: GPT) -> OverflowCounts | None:
             for counts in (state.saturated_steps, state.underflowing_steps)
         )
     )
+
+
+def forget_overflows(model: GPT) -> None:
+    """Let a fused model's scales count from now on; the scales and their histories stay."""
+    state = getattr(model, "fp8_state", None)
+    if state is not None:
+        state.saturated_steps.zero_()
+        state.underflowing_steps.zero_()

@@ -34,6 +34,8 @@ from fp8lab.trainer import Interrupted, OnLog
 WORKER = "fp8lab.trainer"
 """Module that each rank runs."""
 WATCH_SECONDS = 2.0
+SHUTDOWN_SECONDS = 600
+"""What ranks have for their last checkpoint between a stop signal and being killed: 18 GB (1.5B) at 30 MB/s."""
 CONSEQUENCE = f"{PeerFailed.__name__}: "
 """Begins what the launcher has of a rank that failed of another's failure; the rest is the other's."""
 
@@ -51,7 +53,8 @@ def launch(
 
     Raises:
         UserError: as `train`.
-        Interrupted: as `train`: a signal reached a rank, or this process, which passes it on and waits.
+        Stopped: a signal reached a rank, or this process, which passes it on and waits for the ranks' checkpoint:
+            TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds at most, or `SHUTDOWN_SECONDS`.
         RuntimeError: a rank failed, or all diverged; the message is the first one's.
     """
     folder = records.record_dir(records_dir, config.plan, config.run)
@@ -69,6 +72,7 @@ def launch(
         local_addr="localhost",
         max_restarts=0,
         monitor_interval=0.5,
+        shutdown_timeout=int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)),
     )
     with tempfile.TemporaryDirectory() as temporary, _signal_handlers_kept(), _watched(folder, on_log):
         path = Path(temporary) / "config.json"
@@ -79,19 +83,54 @@ def launch(
         try:
             elastic_launch(settings, sys.executable)(*arguments)
         except SignalException as error:
-            raise Interrupted(error.sigval, _steps(folder)) from None
+            raise Stopped(error.sigval, work) from None
         except ChildFailedError as error:
-            raise _what_happened(error, folder) from None
+            raise _what_happened(error, work) from None
     record = records.read(folder)
     assert isinstance(record, TrainRecord)
     return record
 
 
-def _what_happened(error: ChildFailedError, folder: Path) -> Exception:
-    """The failure that came first, as the exception that `train` would have raised."""
+class Stopped(Interrupted):
+    """A signal arrived and all ranks are gone; says from where the run can go on.
+
+    That is the newest checkpoint, not the record's step: of what ranks that had to be killed trained since,
+    nothing is left.
+    """
+
+    def __init__(self, signal_number: int, work: Path) -> None:
+        """
+        Args:
+            signal_number: the signal.
+            work: the run's folder of checkpoints.
+        """
+        step = _newest_checkpoint(work)
+        super().__init__(signal_number, step or 0)
+        self._name, self._step = signal.Signals(signal_number).name, step
+
+    def __str__(self) -> str:
+        if self._step is None:
+            return f"{self._name} before there was a checkpoint; the same command starts again"
+        return f"{self._name}; the same command resumes after step {self._step}"
+
+
+def _newest_checkpoint(work: Path) -> int | None:
+    """Step of the newest checkpoint in a run's folder; None where there is none."""
+    # Only what is whole has such a name.
+    steps = [int(path.name.removeprefix("step-")) for path in work.glob("step-????????")]
+    return max(steps, default=None)
+
+
+def _what_happened(error: ChildFailedError, work: Path) -> Exception:
+    """The failure that came first, as the exception that `train` would have raised.
+
+    Args:
+        error: what the launcher says of all ranks.
+        work: the run's folder of checkpoints.
+    """
     rank, failure = min(error.failures.items(), key=lambda item: _order(item[1]))
     if failure.exitcode in (128 + signal.SIGTERM, 128 + signal.SIGINT):
-        return Interrupted(failure.exitcode - 128, _steps(folder))
+        return Stopped(failure.exitcode - 128, work)
     if failure.exitcode == 2:
         return UserError(re.sub(r"^\w+: ", "", _message(failure)))
     if _is_consequence(failure):
@@ -112,14 +151,6 @@ def _is_consequence(failure: ProcessFailure) -> bool:
 def _message(failure: ProcessFailure) -> str:
     """'<type>: <text>' of a rank's exception."""
     return str(failure.message["message"] if isinstance(failure.message, dict) else failure.message)
-
-
-def _steps(folder: Path) -> int:
-    """Steps of the record that the ranks left, if they got so far."""
-    if not (folder / "record.json").exists():
-        return 0
-    record = records.read(folder)
-    return record.steps if isinstance(record, TrainRecord) else 0
 
 
 @contextlib.contextmanager

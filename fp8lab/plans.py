@@ -33,7 +33,7 @@ from rich.progress import Progress as Bars
 from fp8lab import records
 from fp8lab.config import Plan, RunConfig, changed_fields, earlier_config, read_run_config
 from fp8lab.errors import UserError
-from fp8lab.progress import Progress, is_locked, read_progress
+from fp8lab.progress import SILENT_SECONDS, Progress, clock, is_locked, read_progress
 
 POLL_SECONDS = 0.25
 LINE_SECONDS = 15.0
@@ -192,16 +192,35 @@ def _status_row(plan: str, run: str, records_dir: Path, checkpoints_dir: Path) -
     record = records.read(folder)
     if not isinstance(record, records.TrainRecord):
         return plan, run, record.status, "", "", "", record.kind
-    progress = read_progress(checkpoints_dir / plan / run / "progress.json")
+    work = checkpoints_dir / plan / run
+    progress = read_progress(work / "progress.json")
     if record.status == "running" and progress is not None:
-        status = "running" if progress.is_alive() else "stopped"
-        detail = progress.summary() if progress.is_alive() else "the same command resumes it"
+        status, detail = _status_in_progress(progress, work)
         loss = "" if progress.loss is None else f"{progress.loss:.4f}"
         speed = "" if progress.tokens_per_second is None else f"{progress.tokens_per_second:,.0f}"
         return plan, run, status, f"{progress.step}/{progress.steps}", loss, speed, detail
     loss = f"{record.final.validation_loss:.4f}" if record.final else ""
     speed = f"{record.speed.tokens_per_second_median:,.0f}" if record.speed else ""
     return plan, run, record.status, str(record.steps), loss, speed, record.reason or ""
+
+
+def _status_in_progress(progress: Progress, work: Path) -> tuple[str, str]:
+    """Status and detail of a run whose record says that it is running, which a killed process cannot take back.
+
+    Args:
+        progress: the last news of it.
+        work: its folder, which the process that trains it holds locked.
+    """
+    summary, age = progress.summary(), progress.age_seconds()
+    heard = f"on {progress.host}, last heard of {clock(age)} ago"
+    if progress.is_here():
+        # A launcher has the ranks that will take the lock still to start.
+        is_starting = progress.stage == "starting" and progress.is_alive()
+        return ("running", summary) if is_starting or is_locked(work) else ("stopped", "the same command resumes it")
+    # Another machine's lock is seen here only on some file systems, and its processes are on none.
+    if is_locked(work) or age < SILENT_SECONDS:
+        return "running", f"{summary}, {heard}"
+    return "silent", f"{heard}; if it has stopped, the same command resumes it"
 
 
 def _series(runs: Sequence[RunConfig], nproc: int) -> list[tuple[RunConfig, ...]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -20,6 +21,8 @@ FILE_NAME = "progress.json"
 LOCK_FILE_NAME = ".lock"
 """Held in a run's folder by the process that trains it (`fp8lab.checkpoint.lock`)."""
 WRITE_INTERVAL_SECONDS = 1.0
+SILENT_SECONDS = 600.0
+"""Without news for so long, a run on another machine may be dead: compiling and validating take minutes, not more."""
 
 
 class Progress(BaseModel):
@@ -43,9 +46,19 @@ class Progress(BaseModel):
     updated_utc: datetime = Field(default_factory=lambda: datetime.now(UTC))
     pid: int = Field(default_factory=os.getpid)
     """The process that does the work: where signals go."""
+    host: str = Field(default_factory=socket.gethostname)
+    """The machine that `pid` is a process of. News from before this was written counts as this machine's."""
+
+    def is_here(self) -> bool:
+        """True if this machine wrote it."""
+        return self.host == socket.gethostname()
+
+    def age_seconds(self) -> float:
+        """Seconds since it was written, by this machine's clock."""
+        return max(0.0, (datetime.now(UTC) - self.updated_utc).total_seconds())
 
     def is_alive(self) -> bool:
-        """True if the process that wrote this still runs on this machine."""
+        """True if there is a process of that number on this machine: perhaps another one by now."""
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -64,10 +77,15 @@ class Progress(BaseModel):
         if self.bf16_mfu is not None:
             parts.append(f"BF16-MFU {self.bf16_mfu:.1%}")
         if self.eta_seconds is not None:
-            minutes, seconds = divmod(round(self.eta_seconds), 60)
-            hours, minutes = divmod(minutes, 60)
-            parts.append(f"ETA {hours}:{minutes:02}:{seconds:02}")
+            parts.append(f"ETA {clock(self.eta_seconds)}")
         return ", ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """A duration as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 class ProgressFile:

@@ -34,7 +34,7 @@ from fp8lab.data import TokenDataset
 from fp8lab.distributed import ALONE, World
 from fp8lab.errors import OutOfMemory, UserError
 from fp8lab.guard import StepGuard
-from fp8lab.health import HealthLog, HealthProbe
+from fp8lab.health import HealthLog, HealthProbe, forget_overflows
 from fp8lab.kernels import end_step
 from fp8lab.loss import total_nats, training_loss
 from fp8lab.metrics import Arrivals, MetricsLog, Stopwatch
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 VALIDATION_TYPES = {"step": "int64", "tokens": "int64", "domain": "str", "loss": "float64", "bits_per_byte": "float64"}
 AVERAGE_PREFIX = "average."
 """Begins the names of averaged weights among a checkpoint's tensors."""
-BRANCH_MAY_CHANGE = MAY_CHANGE | {"run", "parent", "tokens", "schedule", "log_interval"}
+BRANCH_MAY_CHANGE = MAY_CHANGE | {"run", "parent", "tokens", "schedule", "log_interval", "average_half_life"}
 """Fields in which a decay branch may differ from its parent."""
 
 
@@ -497,8 +497,7 @@ class Session:
             self._check_compatible(history, folder, BRANCH_MAY_CHANGE)
             self._check_stable_part(history, folder)
             self._restore_tensors(path)
-            self.spikes = SpikeCount(recent=_spikes_of(history).recent)
-            self.step = self.resumed_at = history.step
+            self._leave_parent(history)
 
     def _restore_tensors(self, path: Path) -> None:
         for parameter in self.model.parameters():
@@ -521,6 +520,13 @@ class Session:
         self.step = self.resumed_at = state.step
         self.earlier_seconds = state.facts["wall_seconds"]
         self.started_utc = state.facts["started_utc"]
+
+    def _leave_parent(self, history: checkpoint.History) -> None:
+        """Begin a branch from its parent's state; what its record counts are its own steps alone."""
+        self.guard.forget_skipped()
+        forget_overflows(self.model)
+        self.spikes = SpikeCount(recent=_spikes_of(history).recent)
+        self.step = self.resumed_at = history.step
 
     def _check_compatible(self, state: checkpoint.History, folder: Path, may_change: set[str]) -> None:
         before = earlier_config(state.facts["config"], f"{folder}: its checkpoint")

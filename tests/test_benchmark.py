@@ -8,6 +8,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -129,6 +130,34 @@ def test_a_killed_and_resumed_run_is_compared_with_whole_ones(tmp_path: Path, st
         assert results[what]["largest_weight_difference"] == results[what]["largest_loss_difference"] == 0
         assert results[what]["equal_weights_share"] == 1
         assert results[what]["steps_logged"] == [24, 24]
+
+
+NAN, INFINITE = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("other", "logged", "first", "largest"),
+    [
+        ([3.0, NAN, INFINITE, 2.0], 4, None, 0.0),
+        ([3.0, 2.5, INFINITE, 1.5], 4, 2, 0.5),
+        ([3.0, NAN, NAN, 2.0], 4, 3, 0.0),
+        ([3.0, NAN, INFINITE, NAN], 4, 4, 0.0),
+        ([3.0, NAN, INFINITE], 3, 4, 0.0),
+    ],
+)
+def test_a_loss_that_is_a_number_in_one_curve_alone_tells_them_apart(
+    other: list[float], logged: int, first: int | None, largest: float
+) -> None:
+    whole, resumed = (
+        pd.DataFrame({"step": range(1, len(losses) + 1), "loss": losses})
+        for losses in ([3.0, NAN, INFINITE, 2.0], other)
+    )
+    for curves in ((whole, resumed), (resumed, whole)):
+        compared = benchmark._compare_curves(*curves)
+        assert compared["curve_identical"] == (first is None)
+        assert compared["first_different_step"] == first
+        assert compared["largest_loss_difference"] == largest
+    assert compared["steps_logged"] == [logged, 4]
 
 
 def test_a_worker_that_says_more_than_a_pipe_holds_is_heard_to_the_end(

@@ -73,7 +73,7 @@ def test_decay_branches_share_the_stable_part_and_pay_only_their_decay(
     entry = {key: value for key, value in ENTRY.items() if key != "tokens"}
     entry |= {"models": ["7M"], "global_batch_tokens": 131_072, "micro_batch": 128, "tokens_per_parameter": 20}
     entry |= {"schedule": {"kind": "wsd", "warmup_fraction": warmup, "decay_fraction": decay}}
-    entry |= {"decay_branches_at": budgets, "evaluation": "full"}
+    entry |= {"decay_branches_at": budgets, "evaluation": "full", "average_half_life": 0.1}
     plan = load_plan(write_plan(tmp_path_factory.mktemp("plan"), entry))
     parameters = parameter_count(MODELS["7M"])
     parents = [config for config in plan.runs if config.parent is None]
@@ -90,7 +90,7 @@ def test_decay_branches_share_the_stable_part_and_pay_only_their_decay(
             assert branch.own_steps == max(1, round(decay * branch.steps))
             assert warmup_steps(branch.schedule, branch.steps) == warmup_steps(parent.schedule, parent.steps)
             assert (branch.recipe, branch.seed, branch.optimizer) == (parent.recipe, parent.seed, parent.optimizer)
-            assert branch.evaluation == "none"
+            assert (branch.evaluation, branch.average_half_life) == ("none", 0)
 
 
 def test_the_ladder_costs_23_tokens_a_parameter(tmp_path: Path) -> None:
@@ -127,6 +127,22 @@ def test_the_learning_rate_falls_with_width(tmp_path: Path) -> None:
         ({"suffix": "/../../x"}, "run", "pattern"),
         ({"seeds": [-1]}, "seed", "greater than or equal to 0"),
         ({"learning_rate_at_width_256": 0.003}, "optimizer.peak_learning_rate", "not both"),
+        (
+            {"schedule": {"kind": "wsd", "warmup_fraction": 0.5, "decay_fraction": 0.8}},
+            "schedule",
+            "warmup_fraction 0.5 and decay_fraction 0.8 add up to more than 1",
+        ),
+        # 16 steps; the branch decays from the 12th on.
+        (
+            {"schedule": {"kind": "wsd", "warmup_fraction": 0.5, "decay_fraction": 0.25}, "parent": {"step": 7}},
+            "",
+            "parent.step 7 is before this run's warm-up ends, at step 8 of 16",
+        ),
+        (
+            {"schedule": {"kind": "wsd"}, "parent": {"step": 7}, "average_half_life": 0.1},
+            "",
+            "average_half_life: give none with parent",
+        ),
         ({"decay_branches_at": [0]}, "decay_branches_at.0", "greater than 0"),
         ({"decay_branches_at": [0.05]}, "", "needs schedule.kind wsd"),
         ({"decay_branches_at": [0.2], "schedule": {"kind": "wsd"}}, "decay_branches_at", "not in its stable part"),

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig
 
 from fp8lab import launch, records
 from fp8lab.errors import UserError
-from fp8lab.trainer import Interrupted
+from fp8lab.launch import Stopped
+from tests.rule_data import tiny_config
 from tests.test_records import metrics, started
 
 
@@ -45,10 +50,9 @@ TOLD = (2, 7, "PeerFailed: rank 1: micro_batch: 8 do not fit")
         # The launcher ended the second while it was leaving.
         (
             {"a": (143, 7, "Interrupted: SIGTERM"), "b": (-15, 6, "Interrupted: SIGTERM")},
-            Interrupted,
-            "SIGTERM after step 0; the same command resumes",
+            Stopped,
+            "SIGTERM before there was a checkpoint; the same command starts again",
         ),
-        ({"a": (143, 7, "Interrupted: SIGTERM")}, Interrupted, "SIGTERM after step 0; the same command resumes"),
     ],
 )
 def test_the_failure_told_is_the_cause(tmp_path: Path, ranks: dict, kind: type[Exception], message: str) -> None:
@@ -57,13 +61,52 @@ def test_the_failure_told_is_the_cause(tmp_path: Path, ranks: dict, kind: type[E
     assert str(told) == message
 
 
-def test_an_interruption_tells_how_far_the_run_had_come(tmp_path: Path) -> None:
+def test_an_interruption_tells_from_which_checkpoint_the_run_goes_on(tmp_path: Path) -> None:
+    for name in ("step-00000500", "step-00001000", ".step-00001500.tmp"):
+        (tmp_path / name).mkdir()
+    told = launch._what_happened(failed(tmp_path, a=(130, 7, "Interrupted: SIGINT after step 1500")), tmp_path)
+    assert isinstance(told, Stopped)
+    assert (told.exit_code, str(told)) == (130, "SIGINT; the same command resumes after step 1000")
+
+
+@pytest.fixture
+def signalled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[LaunchConfig, Stopped]]:
+    """Launches a run whose launcher receives SIGTERM: what the ranks were started with, and what the user is told."""
+
+    def run() -> tuple[LaunchConfig, Stopped]:
+        started: list[LaunchConfig] = []
+
+        def elastic_launch(settings: LaunchConfig, _command: str) -> Callable[..., None]:
+            started.append(settings)
+
+            def start(*_: str) -> None:
+                raise SignalException("signal", sigval=signal.SIGTERM)
+
+            return start
+
+        monkeypatch.setattr(launch, "elastic_launch", elastic_launch)
+        folders = {name: tmp_path / name for name in ("records_dir", "data_dir", "checkpoints_dir")}
+        with pytest.raises(Stopped) as stopped:
+            launch.launch(tiny_config(run="large"), 2, **folders)
+        return started[0], stopped.value
+
+    return run
+
+
+def test_ranks_have_minutes_for_the_checkpoint_that_a_signal_asks_for(signalled, monkeypatch) -> None:
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    assert signalled()[0].shutdown_timeout >= 300
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "100")
+    assert signalled()[0].shutdown_timeout == 100
+
+
+def test_a_signal_to_the_launcher_promises_what_there_is_to_resume(signalled, tmp_path: Path) -> None:
+    assert "starts again" in str(signalled()[1])
     record = started()
-    record.steps = 12
-    folder = records.write(record, tmp_path)
-    told = launch._what_happened(failed(tmp_path, a=(130, 7, "Interrupted: SIGINT after step 12")), folder)
-    assert isinstance(told, Interrupted)
-    assert (told.exit_code, str(told)) == (130, "SIGINT after step 12; the same command resumes")
+    record.plan, record.run, record.steps = "test", "large", 712
+    records.write(record, tmp_path / "records_dir")
+    (tmp_path / "checkpoints_dir" / "test" / "large" / "step-00000500").mkdir()
+    assert str(signalled()[1]) == "SIGTERM; the same command resumes after step 500"
 
 
 def test_tables_are_followed_from_the_first_to_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

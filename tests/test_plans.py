@@ -13,7 +13,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import nbformat
@@ -26,6 +28,7 @@ from fp8lab import checkpoint, plans, records
 from fp8lab.config import Plan, load_plan, load_run
 from fp8lab.errors import UserError
 from fp8lab.plans import Options, Workspace, run_plan, status_rows
+from fp8lab.progress import Progress, ProgressFile
 
 PARAMETERS = "plan = run = runs = records_dir = data_dir = checkpoints_dir = mixture = None"
 START = """
@@ -220,6 +223,52 @@ def test_a_run_that_another_process_trains_is_left_alone(tmp_path: Path) -> None
     assert "another process is training it" in output
     assert not workspace.records.exists()
     assert [path.name for path in workspace.work(plan.runs[0]).iterdir()] == [".lock"]
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> tuple[Path, Callable[..., tuple[str, str]]]:
+    """A run whose record says that it is running: its folder, and what status says of it after some news."""
+    plan, workspace = make_project(tmp_path, FINISH, seeds=[1])
+    record = records.started(plan.runs[0], records.collect_provenance("CPU"), emulated=False)
+    record.status = "running"
+    records.write(record, workspace.records)
+    work = workspace.work(plan.runs[0])
+    work.mkdir(parents=True)
+
+    def status_after(**news: object) -> tuple[str, str]:
+        progress = Progress(**{"stage": "training", "step": 3, "steps": 9} | news)  # type: ignore[arg-type]
+        ProgressFile(work).update(lambda: progress, now=True)
+        (row,) = status_rows(plan, workspace.records, workspace.checkpoints)
+        return row[2], row[6]
+
+    return work, status_after
+
+
+def test_a_run_is_running_while_its_folder_is_locked_whoever_has_its_process_number(running) -> None:
+    work, status_after = running
+    # This process is alive, and trains nothing.
+    assert status_after(pid=os.getpid()) == ("stopped", "the same command resumes it")
+    with checkpoint.lock(work):
+        assert status_after() == ("running", "training 3/9")
+    assert status_after(stage="starting", step=0) == ("running", "starting 0/9")
+
+
+def test_a_run_on_another_machine_is_judged_by_the_age_of_its_news(running) -> None:
+    work, status_after = running
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    elsewhere = {"host": "node7", "pid": process.pid}
+
+    def ago(**since: float) -> datetime:
+        return datetime.now(UTC) - timedelta(**since)
+
+    status, detail = status_after(**elsewhere, updated_utc=ago(seconds=90))
+    assert (status, detail[:-6]) == ("running", "training 3/9, on node7, last heard of 0:01:")
+    assert status_after(**elsewhere, updated_utc=ago(hours=5))[0] == "silent"
+    # Its clock may be ahead of this machine's.
+    assert "0:00:00 ago" in status_after(**elsewhere, updated_utc=ago(hours=-1))[1]
+    with checkpoint.lock(work):
+        assert status_after(**elsewhere, updated_utc=ago(hours=5))[0] == "running"
 
 
 def test_a_killed_kernel_leaves_a_failed_record(tmp_path: Path) -> None:

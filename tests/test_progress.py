@@ -47,6 +47,14 @@ def test_a_file_that_is_no_news_is_none(content) -> None:
         assert read_progress(path.with_name("absent")) is None
 
 
+def test_news_from_before_hosts_were_named_is_read(tmp_path) -> None:
+    news = Progress(stage="training", step=3, steps=9)
+    (tmp_path / "progress.json").write_text(news.model_dump_json(exclude={"host"}))
+    read = read_progress(tmp_path / "progress.json")
+    assert read == news
+    assert read.is_here()
+
+
 def test_alive_means_the_process_runs() -> None:
     assert Progress(stage="training", steps=1).is_alive()
     with subprocess.Popen([sys.executable, "-c", ""]) as process:

@@ -177,6 +177,18 @@ def poison(monkeypatch, steps: set[int]) -> None:
     monkeypatch.setattr(session, "training_loss", poisoned)
 
 
+def amplify(monkeypatch, step: int) -> None:
+    """Make this step's gradients a thousand times as large."""
+    real, calls = session.training_loss, []
+
+    def amplified(*arguments):
+        calls.append(1)
+        objective, loss = real(*arguments)
+        return objective * (1000 if len(calls) == step else 1), loss
+
+    monkeypatch.setattr(session, "training_loss", amplified)
+
+
 @pytest.mark.parametrize("recipe", ["bf16", "tensorwise", "fused"])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(train, tmp_path, monkeypatch, recipe, fault_report) -> None:
     poison(monkeypatch, {5, 9})
@@ -541,6 +553,40 @@ def test_a_decay_branch_equals_the_run_of_that_length_and_costs_only_its_decay(t
     assert rows["loss"][0] == long_rows["loss"][15]
     assert rows["loss"][3] != long_rows["loss"][18]
     assert train(branch).final == record.final
+
+
+def test_a_branch_reports_its_own_steps_and_not_its_parent_s(train, tmp_path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        poison(patch, {6, 9})
+        amplify(patch, 12)
+        long = train(tiny_config(run="long", recipe="fused", tokens=40 * 128, schedule=WSD, keep_checkpoints_at=(15,)))
+    assert (long.stability.skipped_steps, long.stability.first_bad_step) == (2, 6)
+    assert long.stability.first_bad_layer
+    assert "blocks.0.mlp.down grad_output" in long.stability.saturated_steps
+    branch = tiny_config(run="branch", recipe="fused", schedule=WSD, parent={"run": "long", "step": 15})
+    own = train(branch).stability
+    assert (own.skipped_steps, own.first_bad_step, own.first_bad_layer) == (0, None, None)
+    assert own.saturated_steps == own.underflowing_steps == {}
+    # Its scales are its parent's all the same.
+    assert curve(tmp_path, "branch")["loss"][0] == curve(tmp_path, "long")["loss"][15]
+
+
+def test_a_resumed_branch_still_counts_what_it_skipped(train, monkeypatch) -> None:
+    train(tiny_config(run="long", tokens=40 * 128, schedule=WSD, keep_checkpoints_at=(15,)))
+    poison(monkeypatch, {1})
+    stop_at(monkeypatch, 17, signal.SIGTERM)
+    branch = tiny_config(run="branch", schedule=WSD, parent={"run": "long", "step": 15})
+    with pytest.raises(Interrupted):
+        train(branch)
+    resumed = train(branch).stability
+    assert (resumed.skipped_steps, resumed.first_bad_step) == (1, 16)
+
+
+def test_a_branch_leaves_a_run_that_averages_its_weights_without_the_average(train, tmp_path) -> None:
+    train(tiny_config(run="long", tokens=40 * 128, schedule=WSD, keep_checkpoints_at=(15,), average_half_life=0.25))
+    record = train(tiny_config(run="branch", schedule=WSD, parent={"run": "long", "step": 15}))
+    assert record.final.averaged is None
+    assert curve(tmp_path, "branch")["loss"][0] == curve(tmp_path, "long")["loss"][15]
 
 
 @pytest.mark.parametrize(
