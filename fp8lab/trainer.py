@@ -234,14 +234,15 @@ class Recorder:
     def _loop(self, received: list[int]) -> None:
         session, config = self._session, self._session.config
         self._report("training", now=True)
+        # A stop comes before the validation that was due after the same step: it is made up for here.
+        self._validate_if_due()
         with _prefetched(self._loader, session) as batches:
             for batch in batches:
                 session.take_step(batch)
                 if time.monotonic() >= self._next_flush or session.step == session.steps:
                     self._flush()
                 self._stop_if_asked(received)
-                if config.validation_interval and session.step % config.validation_interval == 0:
-                    self._validate()
+                self._validate_if_due()
                 is_due = session.step % config.checkpoint_interval == 0 or session.step in config.keep_checkpoints_at
                 if is_due and session.step < session.steps:
                     self._save(wait=False)
@@ -291,6 +292,12 @@ class Recorder:
             "bits_per_byte": sum(weights[domain] * loss.bits_per_byte for domain, loss in by_domain.items()),
             "by_domain": by_domain,
         }
+
+    def _validate_if_due(self) -> None:
+        """Validate every `validation_interval` of the run's own steps, once."""
+        session, interval = self._session, self._session.config.validation_interval
+        if interval and session.step % interval == 0 and session.own_tokens and not session.validated():
+            self._validate()
 
     def _validate(self) -> None:
         self._report("validating", now=True)

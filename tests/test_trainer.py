@@ -478,14 +478,33 @@ def test_a_run_continued_after_a_signal_is_the_uninterrupted_run(train, tmp_path
     assert weights[0] == weights[1]
 
 
+@pytest.mark.parametrize("step", [8, 16, 20])
+def test_a_stop_at_a_validation_loses_no_validation_and_makes_none_twice(train, tmp_path, monkeypatch, step) -> None:
+    config = {"validation_interval": 8, "tokens": 20 * 128}
+    train(tiny_config(run="whole", **config))
+    with monkeypatch.context() as patch:
+        stop_at(patch, step, signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            train(tiny_config(run="parts", **config))
+    train(tiny_config(run="parts", **config))
+    whole, parts = (
+        records.read_table(tmp_path / "records_dir" / "test" / run, "validation") for run in ("whole", "parts")
+    )
+    assert whole["step"].tolist() == [8, 8, 16, 16, 20, 20]
+    pd.testing.assert_frame_equal(whole, parts, check_exact=True)
+
+
 WSD = {"kind": "wsd", "warmup_fraction": 0.1, "decay_fraction": 0.25, "final_fraction": 0.0}
 
 
 def test_a_decay_branch_equals_the_run_of_that_length_and_costs_only_its_decay(train, tmp_path) -> None:
     # 40 steps: warm-up to 4, stable to 30, decay. The branch decays over steps 15 to 20.
     train(tiny_config(run="long", tokens=40 * 128, schedule=WSD, keep_checkpoints_at=(5, 15)))
-    branch = tiny_config(run="branch", schedule=WSD, parent={"run": "long", "step": 15})
+    branch = tiny_config(run="branch", schedule=WSD, parent={"run": "long", "step": 15}, validation_interval=5)
     record = train(branch)
+    # The parent's last step is the parent's to validate.
+    validation = records.read_table(tmp_path / "records_dir" / "test" / "branch", "validation")
+    assert validation["step"].tolist() == [20, 20]
     assert (record.parent.run, record.parent.step) == ("long", 15)
     assert (record.steps, record.tokens) == (20, 20 * 128)
     rows, long_rows = curve(tmp_path, "branch"), curve(tmp_path, "long")
