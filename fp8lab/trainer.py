@@ -406,20 +406,31 @@ class Recorder:
         )
 
     def _write(self, status: records.Status, reason: str | None = None) -> None:
+        """Bring the record up to date: its tables first, so that a finished record.json says that all is there."""
         if not self._leads:
             return
         session, record = self._session, self.record
         # What the host knows comes first: reading from a device that has failed ends here.
+        self._note(status, reason)
+        record.speed = self._speed(session.log.table())
+        record.stability = self._stability()
+        self._write_tables()
+        records.write(record, self._records_dir)
+
+    def _note(self, status: records.Status, reason: str | None) -> None:
+        """What the host knows of the run, into the record."""
+        session, record = self._session, self.record
         record.status, record.reason = status, reason
         record.steps, record.tokens = session.step, session.tokens
         record.flops = records.Flops(**flops.flops_record(session.config.model, session.tokens))
         record.provenance.ended_utc = records.utc_now()
         record.provenance.epochs = self._loader.epochs(session.step)
-        metrics = session.log.table()
-        record.speed = self._speed(metrics)
-        record.stability = self._stability()
-        folder = records.write(record, self._records_dir)
-        records.write_table(folder, "metrics", metrics)
+
+    def _write_tables(self) -> None:
+        """Every row that has arrived on the host."""
+        session = self._session
+        folder = records.record_dir(self._records_dir, session.config.plan, session.config.run)
+        records.write_table(folder, "metrics", session.log.table())
         records.write_table(folder, "validation", session.validation_table())
         health = session.health.table()
         if not health.empty:

@@ -134,10 +134,14 @@ def server() -> Iterator[ForkServerContext]:
 
 def assert_same_run(whole: Worker, parts: Worker) -> None:
     assert whole.record().final == parts.record().final
+    assert_same_tables(whole, parts)
+    assert whole.weights() == parts.weights()
+
+
+def assert_same_tables(whole: Worker, parts: Worker) -> None:
     pd.testing.assert_frame_equal(whole.curve(), parts.curve(), check_exact=True)
     for name in ("validation", "health"):
         pd.testing.assert_frame_equal(whole.table(name), parts.table(name), check_exact=True)
-    assert whole.weights() == parts.weights()
 
 
 STEPS, INTERVAL = 31, 3
@@ -219,6 +223,31 @@ def test_signals_checkpoint_within_a_step_and_exit_with_their_code(tmp_path, ser
         )
     assert parts.run(server) == (0, "")
     assert_same_run(whole, parts)
+
+
+@pytest.mark.parametrize("moment", [Moment.RECORDING, Moment.RECORDED])
+def test_a_compact_run_killed_while_its_record_is_written_has_all_of_it_or_is_not_finished(
+    tmp_path, server, moment, fault_report
+) -> None:
+    config = tiny_config(compact=True, checkpoint_interval=1000, **MEASURED)
+    whole, parts = Worker(tmp_path / "whole", config), Worker(tmp_path / "parts", config)
+    assert whole.run(server) == (0, "")
+    # It writes its record at its start and at its end alone.
+    parts.fork_until(server, moment, config.steps).kill()
+    status = parts.record().status
+    if status != "finished":
+        assert parts.run(server) == (0, "")
+    assert whole.record().final == parts.record().final
+    assert_same_tables(whole, parts)
+    fault_report(
+        "kill",
+        "`kill -9` of a run that keeps no checkpoint, while it writes its record at its end",
+        "`record.json` comes last: a run that it calls finished has all its tables, and any other is trained again",
+        recipe="bf16",
+        killed=[f"step {config.steps}: {moment}"],
+        status=status,
+        steps=config.steps,
+    )
 
 
 def test_a_second_process_is_refused_and_a_dead_one_s_lock_is_not_in_the_way(tmp_path, server, fault_report) -> None:
