@@ -204,7 +204,8 @@ class Recorder:
                 self._write("running")
                 with stop_signals() as received:
                     self._loop(received)
-                self._finish()
+                    # A signal that comes now is too late to stop the run: it lets it finish.
+                    self._finish()
         except Interrupted as error:
             self._write("interrupted", str(error))
             session.world.wait()

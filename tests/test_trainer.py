@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -9,6 +10,7 @@ import math
 import signal
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -492,6 +494,37 @@ def test_a_stop_at_a_validation_loses_no_validation_and_makes_none_twice(train, 
     )
     assert whole["step"].tolist() == [8, 8, 16, 16, 20, 20]
     pd.testing.assert_frame_equal(whole, parts, check_exact=True)
+
+
+@contextlib.contextmanager
+def raising(number: int) -> Iterator[None]:
+    """Let a signal that nobody collects fail the test instead of ending the tests."""
+
+    def fail(*_) -> None:
+        raise AssertionError(f"{signal.Signals(number).name} was not collected")
+
+    before = signal.signal(number, fail)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_a_run_finishes_lets_it_finish(train, tmp_path, monkeypatch, number, compact) -> None:
+    real = session.Session.validate_average
+
+    def validate_average(self):
+        signal.raise_signal(number)
+        return real(self)
+
+    monkeypatch.setattr(session.Session, "validate_average", validate_average)
+    with raising(number):
+        record = train(tiny_config(tokens=128, compact=compact, average_half_life=0.1))
+    assert record.status == "finished"
+    assert record.final.averaged is not None
+    assert records.read(tmp_path / "records_dir" / "test" / "tiny") == record
 
 
 WSD = {"kind": "wsd", "warmup_fraction": 0.1, "decay_fraction": 0.25, "final_fraction": 0.0}
