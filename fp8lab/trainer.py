@@ -241,7 +241,7 @@ class Recorder:
             for batch in batches:
                 session.take_step(batch)
                 if time.monotonic() >= self._next_flush or session.step == session.steps:
-                    self._flush()
+                    self._flush(wait=session.step == session.steps)
                 self._stop_if_asked(received)
                 self._validate_if_due()
                 is_due = session.step % config.checkpoint_interval == 0 or session.step in config.keep_checkpoints_at
@@ -258,6 +258,9 @@ class Recorder:
         """What one rank has seen, a signal or divergence, stops all of them after the same step."""
         session = self._session
         stop = session.world.largest(DIVERGED if self._diverged else received[0] if received else 0)
+        if stop:
+            # The steps that it stops after are what a reader of the record wants to see.
+            self._flush(wait=True)
         if stop == DIVERGED:
             raise Diverged(self._divergence())
         if stop:
@@ -319,10 +322,11 @@ class Recorder:
         if wait:
             self._session.world.wait()
 
-    def _flush(self) -> None:
+    def _flush(self, *, wait: bool) -> None:
+        """Read what has arrived from the device, and show it; with `wait`, all of it."""
         self._next_flush = time.monotonic() + FLUSH_SECONDS
         session = self._session
-        session.flush(wait=session.step == session.steps)
+        session.flush(wait=wait)
         if self._events is not None:
             self._events.add_metrics(session.log.rows[self._rows_in_events :])
         self._rows_in_events = len(session.log.rows)
@@ -411,7 +415,6 @@ class Recorder:
         if not self._leads:
             return
         session, record = self._session, self.record
-        # What the host knows comes first: reading from a device that has failed ends here.
         self._note(status, reason)
         record.speed = self._speed(session.log.table())
         record.stability = self._stability()
@@ -454,14 +457,17 @@ class Recorder:
         )
 
     def _write_failure(self, reason: str) -> None:
-        """Record the failure as fully as what failed allows."""
-        try:
+        """Record the failure, then as much of the run as what failed allows."""
+        if not self._leads:
+            return
+        # Each part by itself: the device may never answer again, or the disk may be what failed.
+        self._note("failed", reason)
+        with contextlib.suppress(OSError):
+            records.write(self.record, self._records_dir)
+        with contextlib.suppress(OSError):
+            self._write_tables()
+        with contextlib.suppress(Exception):
             self._write("failed", reason)
-        except Exception:
-            # The device or the disk may be what failed: then what the host knows, where it can be written.
-            with contextlib.suppress(OSError):
-                if self._leads:
-                    records.write(self.record, self._records_dir)
 
     def _speed(self, metrics: pd.DataFrame) -> Speed | None:
         session = self._session

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fp8lab import checkpoint, records, session, spikes, trainer
+from fp8lab import checkpoint, metrics, records, session, spikes, trainer
 from fp8lab.checkpoint import load_model
 from fp8lab.config import RECIPES, load_plan, parameter_count
 from fp8lab.errors import OutOfMemory, UserError
@@ -296,6 +296,34 @@ def test_a_run_that_stays_non_finite_stops_as_diverged_and_names_the_layer(
     )
 
 
+def arrive_late(monkeypatch) -> None:
+    """Let numbers come to the host as a GPU's do: what one flush asks for, the next one has."""
+    real = metrics.Arrivals.flush
+
+    def flush(self, *, wait):
+        if wait:
+            return real(self, wait=True)
+        arrived, pending = self._collect(), self._pending
+        if pending:
+            self._arriving = ([entry for entry, _ in pending], torch.stack([values for _, values in pending]), None)
+            self._pending = []
+        return arrived
+
+    monkeypatch.setattr(metrics.Arrivals, "flush", flush)
+
+
+def test_a_diverged_run_s_table_goes_on_to_its_last_step(train, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(trainer, "FLUSH_SECONDS", 0.0)
+    arrive_late(monkeypatch)
+    poison(monkeypatch, set(range(7, 1000)))
+    with pytest.raises(Diverged):
+        train(tiny_config(tokens=100 * 128))
+    record = records.read(tmp_path / "records_dir" / "test" / "tiny")
+    table = curve(tmp_path)
+    assert table["step"].tolist() == list(range(1, record.steps + 1))
+    assert table["skipped"].sum() == record.stability.skipped_steps
+
+
 def test_a_divergence_is_told_from_a_bad_step_long_before_it(train, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(trainer, "FLUSH_SECONDS", 0.0)
     real, calls = session.training_loss, []
@@ -380,6 +408,32 @@ def test_a_device_that_dies_leaves_a_failed_record_with_the_reason(train, tmp_pa
     record = records.read(tmp_path / "records_dir" / "test" / "tiny")
     assert (record.status, record.steps) == ("failed", 5)
     assert record.reason == "RuntimeError: CUDA error: device-side assert triggered"
+
+
+def test_a_failure_is_recorded_before_a_device_is_asked_that_never_answers(train, tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "records_dir" / "test" / "tiny"
+    seen = []
+
+    class SilentDevice:
+        def __getattr__(self, name):
+            # Here the process would wait for ever, until it is killed.
+            seen.append((records.read(folder).status, records.read(folder).reason, len(curve(tmp_path))))
+            raise RuntimeError("killed")
+
+    real = session.Session.take_step
+
+    def take_step(self, batch):
+        if self.step == 5:
+            self.flush(wait=True)
+            self.guard = SilentDevice()
+            raise RuntimeError("Connection closed by peer")
+        real(self, batch)
+
+    monkeypatch.setattr(session.Session, "take_step", take_step)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        train()
+    assert set(seen) == {("failed", "RuntimeError: Connection closed by peer", 5)}
+    assert records.read(folder).steps == 5
 
 
 def slow_write(monkeypatch, error: OSError | None = None) -> None:
