@@ -118,8 +118,8 @@ def lock(folder: Path) -> Iterator[None]:
 class CheckpointWriter:
     """Writes a run's checkpoints in the background, one at a time.
 
-    `save` queues copies of the state to the host and returns; an error of a write is raised by the next
-    `save` or by `wait`.
+    `save` queues copies of the state to the host and returns. Where the write before has failed, it writes the
+    newer state before it returns, and only raises where that fails too: a full disk may have room again.
     """
 
     def __init__(self, folder: Path, keep_at: Collection[int] = (), world: World = ALONE) -> None:
@@ -138,9 +138,18 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
+    @property
+    def has_failed(self) -> bool:
+        """True if the last write has ended in an error that nobody has been told of."""
+        return self._error is not None
+
     def save(self, state: TrainingState) -> None:
-        """Snapshot `state` and start writing it; first waits for the write before."""
-        self.wait()
+        """Snapshot `state` and start writing it; first waits for the write before.
+
+        Raises:
+            OSError: the write before failed, and this one too.
+        """
+        is_second_try = self._wait_or_warn()
         snapshot = dataclasses.replace(
             state,
             model=self._host.copy("model", state.model),
@@ -149,6 +158,20 @@ class CheckpointWriter:
         )
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
         self._thread.start()
+        if is_second_try:
+            self.wait()
+
+    def _wait_or_warn(self) -> bool:
+        """Wait for the write under way; True if it failed in a way that a second one may not."""
+        try:
+            self.wait()
+        except OSError as error:
+            if self._world.size > 1:
+                # The ranks write a checkpoint together, and the others may still be at the one that failed.
+                raise
+            log.warning("a checkpoint could not be written: %s; the state as it is now is tried instead", error)
+            return True
+        return False
 
     def wait(self) -> None:
         """Wait for the write under way.

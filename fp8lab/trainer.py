@@ -242,6 +242,7 @@ class Recorder:
                 session.take_step(batch)
                 if time.monotonic() >= self._next_flush or session.step == session.steps:
                     self._flush(wait=session.step == session.steps)
+                    self._save_again_if_failed()
                 self._stop_if_asked(received)
                 self._validate_if_due()
                 is_due = session.step % config.checkpoint_interval == 0 or session.step in config.keep_checkpoints_at
@@ -321,6 +322,11 @@ class Recorder:
                 self.writer.wait()
         if wait:
             self._session.world.wait()
+
+    def _save_again_if_failed(self) -> None:
+        """A checkpoint that could not be written is missed soon, not when the next one is due."""
+        if self.writer is not None and self.writer.has_failed:
+            self._save(wait=False)
 
     def _flush(self, *, wait: bool) -> None:
         """Read what has arrived from the device, and show it; with `wait`, all of it."""

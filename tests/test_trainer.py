@@ -485,6 +485,48 @@ def test_a_checkpoint_that_cannot_be_written_is_told(train, tmp_path, monkeypatc
     assert "last checkpoint could not be written: OSError: [Errno 28] No space left" in caplog.text
 
 
+def wait_for_checkpoints(monkeypatch) -> None:
+    """Let each step end with no write under way."""
+    real = trainer.Recorder._stop_if_asked
+
+    def stop_if_asked(self, received):
+        if self.writer._thread is not None:
+            self.writer._thread.join()
+        real(self, received)
+
+    monkeypatch.setattr(trainer.Recorder, "_stop_if_asked", stop_if_asked)
+
+
+def test_a_failed_checkpoint_is_made_up_for_within_a_flush(train, tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(trainer, "FLUSH_SECONDS", 0.0)
+    wait_for_checkpoints(monkeypatch)
+    real, written = checkpoint.write, []
+
+    def write(folder, state, *world):
+        written.append(state.step)
+        if len(written) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(folder, state, *world)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    assert train(tiny_config(tokens=20 * 128, checkpoint_interval=4)).status == "finished"
+    assert written[0] == 4
+    assert written[1] in (5, 6)
+    assert written[-1] == 20
+    assert "a checkpoint could not be written: [Errno 28] No space left" in caplog.text
+
+
+def test_a_disk_that_stays_full_fails_the_run_long_before_the_next_checkpoint(train, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(trainer, "FLUSH_SECONDS", 0.0)
+    wait_for_checkpoints(monkeypatch)
+    slow_write(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(OSError, match="No space left"):
+        train(tiny_config(tokens=400 * 128, checkpoint_interval=200, keep_checkpoints_at=(4,)))
+    record = records.read(tmp_path / "records_dir" / "test" / "tiny")
+    assert (record.status, record.reason) == ("failed", "OSError: [Errno 28] No space left on device")
+    assert record.steps <= 6
+
+
 def stop_at(monkeypatch, step: int, number: int) -> None:
     """Send this process a signal while a step's batch is being loaded."""
     real = session.Session.take_step
