@@ -18,6 +18,7 @@ import argparse
 import collections
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -60,7 +61,7 @@ DIVERGED = 255
 DIVERGED_AFTER = 20
 """Skipped steps in a row after which a run has diverged."""
 FINAL_LOSS_ROWS = 20
-"""Logged rows that the final training loss is the mean of."""
+"""Logged rows of steps not skipped that the final training loss is the mean of."""
 WARMUP_ROWS = 5
 """Rows after a (re)start that the median step time leaves out: compilation and first touches."""
 SAMPLE_PROMPT_TOKENS = 16
@@ -79,7 +80,7 @@ class Interrupted(Exception):
 
 
 class Diverged(Exception):
-    """Every one of the last steps was skipped."""
+    """Every one of the last steps was skipped, or the final weights have no finite validation loss."""
 
 
 def train(
@@ -103,7 +104,8 @@ def train(
         OutOfMemory: a step does not fit the device's memory; the record's status is 'failed', and the reason names
             the micro-batch that would fit.
         Interrupted: a signal arrived; the record's status is 'interrupted'.
-        Diverged: the loss or gradient stayed non-finite; the record's status is 'diverged'.
+        Diverged: the loss or gradient stayed non-finite, or the final validation loss is; the record's status is
+            'diverged'.
         PeerFailed: another rank failed; the reason in the record is that rank's.
         Exception: anything else, after a record with status 'failed' and the reason.
     """
@@ -270,24 +272,52 @@ class Recorder:
 
     def _finish(self) -> None:
         session, record = self._session, self.record
-        averaged = session.validate_average()
+        by_domain = self._final_losses()
+        averaged = self._averaged_losses()
         with session.whole_weights() as model:
             if self._leads and not session.config.compact:
                 checkpoint.save_final(session.folder, model, session.config)
                 record.samples = self._samples(model)
         if not self._leads:
             return
-        last = session.validation[-len(session.dataset.weights) :]
-        by_domain = {row["domain"]: DomainLoss(loss=row["loss"], bits_per_byte=row["bits_per_byte"]) for row in last}
         record.final = FinalLosses(
-            train_loss=float(session.log.table()["loss"].tail(FINAL_LOSS_ROWS).mean()),
-            averaged=None if averaged is None else ValidationLosses(**self._weighted(averaged)),
+            train_loss=self._final_train_loss(),
+            averaged=averaged,
             **self._weighted(by_domain),
         )
         self._write("finished")
         if session.config.compact:
             checkpoint.discard(session.folder)
         self._report("done", now=True)
+
+    def _final_losses(self) -> dict[str, DomainLoss]:
+        """The last validation, by domain; all ranks have the same.
+
+        Raises:
+            Diverged: one of its losses is not finite: these weights are no result.
+        """
+        session = self._session
+        last = session.validation[-len(session.dataset.weights) :]
+        for row in last:
+            if not math.isfinite(row["loss"]):
+                raise Diverged(f"the validation loss of {row['domain']} after the last step is {row['loss']}")
+        return {row["domain"]: DomainLoss(loss=row["loss"], bits_per_byte=row["bits_per_byte"]) for row in last}
+
+    def _averaged_losses(self) -> ValidationLosses | None:
+        """Of the averaged weights, where an average is kept and its losses are finite."""
+        by_domain = self._session.validate_average()
+        if by_domain is None:
+            return None
+        if not all(math.isfinite(loss.loss) for loss in by_domain.values()):
+            log.warning("the averaged weights of %s have no finite validation loss", self._session.config.run)
+            return None
+        return ValidationLosses(**self._weighted(by_domain))
+
+    def _final_train_loss(self) -> float | None:
+        """Mean of the last losses that were learned from: the guard lets none through that is not finite."""
+        rows = self._session.log.table()
+        taken = rows.loc[~rows["skipped"], "loss"].tail(FINAL_LOSS_ROWS)
+        return None if taken.empty else float(taken.mean())
 
     def _weighted(self, by_domain: dict[str, DomainLoss]) -> dict[str, Any]:
         """Losses by domain and their means by the mixture's weights, as a record holds them."""

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fp8lab import checkpoint, metrics, records, session, spikes, trainer
+from fp8lab import checkpoint, guard, metrics, records, session, spikes, trainer
 from fp8lab.checkpoint import load_model
 from fp8lab.config import RECIPES, load_plan, parameter_count
 from fp8lab.errors import OutOfMemory, UserError
@@ -166,14 +166,14 @@ def test_clipping_limits_the_gradient_that_the_optimizer_sees(train, tmp_path) -
     assert norm == pytest.approx(0.1 * clip, rel=1e-4)
 
 
-def poison(monkeypatch, steps: set[int]) -> None:
-    """Make the loss of these steps not a number."""
+def poison(monkeypatch, steps: set[int], factor: float = math.nan) -> None:
+    """Make the loss of these steps not a number, or `factor` times what it is."""
     real, calls = session.training_loss, []
 
     def poisoned(*arguments):
         calls.append(1)
         objective, loss = real(*arguments)
-        return (objective * math.nan, loss * math.nan) if len(calls) in steps else (objective, loss)
+        return (objective * factor, loss * factor) if len(calls) in steps else (objective, loss)
 
     monkeypatch.setattr(session, "training_loss", poisoned)
 
@@ -218,6 +218,50 @@ def test_a_skipped_step_moves_no_scale_of_fused_even_where_its_gradients_are_fin
         assert record.stability.underflowing_steps == {}
     curves = [curve(tmp_path, run).drop(columns="grad_norm") for run in factor]
     pd.testing.assert_frame_equal(*curves, check_exact=True)
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf, -math.inf])
+def test_skipped_losses_are_no_part_of_the_final_one(train, tmp_path, monkeypatch, factor) -> None:
+    poison(monkeypatch, {15, 18}, factor)
+    record = train()
+    assert records.read(tmp_path / "records_dir" / "test" / "tiny") == record
+    table = curve(tmp_path)
+    taken = table[~table["step"].isin([15, 18])]
+    assert record.final.train_loss == pytest.approx(taken["loss"].mean())
+
+
+def test_a_skipped_outlier_is_no_part_of_the_final_loss(train, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(guard, "OUTLIER_WINDOW", 8)
+    poison(monkeypatch, {15}, 1e6)
+    record = train(tiny_config(optimizer={"peak_learning_rate": 1e-3, "skip_outliers": 8}))
+    assert record.stability.skipped_steps == 1
+    assert record.final.train_loss < 10
+
+
+def test_a_run_that_took_no_step_has_no_training_loss(train, tmp_path, monkeypatch) -> None:
+    poison(monkeypatch, {1, 2})
+    record = train(tiny_config(tokens=2 * 128))
+    assert (record.status, record.final.train_loss) == ("finished", None)
+    assert records.read(tmp_path / "records_dir" / "test" / "tiny") == record
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_weights_without_a_finite_validation_loss_are_a_divergence(train, tmp_path, monkeypatch, compact) -> None:
+    monkeypatch.setattr(session, "total_nats", lambda *_: torch.tensor(math.inf))
+    with pytest.raises(Diverged, match="the validation loss of odd after the last step is inf"):
+        train(tiny_config(compact=compact))
+    record = records.read(tmp_path / "records_dir" / "test" / "tiny")
+    assert (record.status, record.steps, record.final) == ("diverged", 20, None)
+    assert len(curve(tmp_path)) == 20
+
+
+def test_averaged_weights_without_a_finite_validation_loss_are_left_out(train, tmp_path, monkeypatch, caplog) -> None:
+    infinite = records.DomainLoss(loss=math.inf, bits_per_byte=math.inf)
+    monkeypatch.setattr(session.Session, "validate_average", lambda _: {"odd": infinite, "even": infinite})
+    record = train(tiny_config(average_half_life=0.1))
+    assert (record.status, record.final.averaged) == ("finished", None)
+    assert records.read(tmp_path / "records_dir" / "test" / "tiny") == record
+    assert "the averaged weights of tiny have no finite validation loss" in caplog.text
 
 
 class HostReads(TorchDispatchMode):
