@@ -150,8 +150,8 @@ class Stability(_Part):
 
 
 class Speed(_Part):
-    tokens_per_second_median: float
-    """From the median step, warm-up excluded."""
+    tokens_per_second_median: float | None
+    """From the median logged step, the warm-up after each start left out; None where no step is left."""
     tokens_per_second_end_to_end: float
     """All tokens over all wall time: data, validation, logging and checkpoints included."""
     bf16_mfu: float | None

@@ -37,7 +37,7 @@ from torch import distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from fp8lab import checkpoint, distributed, failures, flops, records
-from fp8lab.config import RunConfig, load_run, read_run_config
+from fp8lab.config import RunConfig, changed_fields, earlier_config, load_run, read_run_config
 from fp8lab.data import Loader, TokenDataset, load_mixture
 from fp8lab.distributed import ALONE, World
 from fp8lab.errors import UserError
@@ -93,7 +93,8 @@ def train(
 ) -> TrainRecord:
     """Train one run from where it stands: from nothing, from its newest good checkpoint, or from its end.
 
-    Writes the record to ``records_dir/<plan>/<run>/`` and weights to ``checkpoints_dir/<plan>/<run>/``.
+    Writes the record to ``records_dir/<plan>/<run>/`` and weights to ``checkpoints_dir/<plan>/<run>/``. Where both
+    are there and the record is finished, or it is and the run keeps no weights, nothing is changed.
 
     Returns:
         The finished run's record; on a rank other than the first, one without results.
@@ -131,6 +132,9 @@ def train(
         with shared_with_peers(folder, world, agreed=(UserError,)):
             session = Session(config, dataset, folder, world)
             session.resume()
+            finished = world.first(lambda: _finished_record(session, records_dir))
+            if finished is not None:
+                return finished
             recorder = Recorder(session, loader, records_dir, on_log)
         return recorder.run()
 
@@ -145,6 +149,23 @@ def open_data(config: RunConfig, data_dir: Path) -> tuple[TokenDataset, Loader]:
     seq_len = config.model.seq_len
     rows = config.global_batch_tokens // seq_len
     return dataset, Loader(dataset, seq_len=seq_len, seed=config.seed, global_batch_sequences=rows)
+
+
+def _finished_record(session: Session, records_dir: Path) -> TrainRecord | None:
+    """The record of the session's run, if there is nothing left to do: a damaged one is to be made anew."""
+    config = session.config
+    folder = records.record_dir(records_dir, config.plan, config.run)
+    has_weights = config.compact or (session.folder / checkpoint.MODEL_FILE).exists()
+    if not has_weights or not (folder / "record.json").exists():
+        return None
+    try:
+        record = records.read(folder)
+        before = earlier_config(record.config, str(folder))
+    except UserError:
+        return None
+    if not isinstance(record, TrainRecord) or record.status != "finished" or changed_fields(before, config):
+        return None
+    return record if record.provenance.data_sha256 == session.dataset.sha256 else None
 
 
 def _check_batch(config: RunConfig, world: World) -> None:
@@ -450,9 +471,9 @@ class Recorder:
         """Bring the record up to date: its tables first, so that a finished record.json says that all is there."""
         if not self._leads:
             return
-        session, record = self._session, self.record
+        record = self.record
         self._note(status, reason)
-        record.speed = self._speed(session.log.table())
+        record.speed = self._speed()
         record.stability = self._stability()
         self._write_tables()
         records.write(record, self._records_dir)
@@ -505,20 +526,29 @@ class Recorder:
         with contextlib.suppress(Exception):
             self._write("failed", reason)
 
-    def _speed(self, metrics: pd.DataFrame) -> Speed | None:
+    def _speed(self) -> Speed | None:
+        """As far as it has been measured; None before the first step."""
         session = self._session
-        warm = metrics[metrics["step"] > session.resumed_at + WARMUP_ROWS * session.config.log_interval]
-        if warm.empty:
+        if not session.own_tokens:
             return None
-        median = session.config.global_batch_tokens / warm["step_ms"].median() * 1e3
+        median, seconds = self._median_speed(), session.wall_seconds
         on_gpu = session.device.type == "cuda"
         return Speed(
             tokens_per_second_median=median,
-            tokens_per_second_end_to_end=session.own_tokens / session.wall_seconds,
-            bf16_mfu=flops.bf16_mfu(session.config.model, median, session.world.size) if on_gpu else None,
-            peak_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
-            wall_seconds=session.wall_seconds,
+            tokens_per_second_end_to_end=session.own_tokens / seconds,
+            bf16_mfu=flops.bf16_mfu(session.config.model, median, session.world.size) if median and on_gpu else None,
+            peak_memory_bytes=session.peak_memory_bytes,
+            wall_seconds=seconds,
         )
+
+    def _median_speed(self) -> float | None:
+        """Tokens per second of the median logged step, the first rows after each start left out."""
+        session = self._session
+        rows = session.log.table()
+        warmup = WARMUP_ROWS * session.config.log_interval
+        for start in session.starts:
+            rows = rows[(rows["step"] <= start) | (rows["step"] > start + warmup)]
+        return None if rows.empty else float(session.config.global_batch_tokens / rows["step_ms"].median() * 1e3)
 
 
 def _median(values: Sequence[float]) -> float:
@@ -619,7 +649,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     finally:
         distributed.part()
-    if record.final is not None:
+    if rank == 0 and record.final is not None:
         print(f"{record.plan}/{record.run}: validation loss {record.final.validation_loss:.4f} nats")
     return 0
 

@@ -781,11 +781,74 @@ def test_without_memory_for_the_optimizer_s_moments_the_run_says_so(train, tmp_p
     assert records.read(tmp_path / "records_dir" / "test" / "tiny").status == "failed"
 
 
-def test_training_a_finished_run_again_changes_no_result(train, tmp_path) -> None:
+def median_speed(root: Path, steps: list[int]) -> float:
+    """Tokens a second of the median of these steps of the run, 128 tokens each."""
+    table = records.read_table(root / "records_dir" / "test" / "tiny", "metrics").set_index("step")
+    return 128 / table.loc[steps, "step_ms"].median() * 1e3
+
+
+def test_a_run_s_speed_leaves_out_the_warm_up_after_every_start(train, tmp_path, monkeypatch) -> None:
+    for step in (8, 14):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step, signal.SIGTERM)
+            with pytest.raises(Interrupted):
+                train()
+    interrupted = records.read(tmp_path / "records_dir" / "test" / "tiny").speed
+    speed = train().speed
+    assert speed.tokens_per_second_median == pytest.approx(median_speed(tmp_path, [6, 7, 8, 14, 20]))
+    assert speed.wall_seconds > interrupted.wall_seconds
+    assert speed.tokens_per_second_end_to_end == pytest.approx(20 * 128 / speed.wall_seconds)
+
+
+def test_a_run_that_is_all_warm_up_still_has_its_time(train) -> None:
+    speed = train(tiny_config(tokens=3 * 128)).speed
+    assert speed.tokens_per_second_median is None
+    assert speed.wall_seconds > 0
+    assert speed.tokens_per_second_end_to_end == pytest.approx(3 * 128 / speed.wall_seconds)
+
+
+def test_a_checkpoint_that_does_not_say_when_processes_started_resumes(train, tmp_path, monkeypatch) -> None:
+    stop_at(monkeypatch, 12, signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        train()
+    path = tmp_path / "checkpoints_dir" / "test" / "tiny" / "step-00000012"
+    state = json.loads((path / "state.json").read_text())
+    del state["starts"], state["peak_memory_bytes"]
+    replace_file(path, "state.json", json.dumps(state).encode())
+    median = train().speed.tokens_per_second_median
+    assert median == pytest.approx(median_speed(tmp_path, [*range(6, 13), 18, 19, 20]))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_training_a_finished_run_again_changes_nothing(train, tmp_path, compact) -> None:
+    first = train(tiny_config(compact=compact))
+    before = files(tmp_path / "records_dir")
+    assert train(tiny_config(compact=compact)) == first
+    assert files(tmp_path / "records_dir") == before
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"{}")])
+def test_a_finished_run_s_record_that_is_lost_is_made_anew_with_its_speed(train, tmp_path, damage) -> None:
     first = train()
+    damage(tmp_path / "records_dir" / "test" / "tiny" / "record.json")
     again = train()
-    assert again.final == first.final
+    assert (again.status, again.final, again.stability) == ("finished", first.final, first.stability)
     assert again.provenance.started_utc == first.provenance.started_utc
+    assert again.speed.tokens_per_second_median == first.speed.tokens_per_second_median
+    assert again.speed.wall_seconds > first.speed.wall_seconds * 0.5
+
+
+def test_a_finished_run_whose_weights_are_gone_writes_them_again(train, tmp_path) -> None:
+    first = train()
+    weights = tmp_path / "checkpoints_dir" / "test" / "tiny" / "model.safetensors"
+    before = weights.read_bytes()
+    weights.unlink()
+    assert train().final == first.final
+    assert weights.read_bytes() == before
 
 
 def test_a_checkpoint_of_other_mixture_weights_is_refused(train, monkeypatch) -> None:
