@@ -119,7 +119,8 @@ class CheckpointWriter:
     """Writes a run's checkpoints in the background, one at a time.
 
     `save` queues copies of the state to the host and returns. Where the write before has failed, it writes the
-    newer state before it returns, and only raises where that fails too: a full disk may have room again.
+    newer state before it returns, and raises only where that fails too: a full disk may have room again. A checkpoint
+    that is to be kept has no substitute: the run that resumes from the one before comes by it once more.
     """
 
     def __init__(self, folder: Path, keep_at: Collection[int] = (), world: World = ALONE) -> None:
@@ -137,6 +138,7 @@ class CheckpointWriter:
         self._host = _HostMemory()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._step = 0
 
     @property
     def has_failed(self) -> bool:
@@ -147,9 +149,10 @@ class CheckpointWriter:
         """Snapshot `state` and start writing it; first waits for the write before.
 
         Raises:
-            OSError: the write before failed, and this one too.
+            OSError: the write before failed, and this one too or the one before has no substitute.
         """
         is_second_try = self._wait_or_warn()
+        self._step = state.step
         snapshot = dataclasses.replace(
             state,
             model=self._host.copy("model", state.model),
@@ -162,12 +165,12 @@ class CheckpointWriter:
             self.wait()
 
     def _wait_or_warn(self) -> bool:
-        """Wait for the write under way; True if it failed in a way that a second one may not."""
+        """Wait for the write under way; True if it failed and a newer state will do in its place."""
         try:
             self.wait()
         except OSError as error:
-            if self._world.size > 1:
-                # The ranks write a checkpoint together, and the others may still be at the one that failed.
+            # Ranks that write a checkpoint together may still be at the one that failed.
+            if self._world.size > 1 or self._step in self._keep_at:
                 raise
             log.warning("a checkpoint could not be written: %s; the state as it is now is tried instead", error)
             return True

@@ -532,6 +532,11 @@ class Session:
         # They are in place; this tells a recipe's state that it has changed.
         self.model.load_state_dict(model)
 
+    def _restore_measurements(self, facts: Mapping[str, Any]) -> None:
+        """What earlier processes measured of their speed; checkpoints from before it was kept say nothing of it."""
+        self._earlier_starts = facts.get("starts", [])
+        self._earlier_peak_memory_bytes = facts.get("peak_memory_bytes") or 0
+
     def _restore_history(self, state: checkpoint.History) -> None:
         rows = cast(list[dict[str, Any]], state.metrics.to_dict("records"))
         self.log = MetricsLog(self.device, self.config.global_batch_tokens, rows)
@@ -542,11 +547,6 @@ class Session:
         self._restore_measurements(state.facts)
         self.earlier_seconds = state.facts["wall_seconds"]
         self.started_utc = state.facts["started_utc"]
-
-    def _restore_measurements(self, facts: Mapping[str, Any]) -> None:
-        """What earlier processes measured of their speed; checkpoints from before it was kept say nothing of it."""
-        self._earlier_starts = facts.get("starts", [])
-        self._earlier_peak_memory_bytes = facts.get("peak_memory_bytes") or 0
 
     def _check_compatible(self, state: checkpoint.History, folder: Path, may_change: set[str]) -> None:
         before = earlier_config(state.facts["config"], f"{folder}: its checkpoint")

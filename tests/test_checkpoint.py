@@ -316,6 +316,15 @@ def test_a_second_failed_write_is_raised_at_once(tmp_path, monkeypatch) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000030"]
 
 
+def test_a_checkpoint_to_keep_that_could_not_be_written_is_not_passed_over(tmp_path, monkeypatch) -> None:
+    fail_first_writes(monkeypatch, 1)
+    writer = CheckpointWriter(tmp_path, keep_at={10})
+    writer.save(some_state(10))
+    with pytest.raises(OSError, match="No space left"):
+        writer.save(some_state(20))
+    assert list(tmp_path.iterdir()) == []
+
+
 def saved_model(folder: Path) -> GPT:
     folder.mkdir(exist_ok=True)
     model = GPT(tiny_model())
