@@ -118,8 +118,9 @@ def lock(folder: Path) -> Iterator[None]:
 class CheckpointWriter:
     """Writes a run's checkpoints in the background, one at a time.
 
-    `save` queues copies of the state to the host and returns; an error of a write is raised by the next
-    `save` or by `wait`.
+    `save` queues copies of the state to the host and returns. Where the write before has failed, it writes the
+    newer state before it returns, and raises only where that fails too: a full disk may have room again. A checkpoint
+    that is to be kept has no substitute: the run that resumes from the one before comes by it once more.
     """
 
     def __init__(self, folder: Path, keep_at: Collection[int] = (), world: World = ALONE) -> None:
@@ -137,10 +138,21 @@ class CheckpointWriter:
         self._host = _HostMemory()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._step = 0
+
+    @property
+    def has_failed(self) -> bool:
+        """True if the last write has ended in an error that nobody has been told of."""
+        return self._error is not None
 
     def save(self, state: TrainingState) -> None:
-        """Snapshot `state` and start writing it; first waits for the write before."""
-        self.wait()
+        """Snapshot `state` and start writing it; first waits for the write before.
+
+        Raises:
+            OSError: the write before failed, and this one too or the one before has no substitute.
+        """
+        is_second_try = self._wait_or_warn()
+        self._step = state.step
         snapshot = dataclasses.replace(
             state,
             model=self._host.copy("model", state.model),
@@ -149,6 +161,20 @@ class CheckpointWriter:
         )
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
         self._thread.start()
+        if is_second_try:
+            self.wait()
+
+    def _wait_or_warn(self) -> bool:
+        """Wait for the write under way; True if it failed and a newer state will do in its place."""
+        try:
+            self.wait()
+        except OSError as error:
+            # Ranks that write a checkpoint together may still be at the one that failed.
+            if self._world.size > 1 or self._step in self._keep_at:
+                raise
+            log.warning("a checkpoint could not be written: %s; the state as it is now is tried instead", error)
+            return True
+        return False
 
     def wait(self) -> None:
         """Wait for the write under way.

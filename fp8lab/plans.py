@@ -200,7 +200,8 @@ def _status_row(plan: str, run: str, records_dir: Path, checkpoints_dir: Path) -
         speed = "" if progress.tokens_per_second is None else f"{progress.tokens_per_second:,.0f}"
         return plan, run, status, f"{progress.step}/{progress.steps}", loss, speed, detail
     loss = f"{record.final.validation_loss:.4f}" if record.final else ""
-    speed = f"{record.speed.tokens_per_second_median:,.0f}" if record.speed else ""
+    median = record.speed.tokens_per_second_median if record.speed else None
+    speed = "" if median is None else f"{median:,.0f}"
     return plan, run, record.status, str(record.steps), loss, speed, record.reason or ""
 
 

@@ -121,10 +121,10 @@ class ValidationLosses(_Part):
 
 
 class FinalLosses(ValidationLosses):
-    train_loss: float
-    """Nats a token, mean of the last logged steps (at most 20)."""
+    train_loss: float | None
+    """Nats a token, mean of the last logged steps that were not skipped (at most 20); None where all were."""
     averaged: ValidationLosses | None = None
-    """Of the moving average of the weights, where one was kept."""
+    """Of the moving average of the weights, where one was kept and its losses are finite."""
 
 
 class Stability(_Part):
@@ -150,8 +150,8 @@ class Stability(_Part):
 
 
 class Speed(_Part):
-    tokens_per_second_median: float
-    """From the median step, warm-up excluded."""
+    tokens_per_second_median: float | None
+    """From the median logged step, the warm-up after each start left out; None where no step is left."""
     tokens_per_second_end_to_end: float
     """All tokens over all wall time: data, validation, logging and checkpoints included."""
     bf16_mfu: float | None
@@ -378,10 +378,20 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write(record: Record, records_dir: Path) -> Path:
-    """Write ``record.json`` and return the record's folder."""
+    """Write ``record.json`` and return the record's folder.
+
+    Raises:
+        ValueError: it could not be read again, for example for a number that is not finite, which JSON cannot hold;
+            the file is as it was.
+    """
     folder = record_dir(records_dir, record.plan, record.run)
+    path = folder / "record.json"
     content = record.model_dump_json(by_alias=True, indent=2)
-    write_atomically(folder / "record.json", content.encode() + b"\n")
+    try:
+        _RECORD.validate_json(content)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_first_problem(error)}; is it a number that is not finite?") from None
+    write_atomically(path, content.encode() + b"\n")
     return folder
 
 
@@ -401,9 +411,13 @@ def read(folder: Path) -> Record:
     try:
         return _RECORD.validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "(top level)"
-        raise UserError(f"{path}: {field}: {first['msg']}") from None
+        raise UserError(f"{path}: {_first_problem(error)}") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"]) or "(top level)"
+    return f"{field}: {first['msg']}"
 
 
 def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:

@@ -208,6 +208,8 @@ class Session:
         self.step = 0
         self.resumed_at = 0
         self.earlier_seconds = 0.0
+        self._earlier_starts: list[int] = []
+        self._earlier_peak_memory_bytes = 0
         self.started_utc: str | None = None
         self.began = time.perf_counter()
         self.is_compiled = False
@@ -254,8 +256,24 @@ class Session:
     @property
     def own_tokens(self) -> int:
         """Tokens trained on by this run itself, those of a branch's parent left out."""
-        parent = self.config.parent
-        return self.tokens - (parent.step * self.config.global_batch_tokens if parent else 0)
+        return self.tokens - self._first_step * self.config.global_batch_tokens
+
+    @property
+    def _first_step(self) -> int:
+        """Steps done when the run began: those of a branch's parent."""
+        return self.config.parent.step if self.config.parent else 0
+
+    @property
+    def starts(self) -> list[int]:
+        """Steps done whenever a process took up the run, the first one included."""
+        return sorted({self._first_step, *self._earlier_starts, self.resumed_at})
+
+    @property
+    def peak_memory_bytes(self) -> int | None:
+        """The most that a process of the run has allocated on this rank's GPU; None off the GPU."""
+        if self.device.type != "cuda":
+            return None
+        return max(self._earlier_peak_memory_bytes, torch.cuda.max_memory_allocated())
 
     @property
     def wall_seconds(self) -> float:
@@ -458,6 +476,8 @@ class Session:
                 "mixture_weights": self.dataset.weights,
                 "wall_seconds": self.wall_seconds,
                 "started_utc": self.started_utc,
+                "starts": self.starts,
+                "peak_memory_bytes": self.peak_memory_bytes,
                 "spikes": asdict(self.spikes),
             },
         )
@@ -511,6 +531,11 @@ class Session:
         # They are in place; this tells a recipe's state that it has changed.
         self.model.load_state_dict(model)
 
+    def _restore_measurements(self, facts: Mapping[str, Any]) -> None:
+        """What earlier processes measured of their speed; checkpoints from before it was kept say nothing of it."""
+        self._earlier_starts = facts.get("starts", [])
+        self._earlier_peak_memory_bytes = facts.get("peak_memory_bytes") or 0
+
     def _restore_history(self, state: checkpoint.History) -> None:
         rows = cast(list[dict[str, Any]], state.metrics.to_dict("records"))
         self.log = MetricsLog(self.device, self.config.global_batch_tokens, rows)
@@ -518,6 +543,7 @@ class Session:
         self.health = HealthLog(self.device, state.health)
         self.spikes = _spikes_of(state)
         self.step = self.resumed_at = state.step
+        self._restore_measurements(state.facts)
         self.earlier_seconds = state.facts["wall_seconds"]
         self.started_utc = state.facts["started_utc"]
 

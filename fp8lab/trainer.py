@@ -18,6 +18,7 @@ import argparse
 import collections
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -36,7 +37,7 @@ from torch import distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from fp8lab import checkpoint, distributed, failures, flops, records
-from fp8lab.config import RunConfig, load_run, read_run_config
+from fp8lab.config import RunConfig, changed_fields, earlier_config, load_run, read_run_config
 from fp8lab.data import Loader, TokenDataset, load_mixture
 from fp8lab.distributed import ALONE, World
 from fp8lab.errors import UserError
@@ -60,7 +61,7 @@ DIVERGED = 255
 DIVERGED_AFTER = 20
 """Skipped steps in a row after which a run has diverged."""
 FINAL_LOSS_ROWS = 20
-"""Logged rows that the final training loss is the mean of."""
+"""Logged rows of steps not skipped that the final training loss is the mean of."""
 WARMUP_ROWS = 5
 """Rows after a (re)start that the median step time leaves out: compilation and first touches."""
 SAMPLE_PROMPT_TOKENS = 16
@@ -79,7 +80,7 @@ class Interrupted(Exception):
 
 
 class Diverged(Exception):
-    """Every one of the last steps was skipped."""
+    """Every one of the last steps was skipped, or the final weights have no finite validation loss."""
 
 
 def train(
@@ -92,7 +93,8 @@ def train(
 ) -> TrainRecord:
     """Train one run from where it stands: from nothing, from its newest good checkpoint, or from its end.
 
-    Writes the record to ``records_dir/<plan>/<run>/`` and weights to ``checkpoints_dir/<plan>/<run>/``.
+    Writes the record to ``records_dir/<plan>/<run>/`` and weights to ``checkpoints_dir/<plan>/<run>/``. Where both
+    are there and the record is finished, or it is and the run keeps no weights, nothing is changed.
 
     Returns:
         The finished run's record; on a rank other than the first, one without results.
@@ -103,7 +105,8 @@ def train(
         OutOfMemory: a step does not fit the device's memory; the record's status is 'failed', and the reason names
             the micro-batch that would fit.
         Interrupted: a signal arrived; the record's status is 'interrupted'.
-        Diverged: the loss or gradient stayed non-finite; the record's status is 'diverged'.
+        Diverged: the loss or gradient stayed non-finite, or the final validation loss is; the record's status is
+            'diverged'.
         PeerFailed: another rank failed; the reason in the record is that rank's.
         Exception: anything else, after a record with status 'failed' and the reason.
     """
@@ -129,6 +132,9 @@ def train(
         with shared_with_peers(folder, world, agreed=(UserError,)):
             session = Session(config, dataset, folder, world)
             session.resume()
+            finished = world.first(lambda: _finished_record(session, records_dir))
+            if finished is not None:
+                return finished
             recorder = Recorder(session, loader, records_dir, on_log)
         return recorder.run()
 
@@ -143,6 +149,23 @@ def open_data(config: RunConfig, data_dir: Path) -> tuple[TokenDataset, Loader]:
     seq_len = config.model.seq_len
     rows = config.global_batch_tokens // seq_len
     return dataset, Loader(dataset, seq_len=seq_len, seed=config.seed, global_batch_sequences=rows)
+
+
+def _finished_record(session: Session, records_dir: Path) -> TrainRecord | None:
+    """The record of the session's run, if there is nothing left to do: a damaged one is to be made anew."""
+    config = session.config
+    folder = records.record_dir(records_dir, config.plan, config.run)
+    has_weights = config.compact or (session.folder / checkpoint.MODEL_FILE).exists()
+    if not has_weights or not (folder / "record.json").exists():
+        return None
+    try:
+        record = records.read(folder)
+        before = earlier_config(record.config, str(folder))
+    except UserError:
+        return None
+    if not isinstance(record, TrainRecord) or record.status != "finished" or changed_fields(before, config):
+        return None
+    return record if record.provenance.data_sha256 == session.dataset.sha256 else None
 
 
 def _check_batch(config: RunConfig, world: World) -> None:
@@ -204,7 +227,8 @@ class Recorder:
                 self._write("running")
                 with stop_signals() as received:
                     self._loop(received)
-                self._finish()
+                    # A signal that comes now is too late to stop the run: it lets it finish.
+                    self._finish()
         except Interrupted as error:
             self._write("interrupted", str(error))
             session.world.wait()
@@ -234,14 +258,16 @@ class Recorder:
     def _loop(self, received: list[int]) -> None:
         session, config = self._session, self._session.config
         self._report("training", now=True)
+        # A stop comes before the validation that was due after the same step: it is made up for here.
+        self._validate_if_due()
         with _prefetched(self._loader, session) as batches:
             for batch in batches:
                 session.take_step(batch)
                 if time.monotonic() >= self._next_flush or session.step == session.steps:
-                    self._flush()
+                    self._flush(wait=session.step == session.steps)
+                    self._save_again_if_failed()
                 self._stop_if_asked(received)
-                if config.validation_interval and session.step % config.validation_interval == 0:
-                    self._validate()
+                self._validate_if_due()
                 is_due = session.step % config.checkpoint_interval == 0 or session.step in config.keep_checkpoints_at
                 if is_due and session.step < session.steps:
                     self._save(wait=False)
@@ -256,6 +282,9 @@ class Recorder:
         """What one rank has seen, a signal or divergence, stops all of them after the same step."""
         session = self._session
         stop = session.world.largest(DIVERGED if self._diverged else received[0] if received else 0)
+        if stop:
+            # The steps that it stops after are what a reader of the record wants to see.
+            self._flush(wait=True)
         if stop == DIVERGED:
             raise Diverged(self._divergence())
         if stop:
@@ -264,24 +293,52 @@ class Recorder:
 
     def _finish(self) -> None:
         session, record = self._session, self.record
-        averaged = session.validate_average()
+        by_domain = self._final_losses()
+        averaged = self._averaged_losses()
         with session.whole_weights() as model:
             if self._leads and not session.config.compact:
                 checkpoint.save_final(session.folder, model, session.config)
                 record.samples = self._samples(model)
         if not self._leads:
             return
-        last = session.validation[-len(session.dataset.weights) :]
-        by_domain = {row["domain"]: DomainLoss(loss=row["loss"], bits_per_byte=row["bits_per_byte"]) for row in last}
         record.final = FinalLosses(
-            train_loss=float(session.log.table()["loss"].tail(FINAL_LOSS_ROWS).mean()),
-            averaged=None if averaged is None else ValidationLosses(**self._weighted(averaged)),
+            train_loss=self._final_train_loss(),
+            averaged=averaged,
             **self._weighted(by_domain),
         )
         self._write("finished")
         if session.config.compact:
             checkpoint.discard(session.folder)
         self._report("done", now=True)
+
+    def _final_losses(self) -> dict[str, DomainLoss]:
+        """The last validation, by domain; all ranks have the same.
+
+        Raises:
+            Diverged: one of its losses is not finite: these weights are no result.
+        """
+        session = self._session
+        last = session.validation[-len(session.dataset.weights) :]
+        for row in last:
+            if not math.isfinite(row["loss"]):
+                raise Diverged(f"the validation loss of {row['domain']} after the last step is {row['loss']}")
+        return {row["domain"]: DomainLoss(loss=row["loss"], bits_per_byte=row["bits_per_byte"]) for row in last}
+
+    def _averaged_losses(self) -> ValidationLosses | None:
+        """Of the averaged weights, where an average is kept and its losses are finite."""
+        by_domain = self._session.validate_average()
+        if by_domain is None:
+            return None
+        if not all(math.isfinite(loss.loss) for loss in by_domain.values()):
+            log.warning("the averaged weights of %s have no finite validation loss", self._session.config.run)
+            return None
+        return ValidationLosses(**self._weighted(by_domain))
+
+    def _final_train_loss(self) -> float | None:
+        """Mean of the last losses that were learned from: the guard lets none through that is not finite."""
+        rows = self._session.log.table()
+        taken = rows.loc[~rows["skipped"], "loss"].tail(FINAL_LOSS_ROWS)
+        return None if taken.empty else float(taken.mean())
 
     def _weighted(self, by_domain: dict[str, DomainLoss]) -> dict[str, Any]:
         """Losses by domain and their means by the mixture's weights, as a record holds them."""
@@ -291,6 +348,12 @@ class Recorder:
             "bits_per_byte": sum(weights[domain] * loss.bits_per_byte for domain, loss in by_domain.items()),
             "by_domain": by_domain,
         }
+
+    def _validate_if_due(self) -> None:
+        """Validate every `validation_interval` of the run's own steps, once."""
+        session, interval = self._session, self._session.config.validation_interval
+        if interval and session.step % interval == 0 and session.own_tokens and not session.validated():
+            self._validate()
 
     def _validate(self) -> None:
         self._report("validating", now=True)
@@ -311,10 +374,16 @@ class Recorder:
         if wait:
             self._session.world.wait()
 
-    def _flush(self) -> None:
+    def _save_again_if_failed(self) -> None:
+        """A checkpoint that could not be written is missed soon, not when the next one is due."""
+        if self.writer is not None and self.writer.has_failed:
+            self._save(wait=False)
+
+    def _flush(self, *, wait: bool) -> None:
+        """Read what has arrived from the device, and show it; with `wait`, all of it."""
         self._next_flush = time.monotonic() + FLUSH_SECONDS
         session = self._session
-        session.flush(wait=session.step == session.steps)
+        session.flush(wait=wait)
         if self._events is not None:
             self._events.add_metrics(session.log.rows[self._rows_in_events :])
         self._rows_in_events = len(session.log.rows)
@@ -399,20 +468,30 @@ class Recorder:
         )
 
     def _write(self, status: records.Status, reason: str | None = None) -> None:
+        """Bring the record up to date: its tables first, so that a finished record.json says that all is there."""
         if not self._leads:
             return
+        record = self.record
+        self._note(status, reason)
+        record.speed = self._speed()
+        record.stability = self._stability()
+        self._write_tables()
+        records.write(record, self._records_dir)
+
+    def _note(self, status: records.Status, reason: str | None) -> None:
+        """What the host knows of the run, into the record."""
         session, record = self._session, self.record
-        # What the host knows comes first: reading from a device that has failed ends here.
         record.status, record.reason = status, reason
         record.steps, record.tokens = session.step, session.tokens
         record.flops = records.Flops(**flops.flops_record(session.config.model, session.tokens))
         record.provenance.ended_utc = records.utc_now()
         record.provenance.epochs = self._loader.epochs(session.step)
-        metrics = session.log.table()
-        record.speed = self._speed(metrics)
-        record.stability = self._stability()
-        folder = records.write(record, self._records_dir)
-        records.write_table(folder, "metrics", metrics)
+
+    def _write_tables(self) -> None:
+        """Every row that has arrived on the host."""
+        session = self._session
+        folder = records.record_dir(self._records_dir, session.config.plan, session.config.run)
+        records.write_table(folder, "metrics", session.log.table())
         records.write_table(folder, "validation", session.validation_table())
         health = session.health.table()
         if not health.empty:
@@ -435,29 +514,41 @@ class Recorder:
         )
 
     def _write_failure(self, reason: str) -> None:
-        """Record the failure as fully as what failed allows."""
-        try:
+        """Record the failure, then as much of the run as what failed allows."""
+        if not self._leads:
+            return
+        # Each part by itself: the device may never answer again, or the disk may be what failed.
+        self._note("failed", reason)
+        with contextlib.suppress(OSError):
+            records.write(self.record, self._records_dir)
+        with contextlib.suppress(OSError):
+            self._write_tables()
+        with contextlib.suppress(Exception):
             self._write("failed", reason)
-        except Exception:
-            # The device or the disk may be what failed: then what the host knows, where it can be written.
-            with contextlib.suppress(OSError):
-                if self._leads:
-                    records.write(self.record, self._records_dir)
 
-    def _speed(self, metrics: pd.DataFrame) -> Speed | None:
+    def _speed(self) -> Speed | None:
+        """As far as it has been measured; None before the first step."""
         session = self._session
-        warm = metrics[metrics["step"] > session.resumed_at + WARMUP_ROWS * session.config.log_interval]
-        if warm.empty:
+        if not session.own_tokens:
             return None
-        median = session.config.global_batch_tokens / warm["step_ms"].median() * 1e3
+        median, seconds = self._median_speed(), session.wall_seconds
         on_gpu = session.device.type == "cuda"
         return Speed(
             tokens_per_second_median=median,
-            tokens_per_second_end_to_end=session.own_tokens / session.wall_seconds,
-            bf16_mfu=flops.bf16_mfu(session.config.model, median, session.world.size) if on_gpu else None,
-            peak_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
-            wall_seconds=session.wall_seconds,
+            tokens_per_second_end_to_end=session.own_tokens / seconds,
+            bf16_mfu=flops.bf16_mfu(session.config.model, median, session.world.size) if median and on_gpu else None,
+            peak_memory_bytes=session.peak_memory_bytes,
+            wall_seconds=seconds,
         )
+
+    def _median_speed(self) -> float | None:
+        """Tokens per second of the median logged step, the first rows after each start left out."""
+        session = self._session
+        rows = session.log.table()
+        warmup = WARMUP_ROWS * session.config.log_interval
+        for start in session.starts:
+            rows = rows[(rows["step"] <= start) | (rows["step"] > start + warmup)]
+        return None if rows.empty else float(session.config.global_batch_tokens / rows["step_ms"].median() * 1e3)
 
 
 def _median(values: Sequence[float]) -> float:
@@ -558,7 +649,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     finally:
         distributed.part()
-    if record.final is not None:
+    if rank == 0 and record.final is not None:
         print(f"{record.plan}/{record.run}: validation loss {record.final.validation_loss:.4f} nats")
     return 0
 

@@ -282,6 +282,49 @@ def test_a_failed_write_is_raised_and_leaves_what_was_there(tmp_path, monkeypatc
     assert load_latest(tmp_path).step == 10
 
 
+def fail_first_writes(monkeypatch, count: int) -> None:
+    """Let there be no room on the disk for the first `count` checkpoints."""
+    real, calls = checkpoint.write, []
+
+    def write(*arguments):
+        calls.append(1)
+        if len(calls) <= count:
+            raise OSError(28, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+
+
+def test_after_a_failed_write_the_newer_state_is_tried_once(tmp_path, monkeypatch, caplog) -> None:
+    fail_first_writes(monkeypatch, 1)
+    writer = CheckpointWriter(tmp_path)
+    writer.save(some_state(10))
+    writer.save(some_state(20))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000020"]
+    assert "No space left" in caplog.text
+    writer.wait()
+
+
+def test_a_second_failed_write_is_raised_at_once(tmp_path, monkeypatch) -> None:
+    fail_first_writes(monkeypatch, 2)
+    writer = CheckpointWriter(tmp_path)
+    writer.save(some_state(10))
+    with pytest.raises(OSError, match="No space left"):
+        writer.save(some_state(20))
+    writer.save(some_state(30))
+    writer.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000030"]
+
+
+def test_a_checkpoint_to_keep_that_could_not_be_written_is_not_passed_over(tmp_path, monkeypatch) -> None:
+    fail_first_writes(monkeypatch, 1)
+    writer = CheckpointWriter(tmp_path, keep_at={10})
+    writer.save(some_state(10))
+    with pytest.raises(OSError, match="No space left"):
+        writer.save(some_state(20))
+    assert list(tmp_path.iterdir()) == []
+
+
 def saved_model(folder: Path) -> GPT:
     folder.mkdir(exist_ok=True)
     model = GPT(tiny_model())

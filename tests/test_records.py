@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from pathlib import Path
 
@@ -63,6 +64,18 @@ def test_only_complete_files_are_left_behind(tmp_path: Path) -> None:
     folder = records.write(started(), tmp_path)
     records.write_table(folder, "metrics", metrics())
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.parquet", "record.json"]
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_record_that_could_not_be_read_is_not_written(tmp_path: Path, value: float) -> None:
+    record = started()
+    folder = records.write(record, tmp_path)
+    broken = record.model_copy(deep=True)
+    broken.stability = records.Stability(spike_score=value, skipped_steps=0, first_bad_step=None, first_bad_layer=None)
+    with pytest.raises(ValueError, match=r"p/r/record\.json: train\.stability\.spike_score: .* not finite"):
+        records.write(broken, tmp_path)
+    assert records.read(folder) == record
+    assert [path.name for path in folder.iterdir()] == ["record.json"]
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100, -2])

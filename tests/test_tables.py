@@ -372,7 +372,9 @@ def test_drift_is_of_the_last_round_over_the_first(tmp_path: Path) -> None:
 
 
 def test_scaling_out_compares_with_as_many_times_one_gpu(tmp_path: Path) -> None:
-    for count, sharding, tokens_per_second in ((1, "ddp", 100.0), (2, "fsdp", 150.0), (2, "ddp", 190.0)):
+    # The last was too short for its speed to be known.
+    runs = ((1, "ddp", 100.0), (2, "fsdp", 150.0), (2, "ddp", 190.0), (4, "ddp", None))
+    for count, sharding, tokens_per_second in runs:
         folder = write_run(tmp_path, "scaling-out", SIZES[0], "bf16", device_name="NVIDIA H100 80GB HBM3")
         run = records.read(folder)
         assert isinstance(run, records.TrainRecord)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -9,6 +10,7 @@ import math
 import signal
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from safetensors.torch import load_file, save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fp8lab import checkpoint, records, session, spikes, trainer
+from fp8lab import checkpoint, guard, metrics, records, session, spikes, trainer
 from fp8lab.checkpoint import load_model
 from fp8lab.config import RECIPES, load_plan, parameter_count
 from fp8lab.errors import OutOfMemory, UserError
@@ -165,14 +167,14 @@ def test_clipping_limits_the_gradient_that_the_optimizer_sees(train, tmp_path) -
     assert norm == pytest.approx(0.1 * clip, rel=1e-4)
 
 
-def poison(monkeypatch, steps: set[int]) -> None:
-    """Make the loss of these steps not a number."""
+def poison(monkeypatch, steps: set[int], factor: float = math.nan) -> None:
+    """Make the loss of these steps not a number, or `factor` times what it is."""
     real, calls = session.training_loss, []
 
     def poisoned(*arguments):
         calls.append(1)
         objective, loss = real(*arguments)
-        return (objective * math.nan, loss * math.nan) if len(calls) in steps else (objective, loss)
+        return (objective * factor, loss * factor) if len(calls) in steps else (objective, loss)
 
     monkeypatch.setattr(session, "training_loss", poisoned)
 
@@ -229,6 +231,50 @@ def test_a_skipped_step_moves_no_scale_of_fused_even_where_its_gradients_are_fin
         assert record.stability.underflowing_steps == {}
     curves = [curve(tmp_path, run).drop(columns="grad_norm") for run in factor]
     pd.testing.assert_frame_equal(*curves, check_exact=True)
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf, -math.inf])
+def test_skipped_losses_are_no_part_of_the_final_one(train, tmp_path, monkeypatch, factor) -> None:
+    poison(monkeypatch, {15, 18}, factor)
+    record = train()
+    assert records.read(tmp_path / "records_dir" / "test" / "tiny") == record
+    table = curve(tmp_path)
+    taken = table[~table["step"].isin([15, 18])]
+    assert record.final.train_loss == pytest.approx(taken["loss"].mean())
+
+
+def test_a_skipped_outlier_is_no_part_of_the_final_loss(train, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(guard, "OUTLIER_WINDOW", 8)
+    poison(monkeypatch, {15}, 1e6)
+    record = train(tiny_config(optimizer={"peak_learning_rate": 1e-3, "skip_outliers": 8}))
+    assert record.stability.skipped_steps == 1
+    assert record.final.train_loss < 10
+
+
+def test_a_run_that_took_no_step_has_no_training_loss(train, tmp_path, monkeypatch) -> None:
+    poison(monkeypatch, {1, 2})
+    record = train(tiny_config(tokens=2 * 128))
+    assert (record.status, record.final.train_loss) == ("finished", None)
+    assert records.read(tmp_path / "records_dir" / "test" / "tiny") == record
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_weights_without_a_finite_validation_loss_are_a_divergence(train, tmp_path, monkeypatch, compact) -> None:
+    monkeypatch.setattr(session, "total_nats", lambda *_: torch.tensor(math.inf))
+    with pytest.raises(Diverged, match="the validation loss of odd after the last step is inf"):
+        train(tiny_config(compact=compact))
+    record = records.read(tmp_path / "records_dir" / "test" / "tiny")
+    assert (record.status, record.steps, record.final) == ("diverged", 20, None)
+    assert len(curve(tmp_path)) == 20
+
+
+def test_averaged_weights_without_a_finite_validation_loss_are_left_out(train, tmp_path, monkeypatch, caplog) -> None:
+    infinite = records.DomainLoss(loss=math.inf, bits_per_byte=math.inf)
+    monkeypatch.setattr(session.Session, "validate_average", lambda _: {"odd": infinite, "even": infinite})
+    record = train(tiny_config(average_half_life=0.1))
+    assert (record.status, record.final.averaged) == ("finished", None)
+    assert records.read(tmp_path / "records_dir" / "test" / "tiny") == record
+    assert "the averaged weights of tiny have no finite validation loss" in caplog.text
 
 
 class HostReads(TorchDispatchMode):
@@ -352,6 +398,34 @@ def test_a_run_that_stays_non_finite_stops_as_diverged_and_names_the_layer(
     )
 
 
+def arrive_late(monkeypatch) -> None:
+    """Let numbers come to the host as a GPU's do: what one flush asks for, the next one has."""
+    real = metrics.Arrivals.flush
+
+    def flush(self, *, wait):
+        if wait:
+            return real(self, wait=True)
+        arrived, pending = self._collect(), self._pending
+        if pending:
+            self._arriving = ([entry for entry, _ in pending], torch.stack([values for _, values in pending]), None)
+            self._pending = []
+        return arrived
+
+    monkeypatch.setattr(metrics.Arrivals, "flush", flush)
+
+
+def test_a_diverged_run_s_table_goes_on_to_its_last_step(train, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(trainer, "FLUSH_SECONDS", 0.0)
+    arrive_late(monkeypatch)
+    poison(monkeypatch, set(range(7, 1000)))
+    with pytest.raises(Diverged):
+        train(tiny_config(tokens=100 * 128))
+    record = records.read(tmp_path / "records_dir" / "test" / "tiny")
+    table = curve(tmp_path)
+    assert table["step"].tolist() == list(range(1, record.steps + 1))
+    assert table["skipped"].sum() == record.stability.skipped_steps
+
+
 def test_a_divergence_is_told_from_a_bad_step_long_before_it(train, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(trainer, "FLUSH_SECONDS", 0.0)
     real, calls = session.training_loss, []
@@ -438,6 +512,32 @@ def test_a_device_that_dies_leaves_a_failed_record_with_the_reason(train, tmp_pa
     assert record.reason == "RuntimeError: CUDA error: device-side assert triggered"
 
 
+def test_a_failure_is_recorded_before_a_device_is_asked_that_never_answers(train, tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "records_dir" / "test" / "tiny"
+    seen = []
+
+    class SilentDevice:
+        def __getattr__(self, name):
+            # Here the process would wait for ever, until it is killed.
+            seen.append((records.read(folder).status, records.read(folder).reason, len(curve(tmp_path))))
+            raise RuntimeError("killed")
+
+    real = session.Session.take_step
+
+    def take_step(self, batch):
+        if self.step == 5:
+            self.flush(wait=True)
+            self.guard = SilentDevice()
+            raise RuntimeError("Connection closed by peer")
+        real(self, batch)
+
+    monkeypatch.setattr(session.Session, "take_step", take_step)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        train()
+    assert set(seen) == {("failed", "RuntimeError: Connection closed by peer", 5)}
+    assert records.read(folder).steps == 5
+
+
 def slow_write(monkeypatch, error: OSError | None = None) -> None:
     """Make every checkpoint take a while to write, then fail with `error` if there is one."""
     real = checkpoint.write
@@ -485,6 +585,48 @@ def test_a_checkpoint_that_cannot_be_written_is_told(train, tmp_path, monkeypatc
         train(tiny_config(run="failed", checkpoint_interval=4))
     assert "ValueError" in records.read(tmp_path / "records_dir" / "test" / "failed").reason
     assert "last checkpoint could not be written: OSError: [Errno 28] No space left" in caplog.text
+
+
+def wait_for_checkpoints(monkeypatch) -> None:
+    """Let each step end with no write under way."""
+    real = trainer.Recorder._stop_if_asked
+
+    def stop_if_asked(self, received):
+        if self.writer._thread is not None:
+            self.writer._thread.join()
+        real(self, received)
+
+    monkeypatch.setattr(trainer.Recorder, "_stop_if_asked", stop_if_asked)
+
+
+def test_a_failed_checkpoint_is_made_up_for_within_a_flush(train, tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(trainer, "FLUSH_SECONDS", 0.0)
+    wait_for_checkpoints(monkeypatch)
+    real, written = checkpoint.write, []
+
+    def write(folder, state, *world):
+        written.append(state.step)
+        if len(written) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(folder, state, *world)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    assert train(tiny_config(tokens=20 * 128, checkpoint_interval=4)).status == "finished"
+    assert written[0] == 4
+    assert written[1] in (5, 6)
+    assert written[-1] == 20
+    assert "a checkpoint could not be written: [Errno 28] No space left" in caplog.text
+
+
+def test_a_disk_that_stays_full_fails_the_run_long_before_the_next_checkpoint(train, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(trainer, "FLUSH_SECONDS", 0.0)
+    wait_for_checkpoints(monkeypatch)
+    slow_write(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(OSError, match="No space left"):
+        train(tiny_config(tokens=100 * 128, checkpoint_interval=40))
+    record = records.read(tmp_path / "records_dir" / "test" / "tiny")
+    assert (record.status, record.reason) == ("failed", "OSError: [Errno 28] No space left on device")
+    assert record.steps <= 42
 
 
 def stop_at(monkeypatch, step: int, number: int) -> None:
@@ -536,14 +678,64 @@ def test_a_run_continued_after_a_signal_is_the_uninterrupted_run(train, tmp_path
     assert weights[0] == weights[1]
 
 
+@pytest.mark.parametrize("step", [8, 16, 20])
+def test_a_stop_at_a_validation_loses_no_validation_and_makes_none_twice(train, tmp_path, monkeypatch, step) -> None:
+    config = {"validation_interval": 8, "tokens": 20 * 128}
+    train(tiny_config(run="whole", **config))
+    with monkeypatch.context() as patch:
+        stop_at(patch, step, signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            train(tiny_config(run="parts", **config))
+    train(tiny_config(run="parts", **config))
+    whole, parts = (
+        records.read_table(tmp_path / "records_dir" / "test" / run, "validation") for run in ("whole", "parts")
+    )
+    assert whole["step"].tolist() == [8, 8, 16, 16, 20, 20]
+    pd.testing.assert_frame_equal(whole, parts, check_exact=True)
+
+
+@contextlib.contextmanager
+def raising(number: int) -> Iterator[None]:
+    """Let a signal that nobody collects fail the test instead of ending the tests."""
+
+    def fail(*_) -> None:
+        raise AssertionError(f"{signal.Signals(number).name} was not collected")
+
+    before = signal.signal(number, fail)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_a_run_finishes_lets_it_finish(train, tmp_path, monkeypatch, number, compact) -> None:
+    real = session.Session.validate_average
+
+    def validate_average(self):
+        signal.raise_signal(number)
+        return real(self)
+
+    monkeypatch.setattr(session.Session, "validate_average", validate_average)
+    with raising(number):
+        record = train(tiny_config(tokens=128, compact=compact, average_half_life=0.1))
+    assert record.status == "finished"
+    assert record.final.averaged is not None
+    assert records.read(tmp_path / "records_dir" / "test" / "tiny") == record
+
+
 WSD = {"kind": "wsd", "warmup_fraction": 0.1, "decay_fraction": 0.25, "final_fraction": 0.0}
 
 
 def test_a_decay_branch_equals_the_run_of_that_length_and_costs_only_its_decay(train, tmp_path) -> None:
     # 40 steps: warm-up to 4, stable to 30, decay. The branch decays over steps 15 to 20.
     train(tiny_config(run="long", tokens=40 * 128, schedule=WSD, keep_checkpoints_at=(5, 15)))
-    branch = tiny_config(run="branch", schedule=WSD, parent={"run": "long", "step": 15})
+    branch = tiny_config(run="branch", schedule=WSD, parent={"run": "long", "step": 15}, validation_interval=5)
     record = train(branch)
+    # The parent's last step is the parent's to validate.
+    validation = records.read_table(tmp_path / "records_dir" / "test" / "branch", "validation")
+    assert validation["step"].tolist() == [20, 20]
     assert (record.parent.run, record.parent.step) == ("long", 15)
     assert (record.steps, record.tokens) == (20, 20 * 128)
     rows, long_rows = curve(tmp_path, "branch"), curve(tmp_path, "long")
@@ -681,11 +873,74 @@ def test_without_memory_for_the_optimizer_s_moments_the_run_says_so(train, tmp_p
     assert records.read(tmp_path / "records_dir" / "test" / "tiny").status == "failed"
 
 
-def test_training_a_finished_run_again_changes_no_result(train, tmp_path) -> None:
+def median_speed(root: Path, steps: list[int]) -> float:
+    """Tokens a second of the median of these steps of the run, 128 tokens each."""
+    table = records.read_table(root / "records_dir" / "test" / "tiny", "metrics").set_index("step")
+    return 128 / table.loc[steps, "step_ms"].median() * 1e3
+
+
+def test_a_run_s_speed_leaves_out_the_warm_up_after_every_start(train, tmp_path, monkeypatch) -> None:
+    for step in (8, 14):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step, signal.SIGTERM)
+            with pytest.raises(Interrupted):
+                train()
+    interrupted = records.read(tmp_path / "records_dir" / "test" / "tiny").speed
+    speed = train().speed
+    assert speed.tokens_per_second_median == pytest.approx(median_speed(tmp_path, [6, 7, 8, 14, 20]))
+    assert speed.wall_seconds > interrupted.wall_seconds
+    assert speed.tokens_per_second_end_to_end == pytest.approx(20 * 128 / speed.wall_seconds)
+
+
+def test_a_run_that_is_all_warm_up_still_has_its_time(train) -> None:
+    speed = train(tiny_config(tokens=3 * 128)).speed
+    assert speed.tokens_per_second_median is None
+    assert speed.wall_seconds > 0
+    assert speed.tokens_per_second_end_to_end == pytest.approx(3 * 128 / speed.wall_seconds)
+
+
+def test_a_checkpoint_that_does_not_say_when_processes_started_resumes(train, tmp_path, monkeypatch) -> None:
+    stop_at(monkeypatch, 12, signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        train()
+    path = tmp_path / "checkpoints_dir" / "test" / "tiny" / "step-00000012"
+    state = json.loads((path / "state.json").read_text())
+    del state["starts"], state["peak_memory_bytes"]
+    replace_file(path, "state.json", json.dumps(state).encode())
+    median = train().speed.tokens_per_second_median
+    assert median == pytest.approx(median_speed(tmp_path, [*range(6, 13), 18, 19, 20]))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_training_a_finished_run_again_changes_nothing(train, tmp_path, compact) -> None:
+    first = train(tiny_config(compact=compact))
+    before = files(tmp_path / "records_dir")
+    assert train(tiny_config(compact=compact)) == first
+    assert files(tmp_path / "records_dir") == before
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"{}")])
+def test_a_finished_run_s_record_that_is_lost_is_made_anew_with_its_speed(train, tmp_path, damage) -> None:
     first = train()
+    damage(tmp_path / "records_dir" / "test" / "tiny" / "record.json")
     again = train()
-    assert again.final == first.final
+    assert (again.status, again.final, again.stability) == ("finished", first.final, first.stability)
     assert again.provenance.started_utc == first.provenance.started_utc
+    assert again.speed.tokens_per_second_median == first.speed.tokens_per_second_median
+    assert again.speed.wall_seconds > first.speed.wall_seconds * 0.5
+
+
+def test_a_finished_run_whose_weights_are_gone_writes_them_again(train, tmp_path) -> None:
+    first = train()
+    weights = tmp_path / "checkpoints_dir" / "test" / "tiny" / "model.safetensors"
+    before = weights.read_bytes()
+    weights.unlink()
+    assert train().final == first.final
+    assert weights.read_bytes() == before
 
 
 def test_a_checkpoint_of_other_mixture_weights_is_refused(train, monkeypatch) -> None:

@@ -91,10 +91,11 @@ def _loss_point(run: Run, baseline: float) -> dict[str, object]:
         "seed": str(record.seed),
     }
     if record.speed and not record.emulated and record.speed.peak_memory_bytes:
-        shared = record.provenance.concurrent_runs
-        facts["tokens/s"] = f"{record.speed.tokens_per_second_median:,.0f}" + (
-            f", with {shared} runs on the GPU at once" if shared > 1 else ""
-        )
+        if record.speed.tokens_per_second_median is not None:
+            shared = record.provenance.concurrent_runs
+            facts["tokens/s"] = f"{record.speed.tokens_per_second_median:,.0f}" + (
+                f", with {shared} runs on the GPU at once" if shared > 1 else ""
+            )
         facts["peak memory"] = f"{record.speed.peak_memory_bytes / 2**30:.1f} GiB"
     facts |= {
         "device": record.provenance.device_name + (", FP8 emulated" if record.emulated else ""),

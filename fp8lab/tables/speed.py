@@ -112,13 +112,15 @@ def bound(sizes: Sequence[str]) -> pd.DataFrame:
 def scaling_out(runs: RunSet) -> pd.DataFrame:
     """Tokens/s of one to many GPUs; efficiency is over as many times one GPU's, same model and recipe."""
     timed = [(run, run.record.provenance.device_count, run.record.speed) for run in runs.runs]
-    alone = {(run.size, run.recipe): speed for run, count, speed in timed if speed and count == 1}
+    alone = {
+        (run.size, run.recipe): speed.tokens_per_second_median for run, count, speed in timed if speed and count == 1
+    }
     rows = []
     for run, count, speed in sorted(timed, key=lambda row: (row[0].parameters, row[0].recipe, row[1])):
-        if speed is None:
+        if speed is None or speed.tokens_per_second_median is None:
             continue
         one, memory = alone.get((run.size, run.recipe)), speed.peak_memory_bytes
-        efficiency = speed.tokens_per_second_median / one.tokens_per_second_median / count if one else None
+        efficiency = speed.tokens_per_second_median / one / count if one else None
         rows.append(
             {
                 "model": run.size,

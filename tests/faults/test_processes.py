@@ -102,8 +102,10 @@ class Worker:
         return record
 
     def curve(self) -> pd.DataFrame:
-        table = records.read_table(self.record_folder, "metrics")
-        return table[["step", "tokens", "loss", "lr", "grad_norm", "skipped"]]
+        return self.table("metrics")[["step", "tokens", "loss", "lr", "grad_norm", "skipped"]]
+
+    def table(self, name: str) -> pd.DataFrame:
+        return records.read_table(self.record_folder, name)
 
     def weights(self) -> bytes:
         return (self.checkpoints / "model.safetensors").read_bytes()
@@ -132,11 +134,19 @@ def server() -> Iterator[ForkServerContext]:
 
 def assert_same_run(whole: Worker, parts: Worker) -> None:
     assert whole.record().final == parts.record().final
-    pd.testing.assert_frame_equal(whole.curve(), parts.curve(), check_exact=True)
+    assert_same_tables(whole, parts)
     assert whole.weights() == parts.weights()
 
 
+def assert_same_tables(whole: Worker, parts: Worker) -> None:
+    pd.testing.assert_frame_equal(whole.curve(), parts.curve(), check_exact=True)
+    for name in ("validation", "health"):
+        pd.testing.assert_frame_equal(whole.table(name), parts.table(name), check_exact=True)
+
+
 STEPS, INTERVAL = 31, 3
+MEASURED = {"validation_interval": 6, "health_interval": 4}
+"""What a run measures of itself on the way, so that a measurement lost or made twice is seen."""
 
 
 def ten_moments(seed: str) -> list[tuple[Moment, int]]:
@@ -156,7 +166,8 @@ def ten_moments(seed: str) -> list[tuple[Moment, int]]:
 
 @pytest.mark.parametrize("recipe", ["bf16", "fused"])
 def test_killed_at_ten_moments_the_run_ends_bit_identical(tmp_path, server, recipe, fault_report) -> None:
-    config = tiny_config(recipe=recipe, model=tiny_model(n_layers=1), tokens=STEPS * 128, checkpoint_interval=INTERVAL)
+    changes = {"model": tiny_model(n_layers=1), "tokens": STEPS * 128, "checkpoint_interval": INTERVAL}
+    config = tiny_config(recipe=recipe, **changes, **MEASURED)
     whole = Worker(tmp_path / "whole", config.model_copy(update={"checkpoint_interval": 1000}))
     parts = Worker(tmp_path / "parts", config)
     assert whole.run(server) == (0, "")
@@ -173,8 +184,8 @@ def test_killed_at_ten_moments_the_run_ends_bit_identical(tmp_path, server, reci
     fault_report(
         "kill",
         "`kill -9`, ten times: at random moments, and while a checkpoint was being written",
-        "The same command resumes from the newest whole checkpoint; final weights and logged curve are bit-identical "
-        "to those of a run that nobody killed",
+        "The same command resumes from the newest whole checkpoint; final weights, logged curve, validations and "
+        "health are bit-identical to those of a run that nobody killed",
         recipe=recipe,
         kills=len(moments),
         kills_that_left_a_half_written_checkpoint=half_written,
@@ -185,9 +196,10 @@ def test_killed_at_ten_moments_the_run_ends_bit_identical(tmp_path, server, reci
 
 
 def test_signals_checkpoint_within_a_step_and_exit_with_their_code(tmp_path, server, fault_report) -> None:
-    config = tiny_config(checkpoint_interval=1000)
+    config = tiny_config(checkpoint_interval=1000, **MEASURED)
     whole, parts = Worker(tmp_path / "whole", config), Worker(tmp_path / "parts", config)
     assert whole.run(server) == (0, "")
+    # A validation is due after step 6.
     for number, code, step in ((signal.SIGTERM, 143, 6), (signal.SIGINT, 130, 13)):
         waiting = parts.fork_until(server, Moment.STEPPING, step)
         os.kill(waiting.process.pid, number)
@@ -211,6 +223,31 @@ def test_signals_checkpoint_within_a_step_and_exit_with_their_code(tmp_path, ser
         )
     assert parts.run(server) == (0, "")
     assert_same_run(whole, parts)
+
+
+@pytest.mark.parametrize("moment", [Moment.RECORDING, Moment.RECORDED])
+def test_a_compact_run_killed_while_its_record_is_written_has_all_of_it_or_is_not_finished(
+    tmp_path, server, moment, fault_report
+) -> None:
+    config = tiny_config(compact=True, checkpoint_interval=1000, **MEASURED)
+    whole, parts = Worker(tmp_path / "whole", config), Worker(tmp_path / "parts", config)
+    assert whole.run(server) == (0, "")
+    # It writes its record at its start and at its end alone.
+    parts.fork_until(server, moment, config.steps).kill()
+    status = parts.record().status
+    if status != "finished":
+        assert parts.run(server) == (0, "")
+    assert whole.record().final == parts.record().final
+    assert_same_tables(whole, parts)
+    fault_report(
+        "kill",
+        "`kill -9` of a run that keeps no checkpoint, while it writes its record at its end",
+        "`record.json` comes last: a run that it calls finished has all its tables, and any other is trained again",
+        recipe="bf16",
+        killed=[f"step {config.steps}: {moment}"],
+        status=status,
+        steps=config.steps,
+    )
 
 
 def test_a_second_process_is_refused_and_a_dead_one_s_lock_is_not_in_the_way(tmp_path, server, fault_report) -> None:
@@ -248,7 +285,7 @@ def small_disk(folder: Path, kilobytes: int) -> tuple[str, tuple[str, ...]]:
 
 @pytest.mark.parametrize("recipe", ["bf16", "fused"])
 def test_disk_full_while_writing_a_checkpoint_keeps_the_last_good_one(tmp_path, server, recipe, fault_report) -> None:
-    config = tiny_config(recipe=recipe, tokens=60 * 128, checkpoint_interval=10)
+    config = tiny_config(recipe=recipe, tokens=60 * 128, checkpoint_interval=10, **MEASURED)
     run, whole = Worker(tmp_path / "full", config), Worker(tmp_path / "whole", config)
     disk, rescued = tmp_path / "full" / "checkpoints", tmp_path / "rescued"
     disk.mkdir()

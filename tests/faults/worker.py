@@ -32,6 +32,7 @@ class Moment(StrEnum):
     STARTING = "at its start, with what it resumes from loaded"
     STEPPING = "between the gradients of a step and the update"
     RECORDING = "between two tables of its record"
+    RECORDED = "with record.json written"
     WRITING = "inside the writing of a checkpoint"
     WRITTEN = "with a checkpoint written and older ones not yet removed"
     FINISHING = "before it writes the final weights"
@@ -60,6 +61,8 @@ def wait_at(moment: Moment, step: int, gate: Connection) -> None:
             before(StepGuard, "judge", lambda _, done, *verdict: done + 1)
         case Moment.RECORDING:
             after(records, "write_table", lambda _, name, rows: rows["step"].max() if name == "metrics" else -1)
+        case Moment.RECORDED:
+            after(records, "write", lambda record, _: record.steps)
         case Moment.WRITING:
             before(checkpoint, "_write_history", lambda _, history: history.step)
         case Moment.WRITTEN:
