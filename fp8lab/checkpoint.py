@@ -44,7 +44,7 @@ from collections import ChainMap
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pandas as pd
 import torch
@@ -69,6 +69,8 @@ CONFIG_FILE = "config.json"
 CHECKSUMS_FILE = "checksums.json"
 PARTS = ("model", "optimizer", "trainer")
 HISTORY_FILES = (*(f"{name}.parquet" for name in TRAINING_TABLES), "state.json")
+LOCK_SECONDS = 1.0
+"""How long a lock is asked for before it counts as another process's."""
 KEEP = 2
 """Resumable checkpoints kept beside those to keep: the newest, and the one to fall back on if it is damaged."""
 
@@ -103,16 +105,28 @@ def lock(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_FILE_NAME).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _is_acquired(file):
             file.seek(0)
             owner = file.read().strip() or "unknown"
-            raise UserError(f"{folder}: process {owner} is training this run; wait for it or stop it") from None
+            raise UserError(f"{folder}: process {owner} is training this run; wait for it or stop it")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _is_acquired(file: TextIO) -> bool:
+    """Whether the lock could be had: whoever only asks whether it is held has it for an instant (`is_locked`)."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(LOCK_SECONDS / 20)
+        else:
+            return True
 
 
 class CheckpointWriter:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pandas as pd
@@ -26,6 +28,7 @@ from fp8lab.checkpoint import (
 )
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
+from fp8lab.progress import LOCK_FILE_NAME, is_locked
 from tests import rule_data
 from tests.checkpoints import load_latest, load_step
 from tests.rule_data import tiny_config, tiny_model
@@ -360,3 +363,14 @@ def test_damaged_final_files_are_refused_by_name(tmp_path, damage, file) -> None
     with pytest.raises(UserError, match=file) as error:
         load_model(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_asking_whether_a_run_is_locked_keeps_no_process_from_training_it(tmp_path) -> None:
+    """`fp8lab status` asks with a lock of its own, held here for longer than that takes."""
+    path = tmp_path / LOCK_FILE_NAME
+    path.touch()
+    with path.open() as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        threading.Timer(0.2, fcntl.flock, (asking, fcntl.LOCK_UN)).start()
+        with checkpoint.lock(tmp_path):
+            assert is_locked(tmp_path)
