@@ -12,7 +12,9 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from fp8lab import benchmark, records, trainer
+from fp8lab import records, trainer
+from fp8lab.benchmark import overhead, paced, resuming, saving
+from fp8lab.benchmark.__main__ import app
 from fp8lab.checkpoint import CheckpointWriter
 from fp8lab.health import HealthProbe
 from fp8lab.session import Session
@@ -32,7 +34,7 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
         self._seconds = 0.0
-        monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: self._seconds))
+        monkeypatch.setattr(paced, "time", SimpleNamespace(perf_counter=lambda: self._seconds))
 
     def takes(self, owner: object, name: str, seconds: float) -> None:
         """Let each call of a function take so long."""
@@ -51,13 +53,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_overhead_is_what_the_trainer_adds_to_the_bare_step(tmp_path: Path, clock: Clock) -> None:
-    clock.takes(benchmark, "optimizer_step", 0.10)
+    clock.takes(overhead, "optimizer_step", 0.10)
     clock.takes(Session, "take_step", 0.11)
     clock.takes(Session, "validate", 2.0)
     clock.takes(HealthProbe, "measure", 0.4)
     # A step of the plan is two micro-batches, so it validates every 40 of the benchmark's steps.
     config = tiny_config(validation_interval=20, health_interval=5, global_batch_tokens=256)
-    results = benchmark.measure_overhead(config, data_dir=tmp_path, scratch=tmp_path, rounds=2, steps_per_round=3)
+    results = overhead.measure_overhead(config, data_dir=tmp_path, scratch=tmp_path, rounds=2, steps_per_round=3)
     measured = {name: value["rounds"] for name, value in results.items() if isinstance(value, dict)}
     assert measured == {
         "bare_step_seconds": pytest.approx([0.10, 0.10]),
@@ -72,11 +74,11 @@ def test_overhead_is_what_the_trainer_adds_to_the_bare_step(tmp_path: Path, cloc
 
 
 def test_what_a_plan_does_not_ask_for_adds_nothing(tmp_path: Path, clock: Clock) -> None:
-    clock.takes(benchmark, "optimizer_step", 0.10)
+    clock.takes(overhead, "optimizer_step", 0.10)
     clock.takes(Session, "take_step", 0.11)
     clock.takes(Session, "validate", 2.0)
     config = tiny_config(validation_interval=0, health_interval=0)
-    results = benchmark.measure_overhead(config, data_dir=tmp_path, scratch=tmp_path, rounds=1, steps_per_round=3)
+    results = overhead.measure_overhead(config, data_dir=tmp_path, scratch=tmp_path, rounds=1, steps_per_round=3)
     assert results["validation_share"] is None
     assert results["health_share"] is None
     assert results["overhead"]["median"] == results["loop_share"]["median"] == pytest.approx(0.10)
@@ -85,9 +87,7 @@ def test_what_a_plan_does_not_ask_for_adds_nothing(tmp_path: Path, clock: Clock)
 def test_the_cost_of_a_checkpoint_is_what_rounds_with_one_take_longer(tmp_path: Path, clock: Clock) -> None:
     clock.takes(Session, "take_step", 0.1)
     clock.takes(CheckpointWriter, "save", 3.0)
-    results = benchmark.measure_checkpoint(
-        tiny_config(), data_dir=tmp_path, scratch=tmp_path, rounds=2, steps_per_round=4
-    )
+    results = saving.measure_checkpoint(tiny_config(), data_dir=tmp_path, scratch=tmp_path, rounds=2, steps_per_round=4)
     assert results["step_seconds"]["rounds"] == pytest.approx([0.1, 0.1])
     assert results["lost_seconds"]["rounds"] == pytest.approx([3.0, 3.0])
     # 500 steps take 50 seconds.
@@ -101,11 +101,11 @@ def test_the_cost_of_a_checkpoint_is_what_rounds_with_one_take_longer(tmp_path: 
 def train_by_the_rule(arguments: list[str], output: Path) -> None:
     """The worker, on tokens made by the rule."""
     trainer.open_data = rule_data.open_data  # type: ignore[assignment]
-    benchmark._train(arguments, output)
+    resuming._train(arguments, output)
 
 
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> benchmark.StartWorker:
+def start(monkeypatch: pytest.MonkeyPatch) -> resuming.StartWorker:
     """Starts workers that have imported everything already."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
@@ -119,10 +119,10 @@ def start(monkeypatch: pytest.MonkeyPatch) -> benchmark.StartWorker:
     return forked
 
 
-def test_a_killed_and_resumed_run_is_compared_with_whole_ones(tmp_path: Path, start: benchmark.StartWorker) -> None:
+def test_a_killed_and_resumed_run_is_compared_with_whole_ones(tmp_path: Path, start: resuming.StartWorker) -> None:
     # Steps of some milliseconds: the kill must come before the end.
     config = tiny_config(recipe="fused", model=tiny_model(d_model=64, d_ff=192))
-    results = benchmark.measure_resume(config, data_dir=tmp_path, scratch=tmp_path, steps=24, start=start)
+    results = resuming.measure_resume(config, data_dir=tmp_path, scratch=tmp_path, steps=24, start=start)
     assert results["killed_after_checkpoint"] in (6, 12, 18)
     for what in ("control", "resumed"):
         assert results[what]["weights_identical"]
@@ -153,7 +153,7 @@ def test_a_loss_that_is_a_number_in_one_curve_alone_tells_them_apart(
         for losses in ([3.0, NAN, INFINITE, 2.0], other)
     )
     for curves in ((whole, resumed), (resumed, whole)):
-        compared = benchmark._compare_curves(*curves)
+        compared = resuming._compare_curves(*curves)
         assert compared["curve_identical"] == (first is None)
         assert compared["first_different_step"] == first
         assert compared["largest_loss_difference"] == largest
@@ -168,13 +168,13 @@ def test_a_worker_that_says_more_than_a_pipe_holds_is_heard_to_the_end(
         return 3
 
     def start(arguments: list[str], output: Path) -> BaseProcess:
-        process = multiprocessing.get_context("fork").Process(target=benchmark._train, args=(arguments, output))
+        process = multiprocessing.get_context("fork").Process(target=resuming._train, args=(arguments, output))
         process.start()
         return process
 
     monkeypatch.setattr(trainer, "main", main)
     with pytest.raises(RuntimeError, match=r"the worker ended with 3: (?:word )+the end"):
-        benchmark.measure_resume(tiny_config(), data_dir=tmp_path, scratch=tmp_path, steps=8, start=start)
+        resuming.measure_resume(tiny_config(), data_dir=tmp_path, scratch=tmp_path, steps=8, start=start)
 
 
 def test_a_benchmark_writes_a_record_of_what_it_measured(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_benchmark_writes_a_record_of_what_it_measured(tmp_path: Path) -> None
     plan.write_text(records.json.dumps(values))
     arguments = ["overhead", str(plan), "tiny-bf16-s1", "--rounds", "1", "--steps-per-round", "2"]
     arguments += ["--records-dir", str(tmp_path / "records"), "--scratch", str(tmp_path)]
-    done = CliRunner().invoke(benchmark.app, arguments, catch_exceptions=False)
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     record = records.read(tmp_path / "records" / "benchmarks" / "trainer-overhead-tiny-bf16")
     assert isinstance(record, records.BenchmarkRecord)
