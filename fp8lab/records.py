@@ -374,6 +374,20 @@ def record_dir(records_dir: Path, plan: str, run: str) -> Path:
     return records_dir / plan / run
 
 
+def make_writable(folder: Path) -> None:
+    """Make `folder` where there is none: before the work whose result goes there.
+
+    Raises:
+        UserError: it cannot be made, or not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made a folder ({error.strerror})") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder}: cannot be written to")
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
