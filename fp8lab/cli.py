@@ -126,7 +126,7 @@ def status(
     _expect_records(records_dir)
     table = Table("plan", "run", "status", "step", "loss (nats)", "tokens/s", "detail")
     for row in status_rows(load_plan(plan) if plan else None, records_dir, checkpoints_dir):
-        table.add_row(*row)
+        table.add_row(*map(_printable, row))
     console.print(table)
 
 
@@ -304,6 +304,11 @@ def _build_data(
         records_dir=records_dir,
         console=console,
     )
+
+
+def _printable(text: str) -> str:
+    """Without the characters by which a record's text could command the terminal."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
 def _expect_records(records_dir: Path) -> None:

@@ -118,6 +118,17 @@ def test_status_quotes_an_error_as_it_was(
     assert reason in capsys.readouterr().out
 
 
+def test_status_lets_no_record_command_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli.console, "_width", 400)
+    failed_run(tmp_path, "RuntimeError: \x1b]0;title\x07 \x1b[2J")
+    assert fp8lab(monkeypatch, "status", f"--records-dir={tmp_path}") == 0
+    output = capsys.readouterr().out
+    assert "RuntimeError" in output
+    assert "\x1b" not in output
+
+
 @pytest.mark.parametrize("command", ["status", "publish"])
 def test_a_mistyped_folder_of_records_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
