@@ -9,7 +9,6 @@ chapter is one file with nothing beside it to lose.
 from __future__ import annotations
 
 import base64
-import html
 import io
 import re
 from typing import Any
@@ -52,8 +51,10 @@ SENTENCE = 40
 
 
 def _cell(tag: str, text: str, right: bool) -> str:
+    """HTML of one cell: literal text, of which `...` alone is marked, as code."""
     mark = ' class="sentence"' if len(text) >= SENTENCE else ""
-    return f'<{tag}{mark} style="text-align: {"right" if right else "left"}">{html.escape(text)}</{tag}>'
+    content = re.sub(f"{literal('`')}(.+?){literal('`')}", r"<code>\1</code>", literal(text))
+    return f'<{tag}{mark} style="text-align: {"right" if right else "left"}">{content}</{tag}>'
 
 
 def _html_table(table: pd.DataFrame) -> str:
@@ -83,11 +84,21 @@ def _is_numeric(column: pd.Series) -> bool:
     )
 
 
+def literal(text: str) -> str:
+    """Markdown, and HTML too, that shows `text` as it is, whatever marks it holds: an error's message, for one.
+
+    Marks become character references, which neither pandoc nor Quarto takes for marks; nor, without a line break, is
+    anything in it the first of a line. Not for code spans and code blocks, which show a reference as it is written.
+    """
+    return re.sub(r"[\\`*_{}\[\]<>#!~|$^@&:\"'\n\r]", lambda mark: f"&#{ord(mark[0])};", text)
+
+
 def verbatim(text: str) -> str:
-    """Markdown that shows `text` as it is, whatever marks it holds: what a model wrote, for one."""
-    longest = max((len(run) for run in re.findall("~+", text)), default=0)
-    fence = "~" * max(4, longest + 1)
-    return f"{fence} {{.sample}}\n{text.strip()}\n{fence}"
+    """`text` as it is, in lines of its own: what a model wrote, for one.
+
+    HTML and no fenced code block, in which Quarto would still replace its shortcodes.
+    """
+    return f'<pre class="sample"><code>{literal(text.strip())}</code></pre>'
 
 
 def missing_records(what: str, command: str = DEMO_COMMAND) -> None:

@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from fp8lab.config import NAME_PATTERN
 from fp8lab.errors import UserError
@@ -30,7 +31,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Text into token shards.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-console = Console()
+# What is printed names files and quotes errors: none of it is Rich's markup.
+console = Console(markup=False)
 
 RecordsDir = Annotated[Path, typer.Option(help="Folder of run records.")]
 DataDir = Annotated[Path, typer.Option(help="Folder of token shards.")]
@@ -84,8 +86,12 @@ def run(
     """Execute every run of a plan through papermill; skip finished runs, resume interrupted ones."""
     from fp8lab import plans
     from fp8lab.config import load_plan
+    from fp8lab.data import load_mixture
 
     resolved = load_plan(plan, mixture).only(only or [])
+    mixtures = list(dict.fromkeys(config.mixture for config in resolved.runs))
+    for name in mixtures:
+        load_mixture(name)
     if dry_run:
         from fp8lab.estimate import SCALING_EFFICIENCY
         from fp8lab.tables.runs import planned_runs
@@ -97,7 +103,7 @@ def run(
         _print_frame(planned_runs(resolved, bf16_mfu))
         return
     workspace = plans.Workspace(records=records_dir, data=data_dir, checkpoints=checkpoints_dir)
-    for name in dict.fromkeys(config.mixture for config in resolved.runs):
+    for name in mixtures:
         console.print(f"data: mixture {name}")
         _build_data(name, data_dir, records_dir, corpus, eval_data)
     options = plans.Options(mixture=mixture, evaluation_data=eval_data, replace=replace, nproc=nproc, jobs=jobs)
@@ -117,9 +123,10 @@ def status(
     from fp8lab.config import load_plan
     from fp8lab.plans import status_rows
 
+    _expect_records(records_dir)
     table = Table("plan", "run", "status", "step", "loss (nats)", "tokens/s", "detail")
     for row in status_rows(load_plan(plan) if plan else None, records_dir, checkpoints_dir):
-        table.add_row(*row)
+        table.add_row(*map(_printable, row))
     console.print(table)
 
 
@@ -244,6 +251,7 @@ def publish(
     """Execute stale chapters and publish the article (Quarto where installed, else pandoc)."""
     from fp8lab.publish import publish as publish_site
 
+    _expect_records(records_dir)
     index = publish_site(Path.cwd(), records_dir, site_dir)
     console.print(f"article: open {index}")
 
@@ -298,6 +306,20 @@ def _build_data(
     )
 
 
+def _printable(text: str) -> str:
+    """Without the characters by which a record's text could command the terminal."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
+def _expect_records(records_dir: Path) -> None:
+    """A new project has no records yet; any other folder that is missing was mistyped."""
+    if records_dir.is_dir():
+        return
+    if records_dir != RECORDS:
+        raise UserError(f"--records-dir: {records_dir} is no folder")
+    console.print(f"no records yet in {records_dir}: fp8lab run runs/plans/demo.yaml makes the first")
+
+
 def _run_folder(run: str, checkpoints_dir: Path) -> Path:
     """Folder of a run given as PLAN/RUN."""
     folder = checkpoints_dir / run
@@ -320,11 +342,11 @@ def _print_frame(frame: object) -> None:
     # Numbers cut short would be other numbers: a narrow terminal gets a line a run, a file the whole width.
     needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
     if needed <= console.width or not console.is_terminal:
-        Console(width=max(needed, console.width)).print(table)
+        Console(width=max(needed, console.width), markup=False).print(table)
         return
     for name, *values in rows:
         pairs = "; ".join(f"{column}: {value}" for column, value in zip(frame.columns[1:], values, strict=True))
-        console.print(f"[bold]{name}[/bold]  {pairs}", highlight=False)
+        console.print(Text.assemble((name, "bold"), f"  {pairs}"))
 
 
 def main() -> None:

@@ -189,7 +189,7 @@ class RunConfig(Config):
     """Seeds the weights and the order of the data."""
     mixture: str
     """Name of a file in runs/mixtures, or a path to one."""
-    tokens: int = Field(gt=0)
+    tokens: int = Field(gt=0, le=10**18)
     """Training tokens; rounded up to whole global batches."""
     global_batch_tokens: int = Field(gt=0)
     """Tokens an optimizer step, over all GPUs and micro-steps."""
@@ -411,16 +411,20 @@ def _model_of_name(value: Any) -> Any:
     return MODELS[value]
 
 
+MAX_TOKENS_PER_PARAMETER = 1e6
+"""Beyond any training there has been; a plan that asks for more has a typing error in it."""
+
+
 class _Entry(Config):
     """The keys of a plan's entry that multiply it into runs; the rest are `RunConfig` fields."""
 
     models: tuple[Annotated[ModelConfig, BeforeValidator(_model_of_name)], ...] = Field(min_length=1)
     recipes: tuple[Recipe, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(default=(1,), min_length=1)
-    tokens_per_parameter: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    tokens_per_parameter: float | None = Field(default=None, gt=0, le=MAX_TOKENS_PER_PARAMETER, allow_inf_nan=False)
     learning_rate_at_width_256: float | None = Field(default=None, gt=0)
     """Peak learning rate at d_model 256; at other widths in inverse proportion (as in 2203.03466)."""
-    decay_branches_at: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    decay_branches_at: tuple[Annotated[float, Field(gt=0, le=MAX_TOKENS_PER_PARAMETER)], ...] = ()
     """Smaller budgets, in tokens a parameter, that branch off each run: they share its warm-up and stable part (WSD)
     and train only their own decay. A branch is named like its run with -d<budget> at the end, is not scored, and keeps
     no average of its weights."""

@@ -179,6 +179,11 @@ def affordable_gap(model: str, ratio: float, laws: Sequence[FittedLaw]) -> float
 
     None where none of `laws` (`slopes.known_laws`) was fitted to runs that large and long.
     """
-    parameters = parameter_count(MODELS[model])
-    slope = slopes.by_law(laws, parameters, TOKENS_PER_PARAMETER * parameters)
+    slope = slope_untrained(model, laws)
     return matched.affordable_gap(ratio, slope.nats) if slope else None
+
+
+def slope_untrained(model: str, laws: Sequence[FittedLaw]) -> Slope | None:
+    """The slope at a named size by the first of `laws` that reaches it, as if trained on 20 tokens a parameter."""
+    parameters = parameter_count(MODELS[model])
+    return slopes.by_law(laws, parameters, TOKENS_PER_PARAMETER * parameters)

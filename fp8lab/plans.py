@@ -362,7 +362,8 @@ def _stage(workspace: Workspace, console: Console, jobs: int) -> Iterator[_Stage
     Raises:
         Interrupted: on leaving, if a signal arrived.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
+    text, state = (TextColumn(field, markup=False) for field in ("{task.description}", "{task.fields[state]}"))
+    columns = (text, BarColumn(), state, TimeElapsedColumn())
     with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         stage = _Stage(workspace, console, bars, jobs)
         previous = {number: signal.signal(number, stage.stop) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -16,7 +16,9 @@ A plan of many compact runs keeps one ``metrics.parquet`` for all, and so with t
 beside their folders, with a column `run`.
 
 Writing is atomic (temporary name, fsync, rename); reading validates, and an error names the file
-and the field or column. Nothing in a record can execute: JSON and parquet only.
+and the field or column. Nothing in a record can execute: a record is JSON and parquet only, and a string in it
+that the article's pages could read as markup is refused, except free text (`FREE_TEXT`), which the
+article shows through `article.literal` alone.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -77,6 +80,14 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 """Columns that each table must have; a table may have more (a shared one has `run`)."""
 TRAINING_TABLES = ("metrics", "validation", "health")
 """Those that a training run writes."""
+
+
+MARKUP = re.compile(r"[<\[\]{}`$|\\\x00-\x1f\x7f]|script:", re.IGNORECASE)
+"""What Markdown, HTML, Quarto or a formula in a figure could take for more than text."""
+FREE_TEXT = frozenset(
+    ("command", "description", "error", "faults", "kernel", "reason", "samples", "source", "traceback")
+)
+"""Fields that may hold any text: messages, code, and what a model wrote."""
 
 
 class _Part(BaseModel):
@@ -363,6 +374,20 @@ def record_dir(records_dir: Path, plan: str, run: str) -> Path:
     return records_dir / plan / run
 
 
+def make_writable(folder: Path) -> None:
+    """Make `folder` where there is none: before the work whose result goes there.
+
+    Raises:
+        UserError: it cannot be made, or not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made a folder ({error.strerror})") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder}: cannot be written to")
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -399,15 +424,11 @@ def read(folder: Path) -> Record:
     """Read and validate ``record.json``.
 
     Raises:
-        UserError: the file is missing, truncated or not a valid record; the message names the file and field.
+        UserError: the file is missing, truncated or not a valid record, or holds markup; the message names the file
+            and field.
     """
     path = folder / "record.json"
-    try:
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: truncated or not JSON ({error})") from None
+    values = _read_json(path)
     try:
         return _RECORD.validate_python(values)
     except ValidationError as error:
@@ -418,6 +439,37 @@ def _first_problem(error: ValidationError) -> str:
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"]) or "(top level)"
     return f"{field}: {first['msg']}"
+
+
+def _read_json(path: Path) -> Any:
+    """The values of a JSON file, none of them markup."""
+    try:
+        values = json.loads(path.read_bytes())
+        _refuse_markup(values, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply for a record") from None
+    except ValueError as error:
+        raise UserError(f"{path}: truncated or not JSON ({error})") from None
+    return values
+
+
+def _refuse_markup(values: Any, path: Path, field: str = "") -> None:
+    """Raise a UserError that names the first string in `values`, names of fields included, that may be markup."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            _refuse_markup(name, path, field)
+            if name not in FREE_TEXT:
+                _refuse_markup(value, path, f"{field}.{name}" if field else name)
+    elif isinstance(values, list):
+        for value in values:
+            _refuse_markup(value, path, field)
+    elif isinstance(values, str) and (mark := MARKUP.search(values)):
+        raise UserError(
+            f"{path}: {field or '(top level)'}: {values[:60]!r}: {mark[0]!r} could be read as markup; accepted: "
+            "one line of text without < [ ] { } ` $ | \\ and 'script:'"
+        )
 
 
 def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
@@ -437,7 +489,7 @@ def read_table(folder: Path, name: str) -> pd.DataFrame:
     """Read ``<name>.parquet``.
 
     Raises:
-        UserError: the file is missing or damaged, or lacks a column; the message names both.
+        UserError: the file is missing or damaged, lacks a column or holds markup; the message names both.
     """
     path = folder / f"{name}.parquet"
     try:
@@ -447,6 +499,8 @@ def read_table(folder: Path, name: str) -> pd.DataFrame:
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path}: truncated or not parquet ({error})") from None
     _check_columns(path, name, table.columns)
+    for column in table.select_dtypes(exclude=["number", "bool"]):
+        _refuse_markup(table[column].unique().tolist(), path, str(column))
     return table
 
 
@@ -501,15 +555,10 @@ def read_eval(folder: Path) -> dict[str, Any]:
     """lm-eval's results (``eval.json``).
 
     Raises:
-        UserError: the file is missing or damaged, or has no 'results'.
+        UserError: the file is missing or damaged, has no 'results' or holds markup.
     """
     path = folder / "eval.json"
-    try:
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: truncated or not JSON ({error})") from None
+    values = _read_json(path)
     if not isinstance(values, dict) or not isinstance(values.get("results"), dict):
         raise UserError(f"{path}: results: missing")
     return values

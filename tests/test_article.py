@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Callable
 from xml.etree import ElementTree
@@ -34,7 +35,8 @@ def test_a_table_has_its_label_and_caption_and_escapes_its_cells(shown: Show) ->
     markdown = shown(pd.DataFrame({"what": ["a < b & c"], "value": [1.5]}))
     assert markdown.startswith("::: {#tbl-name}")
     assert "The caption." in markdown
-    assert "a &lt; b &amp; c" in markdown
+    assert "a < b" not in markdown
+    assert "a < b & c" in html.unescape(markdown)
 
 
 def test_numbers_are_aligned_to_the_right_and_text_to_the_left(shown: Show) -> None:
@@ -58,7 +60,34 @@ def test_a_missing_value_is_a_dash(shown: Show) -> None:
     assert ">–<" in shown(pd.DataFrame({"a": ["x"], "b": [float("nan")]}))
 
 
-@pytest.mark.parametrize("text", ["*a* `b` <i>c</i> @fig-x", "~~~~\n# no heading\n~~~~~~", "::: {#x}\n$a_b$\n:::"])
+HOSTILE = (
+    "*a* `b` <i>c</i> @fig-x",
+    "~~~~\n# no heading\n~~~~~~",
+    "::: {#x}\n$a_b$\n:::",
+    "</code></pre><script>alert(1)</script>",
+    "[x](javascript:alert(1)) ![y](http://evil.test/x.png) `z`{=html} [w]{onclick='alert(1)'}",
+    "{{< include /etc/passwd >}}",
+)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_literal_text_is_never_read_as_markup(text: str) -> None:
+    markdown = article.literal(text)
+    assert "{{<" not in markdown
+    (paragraph,) = ElementTree.fromstring(f"<body>{pypandoc.convert_text(markdown, 'html5', format='markdown')}</body>")
+    assert list(paragraph) == []
+    assert (paragraph.text or "").split() == text.split()
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_cell_marks_code_and_nothing_else(shown: Show, text: str) -> None:
+    page = pypandoc.convert_text(shown(pd.DataFrame({"what": [text]})), "html5", format="markdown")
+    cell = ElementTree.fromstring(re.search(r"<td.*?</td>", page, re.DOTALL)[0])
+    assert {element.tag for element in cell} <= {"code"}
+    assert "".join(cell.itertext()).split() == text.replace("`", "").split()
+
+
+@pytest.mark.parametrize("text", HOSTILE)
 def test_verbatim_text_is_never_read_as_markup(text: str) -> None:
     page = pypandoc.convert_text(article.verbatim(text), "html5", format="markdown", extra_args=["--wrap=preserve"])
     assert "".join(ElementTree.fromstring(page).itertext()).strip() == text

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
 from fp8lab import cli
+from tests.fixtures import SIZES, write_run
 from tests.test_config import ENTRY, write_plan
 
 
@@ -95,6 +97,102 @@ def test_status_of_a_plan_that_never_ran_lists_its_runs_to_do(
     plan = write_plan(tmp_path, ENTRY)
     assert fp8lab(monkeypatch, "status", str(plan), f"--records-dir={tmp_path}") == 0
     assert capsys.readouterr().out.count("to do") == len(yaml.safe_load(plan.read_text())["entries"][0]["seeds"]) * 2
+
+
+def failed_run(records_dir: Path, reason: str) -> None:
+    folder = write_run(records_dir, "demo", SIZES[0], "bf16")
+    values = json.loads((folder / "record.json").read_text())
+    values |= {"status": "failed", "final": None, "reason": reason}
+    (folder / "record.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    "reason", ["RuntimeError: x [/usr/lib/libcuda.so]", "ValueError: [red]expected[/red] list[int]"]
+)
+def test_status_quotes_an_error_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reason: str
+) -> None:
+    monkeypatch.setattr(cli.console, "_width", 400)
+    failed_run(tmp_path, reason)
+    assert fp8lab(monkeypatch, "status", f"--records-dir={tmp_path}") == 0
+    assert reason in capsys.readouterr().out
+
+
+def test_status_lets_no_record_command_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli.console, "_width", 400)
+    failed_run(tmp_path, "RuntimeError: \x1b]0;title\x07 \x1b[2J")
+    assert fp8lab(monkeypatch, "status", f"--records-dir={tmp_path}") == 0
+    output = capsys.readouterr().out
+    assert "RuntimeError" in output
+    assert "\x1b" not in output
+
+
+@pytest.mark.parametrize("command", ["status", "publish"])
+def test_a_mistyped_folder_of_records_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert fp8lab(monkeypatch, command, f"--records-dir={tmp_path / 'typo'}") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(tmp_path / "typo") in error
+
+
+def test_status_of_a_new_project_says_how_to_make_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert fp8lab(monkeypatch, "status") == 0
+    assert "fp8lab run runs/plans/demo.yaml" in capsys.readouterr().out
+
+
+def test_a_record_nested_too_deeply_is_one_line_and_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path, "demo", SIZES[0], "bf16")
+    (folder / "record.json").write_text("[" * 100_000)
+    assert fp8lab(monkeypatch, "status", f"--records-dir={tmp_path}") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "record.json: nested too deeply" in error
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "says"),
+    [
+        ({}, ["--mixture=nothere"], "nothere"),
+        ({"tokens_per_parameter": 1e300}, [], "tokens_per_parameter"),
+        ({"tokens": 10**400}, [], "tokens"),
+    ],
+)
+def test_a_dry_run_refuses_what_could_not_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: dict,
+    options: list[str],
+    says: str,
+) -> None:
+    entry = {field: value for field, value in ENTRY.items() if not (change and field.startswith("tokens"))}
+    assert fp8lab(monkeypatch, "run", str(write_plan(tmp_path, entry | change)), "--dry-run", *options) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert says in error
+
+
+@pytest.mark.parametrize(
+    "arguments", [("publish", "--site-dir={file}/site"), ("data", "tokenizer", "demo", "--to={file}/folder/ranks")]
+)
+def test_a_folder_that_cannot_be_made_is_one_line_and_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert fp8lab(monkeypatch, *(argument.format(file=file) for argument in arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(file) in error
 
 
 def test_doctor_says_whether_fp8_is_emulated(

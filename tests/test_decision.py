@@ -17,6 +17,7 @@ from fp8lab import decision, figures, frontpage, losses, records, slopes, tables
 from fp8lab.chart import switch
 from fp8lab.chart.page import chart_html
 from fp8lab.claims import CLAIMED_TRAININGS
+from fp8lab.config import MODELS, ModelConfig
 from fp8lab.frontpage.loss import most_seeds
 from fp8lab.frontpage.payoff import where
 from fp8lab.results import speed_runs
@@ -308,6 +309,72 @@ def test_the_first_page_says_what_was_not_measured(tmp_path: Path) -> None:
     demo = frontpage.Evidence.read(tmp_path)
     assert "toy size trained on a CPU" in frontpage.setting(demo)
     assert {finding.verdict for finding in demo.findings} == {"untested"}
+
+
+def test_how_fp8_ran_is_what_the_records_say(tmp_path: Path) -> None:
+    def answer() -> str:
+        return frontpage.lead(frontpage.Evidence.read(tmp_path)).partition("`fp8lab speed")[0]
+
+    assert "FP8 ran" not in answer()
+    write_demo_records(tmp_path)
+    assert "FP8 ran emulated" in answer()
+    write_gpu_records(tmp_path)
+    assert "FP8 ran in hardware, and none of its steps were timed" in answer()
+
+
+def test_scores_are_spoken_of_where_something_was_scored(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "pilot-h200", SIZES[0], "bf16", device_name="NVIDIA H200")
+    write_run(tmp_path, "pilot-h200", SIZES[0], "fused", device_name="NVIDIA H200")
+    for path in folder.parent.glob("*/eval.json"):
+        path.unlink()
+    assert "Losses were measured here on" in frontpage.setting(frontpage.Evidence.read(tmp_path))
+    write_run(tmp_path, "pilot-h200", SIZES[0], "tensorwise", device_name="NVIDIA H200")
+    assert "Losses and scores were measured here on" in frontpage.setting(frontpage.Evidence.read(tmp_path))
+
+
+def write_pairs(records_dir: Path, plan: str, model: ModelConfig, budget: float) -> None:
+    """Three seeds of BF16 and `fused`, on a GPU."""
+    for seed in (1, 2, 3):
+        for recipe, gap in (("bf16", 0.0), ("fused", 0.002)):
+            loss = 3.0 + 0.001 * seed + gap
+            write_run(
+                records_dir,
+                plan,
+                model,
+                recipe,
+                seed=seed,
+                budget=budget,
+                final_loss=loss,
+                device_name="NVIDIA H200",
+            )
+
+
+def test_an_unknown_slope_is_why_the_speed_at_matched_loss_is_untested(tmp_path: Path) -> None:
+    write_pairs(tmp_path, "125m-h200", MODELS["125M"], budget=5)
+    write_speed_records(tmp_path)
+    lead = frontpage.lead(frontpage.Evidence.read(tmp_path))
+    assert "How fast the loss still falls at the end of a training is unknown at 125M, so the speed-up" in lead
+    assert "by the published law, the lower end" in lead
+
+
+def test_a_speed_at_matched_loss_says_what_leaves_it_without_an_interval(tmp_path: Path) -> None:
+    write_pairs(tmp_path, "article", MODELS["350M"], budget=20)
+    write_speed_records(tmp_path)
+    evidence = frontpage.Evidence.read(tmp_path)
+    lead = frontpage.lead(evidence)
+    (row,) = evidence.matched
+    assert row.speedup is not None
+    assert f"At matched loss `fused` is {row.speedup.text()} times as fast as BF16 at 350M" in lead
+    assert "(@tbl-matched; without an interval: a slope by the published law alone)" in lead
+    assert "untested" not in lead
+
+
+def test_the_law_that_prices_a_speed_is_named(tmp_path: Path) -> None:
+    write_speed_records(tmp_path)
+    own = replace(slopes.PUBLISHED_LAW, source="law of ladder-h200")
+    lead = frontpage.lead(replace(frontpage.Evidence.read(tmp_path), laws=[own, slopes.PUBLISHED_LAW]))
+    assert "No size was both timed and trained in the same FP8 recipe, so" in lead
+    assert "by the law of ladder-h200, the lower end of the speed of `fused` at 1.5B" in lead
 
 
 def test_one_seed_is_called_one_seed(tmp_path: Path) -> None:

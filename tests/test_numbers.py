@@ -8,6 +8,7 @@ that it is drawn from, or changes with another, fails by name; so does a number 
 from __future__ import annotations
 
 import difflib
+import html
 import json
 import re
 import shutil
@@ -271,8 +272,8 @@ def test_no_number_is_typed_by_hand(editions: dict[str, Edition], chapter: str) 
 
 
 def prose(text: str) -> str:
-    """Without tags, pictures and scripts."""
-    return re.sub(r"(?s)```\{=html\}.*|<[^>]*>|\(drawn:[^)]*\)|[ᵃᵇᶜᵈ]", " ", text)
+    """Without tags, pictures and scripts, and each character as a reader sees it."""
+    return html.unescape(re.sub(r"(?s)```\{=html\}.*|<[^>]*>|\(drawn:[^)]*\)|[ᵃᵇᶜᵈ]", " ", text))
 
 
 def numbers_in(text: str) -> list[str]:

@@ -23,6 +23,7 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
+from fp8lab.errors import UserError
 from fp8lab.publish import execute_stale_chapters, publish, read_book
 from tests.chapters import shown
 from tests.fixtures import SAMPLE
@@ -235,11 +236,14 @@ def test_only_chapters_whose_inputs_changed_are_executed(site: Path, capsys: pyt
 
 def test_a_chapter_that_fails_stops_the_article_by_name(tmp_path: Path) -> None:
     records_dir = make_project(tmp_path)
-    keep_chapters(tmp_path, "stability")
+    keep_chapters(tmp_path, "stability", "scaling")
     path = records_dir / "pilot-h200" / os.listdir(records_dir / "pilot-h200")[0] / "record.json"
     path.write_text(path.read_text()[:200])
-    with pytest.raises(Exception, match=r"stability\.ipynb: .*record\.json: truncated"):
+    with pytest.raises(UserError, match=r"stability\.ipynb.*: .*record\.json: truncated") as error:
         execute_stale_chapters(tmp_path, records_dir)
+    # What stops several chapters is said once.
+    assert "scaling.ipynb" in str(error.value)
+    assert str(error.value).count("truncated") == 1
 
 
 def test_without_records_the_article_says_which_command_makes_them(tmp_path: Path) -> None:

@@ -164,11 +164,12 @@ def train_tokenizer(
         sample_bytes: characters of text to learn from, at most.
 
     Raises:
-        UserError: an input is missing or bad, or the text is too small for the vocabulary.
+        UserError: an input is missing or bad, `out` cannot be written, or the text is too small for the vocabulary.
     """
     _check_corpus(mixture, corpus_dir)
+    records.make_writable(out.parent)
     work = out.parent / f".{out.name}.build"
-    work.mkdir(parents=True, exist_ok=True)
+    work.mkdir(exist_ok=True)
     try:
         with WorkerPool(1, None) as pool:
             parts = _gather(mixture, corpus_dir, work, pool)

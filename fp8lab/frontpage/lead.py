@@ -29,7 +29,8 @@ def _answer(evidence: Evidence) -> str:
     if not timed and evidence.map_payoffs:
         return "**No whole model was timed for this edition**, only the blocks of the speed map (@fig-switch)."
     if not timed:
-        return f"**No speed was measured for this edition**: FP8 ran emulated. `{SPEED_COMMAND}` measures it on a GPU."
+        how = _how_fp8_ran(evidence)
+        return f"**No speed was measured for this edition**{how}. `{SPEED_COMMAND}` measures it on a GPU."
     devices = unique(payoff.device for payoff in timed)
     devices.sort(key=lambda device: -max(payoff.settings for payoff in evidence.with_head("bf16", device)))
     on_devices = [_on_device(evidence.with_head("bf16", device), introduce=device == devices[0]) for device in devices]
@@ -39,6 +40,15 @@ def _answer(evidence: Evidence) -> str:
         which = "None of this" if once == len(timed) else "Not all of this"
         said.append(f"{which} has been confirmed by a second occasion.")
     return " ".join(said)
+
+
+def _how_fp8_ran(evidence: Evidence) -> str:
+    """Whether the runs of the page could have been timed; nothing where none trained in FP8."""
+    fp8 = [run for run in (*evidence.runs.runs, *evidence.others) if run.recipe != "bf16"]
+    if not fp8:
+        return ""
+    emulated = all(run.record.emulated for run in fp8)
+    return ": FP8 ran emulated" if emulated else ": FP8 ran in hardware, and none of its steps were timed beside BF16's"
 
 
 def _on_device(recipes: Sequence[Payoff], *, introduce: bool) -> str:
@@ -95,6 +105,8 @@ def _trained(evidence: Evidence) -> str:
     for run in sorted(runs, key=lambda run: run.parameters):
         sizes.setdefault(run.record.provenance.device_name, []).append(run.size)
     places = [f"{device} ({listing(unique(own))} parameters)" for device, own in sorted(sizes.items())]
-    longest = max((run.record.speed.wall_seconds for run in runs if run.record.speed), default=0.0) / 60
-    text = f"Losses and scores were measured here on {listing(places)}; no run took longer than {longest:.1f} minutes."
+    what = "Losses and scores" if any(run.evaluation is not None for run in runs) else "Losses"
+    seconds = [run.record.speed.wall_seconds for run in runs if run.record.speed]
+    longest = f"; no run took longer than {max(seconds) / 60:.1f} minutes" if seconds else ""
+    text = f"{what} were measured here on {listing(places)}{longest}."
     return f"{scale_note(evidence.runs)} {text}" if evidence.runs.toy else text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fp8lab import decision
+from fp8lab import decision, matched
 from fp8lab.claims import OURS
 from fp8lab.config import MODELS
 from fp8lab.decision import Matched
@@ -54,17 +54,38 @@ def _gap(measured: MeasuredGap) -> str:
 
 def speed_at_matched_loss(evidence: Evidence) -> str:
     """The speed-up that is left when FP8 trains to BF16's loss, ours before others; else what is known towards it."""
-    known = [row for row in evidence.matched if row.speedup and row.speedup.interval]
-    if known:
-        best = max(known, key=lambda row: (row.measured.recipe == OURS, row.measured.gap.seeds))
-        assert best.speedup
-        assert best.device
-        how = "; one seed, its scatter assumed" if best.measured.assumed else ""
-        return (
-            f"At matched loss `{best.measured.recipe}` is {best.speedup.text()} times as fast as BF16 at "
-            f"{best.measured.size} on {short_device(best.device)} (@tbl-matched{how})."
-        )
-    return _affordable(evidence)
+    known = [row for row in evidence.matched if row.speedup]
+    if not known:
+        return _affordable(evidence)
+    best = max(known, key=_tells)
+    assert best.speedup
+    assert best.device
+    return (
+        f"At matched loss `{best.measured.recipe}` is {best.speedup.text()} times as fast as BF16 at "
+        f"{best.measured.size} on {short_device(best.device)} (@tbl-matched{_reservation(best)})."
+    )
+
+
+def _tells(row: Matched) -> tuple[bool, bool, int]:
+    """What makes one speed-up at matched loss say more than another."""
+    has_interval = row.speedup is not None and row.speedup.interval is not None
+    return has_interval, row.measured.recipe == OURS, row.measured.gap.seeds
+
+
+def _reservation(row: Matched) -> str:
+    """What the speed-up lacks: each of its parts that has no interval leaves it without one."""
+    if row.speedup and row.speedup.interval:
+        return "; one seed, its scatter assumed" if row.measured.assumed else ""
+    lacking = []
+    if row.measured.gap.interval is None:
+        lacking.append("one seed")
+    if row.ratio and row.ratio.interval is None:
+        lacking.append("too few timed rounds")
+    if row.slope and row.slope.interval is None:
+        lacking.append(f"a slope by the {row.slope.source} alone")
+    elif row.slope and row.slope.interval and row.slope.interval[0] <= 0:
+        lacking.append("a slope that may be zero")
+    return f"; without an interval: {listing(lacking)}"
 
 
 def _affordable(evidence: Evidence) -> str:
@@ -74,11 +95,20 @@ def _affordable(evidence: Evidence) -> str:
     if rows.empty:
         return ""
     widest = rows.sort_values(["width", "ratio"]).iloc[-1]
-    nats = decision.affordable_gap(widest["model"], widest["interval_low"], evidence.laws)
-    said = "No size was both timed and trained with seeds enough, so the speed-up at matched loss is untested"
-    if nats is None:
+    said = f"{_why_untested(evidence.matched)}, so the speed-up at matched loss is untested"
+    slope = decision.slope_untrained(widest["model"], evidence.laws)
+    if slope is None:
         return f"{said}."
+    nats = matched.affordable_gap(widest["interval_low"], slope.nats)
     return (
-        f"{said}; by a law of other data, the lower end of the speed of `{OURS}` at {widest['model']} on "
+        f"{said}; by the {slope.source}, the lower end of the speed of `{OURS}` at {widest['model']} on "
         f"{short_device(widest['device'])} would pay for a loss up to {nats:.3f} nats higher."
     )
+
+
+def _why_untested(rows: Sequence[Matched]) -> str:
+    """What is missing from every one of `rows` for a speed-up at matched loss."""
+    timed = unique(row.measured.size for row in rows if row.ratio)
+    if timed:
+        return f"How fast the loss still falls at the end of a training is unknown at {listing(timed)}"
+    return "No size was both timed and trained in the same FP8 recipe"

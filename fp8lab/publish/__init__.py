@@ -19,6 +19,7 @@ from pathlib import Path
 from fp8lab.errors import UserError
 from fp8lab.publish.book import Book, read_book
 from fp8lab.publish.execution import execute_stale_chapters
+from fp8lab.records import make_writable
 
 __all__ = ["Book", "execute_stale_chapters", "find_quarto", "publish", "read_book"]
 
@@ -35,10 +36,12 @@ def publish(root: Path, records_dir: Path, site_dir: Path) -> Path:
         The article's first page.
 
     Raises:
-        UserError: no book in `root`, or a chapter that cannot be executed or rendered.
+        UserError: no book in `root`, a `site_dir` that cannot be written to, or a chapter that cannot be executed or
+            rendered.
     """
     root, records_dir, site_dir = root.resolve(), records_dir.resolve(), site_dir.resolve()
     book = read_book(root)
+    make_writable(site_dir)
     execute_stale_chapters(root, records_dir)
     quarto = find_quarto()
     if quarto is not None:

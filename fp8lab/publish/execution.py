@@ -35,7 +35,7 @@ def execute_stale_chapters(root: Path, records_dir: Path) -> list[str]:
         Names of the chapters that were executed.
 
     Raises:
-        UserError: a chapter failed; the message names it and its executed copy, which shows the traceback.
+        UserError: a chapter failed; the message names it and the folder of its executed copy, which has the traceback.
     """
     book = read_book(root)
     sources = [chapter.source for chapter in book.chapters]
@@ -56,10 +56,10 @@ def execute_stale_chapters(root: Path, records_dir: Path) -> list[str]:
         print(f"article: all {len(book.chapters)} chapters are up to date", flush=True)
         return []
     print(f"article: executing {len(stale)} of {len(book.chapters)} chapters", flush=True)
-    failures = []
+    failures: dict[str, list[str]] = {}
     for chapter, seconds, failure in _execute(stale, root, records_dir):
         if failure:
-            failures.append(failure)
+            failures.setdefault(failure, []).append(chapter.source.name)
             print(f"article: {chapter.name} failed", flush=True)
             continue
         # Quarto caches what its notebook filter returned by the time of the committed file alone.
@@ -68,7 +68,9 @@ def execute_stale_chapters(root: Path, records_dir: Path) -> list[str]:
         write_atomically(state_path, json.dumps(state, indent=1).encode())
         print(f"article: {chapter.name} executed in {seconds:.0f} s", flush=True)
     if failures:
-        raise UserError("; ".join(failures))
+        # One damaged record stops every chapter that reads it: that is one thing to mend.
+        said = "; ".join(f"{', '.join(names)}: {failure}" for failure, names in failures.items())
+        raise UserError(f"{said} (tracebacks in {book.chapters[0].executed.parent})")
     return [chapter.name for chapter in stale]
 
 
@@ -95,7 +97,7 @@ def _set_environment() -> None:
 
 
 def _execute_one(source: Path, executed: Path, root: Path, records_dir: Path) -> tuple[float, str | None]:
-    """Execute one notebook; returns seconds and, if it failed, one line that says why."""
+    """Execute one notebook; returns seconds and, if it failed, one line that says why: the error's."""
     import papermill
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
@@ -118,7 +120,7 @@ def _execute_one(source: Path, executed: Path, root: Path, records_dir: Path) ->
                 config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),
             )
     except PapermillExecutionError as error:
-        return time.monotonic() - started, f"{source.name}: {error.ename}: {error.evalue} (traceback in {executed})"
+        return time.monotonic() - started, f"{error.ename}: {error.evalue}"
     return time.monotonic() - started, None
 
 

@@ -1,4 +1,7 @@
-"""Opening what a stranger hands over executes nothing: a pickle in its place is refused and never loaded."""
+"""Opening what a stranger hands over executes nothing.
+
+A pickle in its place is refused and never loaded; what a record says is text to the reader's browser.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,11 @@ import os
 import pickle
 import re
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -28,9 +34,12 @@ from fp8lab.data.shards import DomainManifest, Manifest, Removed, Shard, SplitMa
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
 from fp8lab.progress import read_progress
+from fp8lab.publish import execute_stale_chapters, notebook_filter, pandoc_edition, read_book
 from fp8lab.speed import load_speed_plan
 from tests import rule_data
 from tests.checkpoints import load_latest, replace_file
+from tests.fixtures import write_demo_records
+from tests.projects import make_project
 from tests.rule_data import tiny_config, tiny_model
 from tests.small_gpt import make_encoding, make_model
 from tests.test_checkpoint import some_state
@@ -262,3 +271,116 @@ def test_a_name_cannot_leave_its_folder(tmp_path) -> None:
     path.write_text(json.dumps(values))
     with pytest.raises(UserError, match="run: "):
         read_run_config(path)
+
+
+HOSTILE = (
+    "~~~~~~\n</code></pre><i class=evil>",
+    "{{< include /etc/passwd >}}",
+    "<script>evil()</script>",
+    "<img src=x onerror=evil()>",
+    "[evil](javascript:evil())",
+    "[evil]: javascript:evil()",
+    "javascript:evil()",
+    "![evil](http://evil.test/x.png)",
+    "[evil]{onmouseover=evil()}",
+    "`<i class=evil>`{=html}",
+    "$\\href{javascript:evil()}{evil}$",
+    "a\n\n```{=html}\n<i class=evil></i>\n```\n",
+    "a\n\n::: {.evil onclick=evil()}\nb\n:::\n",
+)
+"""Texts that a page must not take for markup."""
+
+
+def edit(path: Path, change: Callable[[Any], None]) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_markup_in_the_names_of_a_record(tmp_path, text) -> None:
+    changes: dict[str, Callable[[Any], None]] = {
+        "provenance.device_name": lambda values: values["provenance"].update(device_name=text),
+        "provenance.git_commit": lambda values: values["provenance"].update(git_commit=text),
+        "provenance.epochs": lambda values: values["provenance"].update(epochs={text: 1.0}),
+        "model.name": lambda values: values["model"].update(name=text),
+        "conversion.shape": lambda values: values["conversion"][0].update(shape=text),
+        "config.mixture": lambda values: values["config"].update(mixture=text),
+    }
+    write_demo_records(tmp_path)
+    folder = next((tmp_path / "demo").iterdir())
+    record = (folder / "record.json").read_text()
+    for field, change in changes.items():
+        (folder / "record.json").write_text(record)
+        edit(folder / "record.json", change)
+        with pytest.raises(UserError, match=rf"record\.json: {re.escape(field)}: .*markup") as error:
+            records.read(folder)
+        assert "\n" not in str(error.value)
+    (folder / "eval.json").write_text(json.dumps({"results": {"task": {"alias": text}}}))
+    with pytest.raises(UserError, match=r"eval\.json: results\.task\.alias: .*markup"):
+        records.read_eval(folder)
+    table = pd.read_parquet(folder / "health.parquet")
+    table.assign(layer=text).to_parquet(folder / "health.parquet")
+    with pytest.raises(UserError, match=r"health\.parquet: layer: .*markup"):
+        records.read_table(folder, "health")
+
+
+class _Elements(HTMLParser):
+    """Tags and attributes of a page apart from its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [f"{name}={value}" for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_markup_in_the_free_text_of_records_is_shown_as_text(tmp_path, fault_report) -> None:
+    text = " ".join(HOSTILE)
+    records_dir = make_project(tmp_path)
+    runs = sorted(records_dir.glob("demo/*/record.json"))
+    for path in runs:
+        edit(path, lambda values: values.update(samples=[text]))
+    edit(runs[-1], lambda values: values.update(status="failed", final=None, reason=text))
+    for path in records_dir.glob("benchmarks/data-*/record.json"):
+        edit(path, lambda values: values["provenance"].update(command=text))
+    report = {
+        "topic": "disk",
+        "fault": text,
+        "outcome": text,
+        "measured": {text: [text]},
+        "test": text,
+        "passed": False,
+    }
+    edit(records_dir / "reliability/fault-tests/record.json", lambda values: values["results"]["faults"].append(report))
+    for path in records_dir.glob("speed-h200/*/record.json"):
+        # The article quotes an error up to its colon.
+        errors = {"rowwise": {"error": text.replace(":", " "), "traceback": text}}
+        edit(path, lambda values: values["results"]["cases"]["1.5B-T2048-B16"].update(errors=errors))  # noqa: B023
+    book = yaml.safe_load((tmp_path / "_quarto.yml").read_text())
+    book["book"]["chapters"] = [f"chapters/{name}.ipynb" for name in ("reliability", "reproduce", "throughput")]
+    (tmp_path / "_quarto.yml").write_text(yaml.safe_dump(book))
+    execute_stale_chapters(tmp_path, records_dir)
+    pandoc_edition.render(read_book(tmp_path), tmp_path / "site")
+    for chapter in read_book(tmp_path).chapters:
+        # Quarto replaces its shortcodes before it reads any other mark, in code too.
+        assert "{{<" not in "".join(notebook_filter.prose(json.loads(chapter.executed.read_text())))
+        page = _Elements((tmp_path / "site" / chapter.page).read_text())
+        assert not page.tags & {"script", "i"}
+        assert [attribute for attribute in page.attributes if "evil" in attribute or attribute.startswith("on")] == []
+        assert "evil()" in page.text
+        assert "{{< include /etc/passwd >}}" in page.text
+    fault_report(
+        "strangers",
+        "A record whose messages and samples hold scripts, links, images and shortcodes",
+        "Its pages show them as text",
+        texts=len(HOSTILE),
+    )
