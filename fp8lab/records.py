@@ -85,9 +85,12 @@ TRAINING_TABLES = ("metrics", "validation", "health")
 MARKUP = re.compile(r"[<\[\]{}`$|\\\x00-\x1f\x7f]|script:", re.IGNORECASE)
 """What Markdown, HTML, Quarto or a formula in a figure could take for more than text."""
 FREE_TEXT = frozenset(
-    ("command", "description", "error", "faults", "kernel", "reason", "samples", "source", "traceback")
+    (
+        *("command", "description", "error", "faults", "kernel", "reason", "samples", "source", "traceback"),
+        *("health_layers", "high_precision"),
+    )
 )
-"""Fields that may hold any text: messages, code, and what a model wrote."""
+"""Fields that may hold any text: messages, code, what a model wrote; and shell patterns."""
 
 
 class _Part(BaseModel):
@@ -406,8 +409,9 @@ def write(record: Record, records_dir: Path) -> Path:
     """Write ``record.json`` and return the record's folder.
 
     Raises:
-        ValueError: it could not be read again, for example for a number that is not finite, which JSON cannot hold;
-            the file is as it was.
+        UserError: a string in it could be read as markup.
+        ValueError: it could not be read again, for example for a number that is not finite, which JSON cannot hold.
+            Either way the file is as it was.
     """
     folder = record_dir(records_dir, record.plan, record.run)
     path = folder / "record.json"
@@ -416,6 +420,7 @@ def write(record: Record, records_dir: Path) -> Path:
         _RECORD.validate_json(content)
     except ValidationError as error:
         raise ValueError(f"{path}: {_first_problem(error)}; is it a number that is not finite?") from None
+    _refuse_markup(json.loads(content), path)
     write_atomically(path, content.encode() + b"\n")
     return folder
 

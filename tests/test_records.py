@@ -78,6 +78,16 @@ def test_a_record_that_could_not_be_read_is_not_written(tmp_path: Path, value: f
     assert [path.name for path in folder.iterdir()] == ["record.json"]
 
 
+def test_markup_is_refused_before_there_is_a_record_of_it_and_patterns_are_none(tmp_path: Path) -> None:
+    record = started()
+    record.config |= {"mixture": "mixtures/[mine].yaml", "high_precision": ["blocks.[01].*"]}
+    with pytest.raises(UserError, match=r"config\.mixture: .*markup"):
+        records.write(record, tmp_path)
+    assert not (tmp_path / "p" / "r" / "record.json").exists()
+    record.config["mixture"] = "mine"
+    assert records.read(records.write(record, tmp_path)) == record
+
+
 @pytest.mark.parametrize("cut", [0, 1, 100, -2])
 def test_a_truncated_record_is_refused_by_name(tmp_path: Path, cut: int) -> None:
     path = records.write(started(), tmp_path) / "record.json"
