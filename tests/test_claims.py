@@ -113,6 +113,22 @@ def test_asking_at_many_sizes_confirms_no_more_often(tmp_path: Path) -> None:
     assert confirmed / 300 < 0.085
 
 
+def test_runs_that_are_left_after_others_diverged_confirm_nothing(ladder: Path) -> None:
+    set_losses(ladder, lambda recipe, _, seed: 3 + (recipe != "bf16") * 0.002 + seed * 0.0002)
+    assert curves(ladder)["fused"].scope.startswith(f"`fused` at {SIZES[0].name}, ")
+    for size, recipe in ((SIZES[0], "fused"), (SIZES[1], "bf16")):
+        folder = write_run(ladder, "pilot-h200", size, recipe, seed=3, device_name="NVIDIA H200")
+        diverge(folder)
+    found = curves(ladder)
+    assert found["fused"].verdict == "confirmed"
+    assert found["fused"].scope.startswith(f"`fused` at {SIZES[1].name}, ")
+    assert "diverged and are in no mean: 1 of `fused` at 0.4M and 1 of `bf16` at 0.9M." in found["fused"].why
+    assert found["tensorwise"].scope.startswith(f"`tensorwise` at {SIZES[0].name}, ")
+    for size in FOUR_SIZES[1:]:
+        diverge(write_run(ladder, "pilot-h200", size, "fused", seed=3, device_name="NVIDIA H200"))
+    assert (curves(ladder)["fused"].verdict, curves(ladder)["fused"].scope) == ("untested", "`fused`")
+
+
 def test_one_seed_or_a_demo_say_nothing_of_curves(tmp_path: Path) -> None:
     for recipe in ("bf16", "fused"):
         write_run(tmp_path, "pilot-h200", SIZES[0], recipe, device_name="NVIDIA H200")
