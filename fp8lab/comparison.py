@@ -247,7 +247,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """p values adjusted for having asked as many questions (Holm 1979), in their order.
 
     Rejecting where one is below 0.05 rejects any true hypothesis with a probability of at most 0.05.
+
+    Raises:
+        ValueError: one is NaN.
     """
+    if any(math.isnan(p) for p in p_values):
+        raise ValueError(f"a p value is NaN: {list(p_values)}")
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):

@@ -24,6 +24,7 @@ from fp8lab.results import (
     unique,
 )
 from fp8lab.scaling import JointLaw
+from fp8lab.units import listing
 
 
 def final_losses(runs: RunSet) -> pd.DataFrame:
@@ -128,6 +129,9 @@ class MeasuredGap:
     runs: RunSet
     assumed: bool = False
     """Whether the gap's interval is assumed: one seed, taken to scatter as smaller models do."""
+    diverged: int = 0
+    """Runs of this size and recipe, of all plans, that diverged: the gap is that of the runs that are left."""
+    bf16_diverged: int = 0
 
 
 def measured_gaps(sets: Sequence[RunSet]) -> list[MeasuredGap]:
@@ -148,13 +152,31 @@ def measured_gaps(sets: Sequence[RunSet]) -> list[MeasuredGap]:
 
 
 def sources(gaps: Sequence[MeasuredGap]) -> str:
-    """What a caption says about where the runs behind `gaps` were trained."""
-    return " ".join(unique(measured.runs.source for measured in gaps))
+    """What a caption says about where the runs behind `gaps` were trained, and which of them diverged."""
+    return " ".join([*unique(measured.runs.source for measured in gaps), left_out(gaps)]).strip()
+
+
+def left_out(gaps: Sequence[MeasuredGap]) -> str:
+    """A sentence about the runs that diverged and so have no part in `gaps`; empty where none did."""
+    counts = unique(
+        f"{count} of `{recipe}` at {measured.size}"
+        for measured in gaps
+        for recipe, count in ((measured.recipe, measured.diverged), ("bf16", measured.bf16_diverged))
+        if count
+    )
+    return f"Runs that diverged and are in no mean: {listing(counts)}." if counts else ""
 
 
 def _measured_gap(sets: Sequence[RunSet], runs: RunSet, size: str, recipe: str) -> MeasuredGap:
     gap, bf16 = runs.gap(size, recipe), runs.where(size=size, recipe="bf16")[0]
     smaller = seed_deviation(sets, below=bf16.parameters) if gap.interval is None else None
+    diverged, bf16_diverged = (_diverged(sets, size, name) for name in (recipe, "bf16"))
+    measured = MeasuredGap(size, recipe, gap, runs, diverged=diverged, bf16_diverged=bf16_diverged)
     if smaller is None:
-        return MeasuredGap(size, recipe, gap, runs)
-    return MeasuredGap(size, recipe, replace(gap, interval=gap.assumed_interval(smaller)), runs, assumed=True)
+        return measured
+    return replace(measured, gap=replace(gap, interval=gap.assumed_interval(smaller)), assumed=True)
+
+
+def _diverged(sets: Sequence[RunSet], size: str, recipe: str) -> int:
+    unfinished = [run for runs in sets for run in runs.unfinished if (run.size, run.recipe) == (size, recipe)]
+    return sum(run.record.status == "diverged" for run in unfinished)

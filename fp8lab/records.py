@@ -39,7 +39,7 @@ from typing import Annotated, Any, Literal
 
 import pandas as pd
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, TypeAdapter, ValidationError
 
 from fp8lab import flops
 from fp8lab.config import Head, Name, Recipe, RunConfig
@@ -128,9 +128,9 @@ class DomainLoss(_Part):
 
 
 class ValidationLosses(_Part):
-    validation_loss: float
+    validation_loss: FiniteFloat
     """Nats a token: the domains' losses, averaged by the mixture's weights."""
-    bits_per_byte: float
+    bits_per_byte: FiniteFloat
     by_domain: dict[str, DomainLoss]
 
 

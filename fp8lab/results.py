@@ -82,6 +82,12 @@ class Run:
         return self.size, self.recipe, self.record.head, self.record.tokens, self.design
 
     @property
+    def design_settings(self) -> dict[str, Any]:
+        """What makes runs of several plans one design; with precision and seed, one training."""
+        names = ("model", "tokens", "optimizer", "schedule", "global_batch_tokens", "mixture")
+        return {name: self.record.config[name] for name in names}
+
+    @property
     def validation_loss(self) -> float:
         """Nats a token at the end of the run."""
         return self._final.validation_loss
@@ -158,6 +164,7 @@ class RunSet:
     unfinished: tuple[Run, ...] = ()
     branches: tuple[Run, ...] = ()
     """Finished decay branches: shorter budgets that share a run's stable part and so are no runs of their own."""
+    unfinished_branches: tuple[Run, ...] = ()
     paired_sizes: frozenset[str] = frozenset()
     """Sizes at which gaps are taken over pairs of seeds: decided by other runs (`variance.with_pairs`)."""
 
@@ -292,11 +299,13 @@ def plan_runs(records_dir: Path, plan: str) -> RunSet:
         key=lambda run: (run.parameters, RECIPES.index(run.recipe), run.record.seed, run.record.tokens),
     )
     runs = [run for run in found if run.record.parent is None]
+    branches = [run for run in found if run.record.parent is not None]
     return RunSet(
         plan,
         runs=tuple(run for run in runs if run.record.status == "finished"),
         unfinished=tuple(run for run in runs if run.record.status != "finished"),
-        branches=tuple(run for run in found if run.record.parent is not None and run.record.status == "finished"),
+        branches=tuple(run for run in branches if run.record.status == "finished"),
+        unfinished_branches=tuple(run for run in branches if run.record.status != "finished"),
     )
 
 

@@ -1,12 +1,16 @@
 """Signs that a training went wrong: where a run had them, and how FP8's runs compare with BF16's.
 
 A run and the branches that decayed from it share most of their training, so they are one *family*, in trouble where
-one of them was. A spike is judged from the hundred losses before it, so a run whose losses were hardly logged is hardly
-judged: a family says something of stability only where at least half of its steps were.
+one of them was. Plans may train the same seed of one configuration; those runs are one family too, since counting them
+as several would make chance look like evidence.
+
+A spike is judged from the hundred losses before it, so a run whose losses were hardly logged is hardly judged: a
+family says something of stability only where at least half of its steps were.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +18,7 @@ import numpy as np
 from scipy import stats
 
 from fp8lab.comparison import LEVEL
+from fp8lab.config import RECIPES
 from fp8lab.results import Run, RunSet
 from fp8lab.spikes import spikes
 
@@ -25,9 +30,9 @@ JUDGED = 0.5
 
 @dataclass(frozen=True)
 class Family:
-    """A run and the decay branches that left it."""
+    """The runs of one training, of each plan that has it, and the decay branches that left them."""
 
-    run: Run
+    runs: tuple[Run, ...]
     branches: tuple[Run, ...] = ()
 
     @property
@@ -36,7 +41,17 @@ class Family:
 
     @property
     def members(self) -> tuple[Run, ...]:
-        return (self.run, *self.branches)
+        return (*self.runs, *self.branches)
+
+    @property
+    def tokens(self) -> int:
+        """That its longest run saw."""
+        return max(run.record.tokens for run in self.runs)
+
+    @property
+    def tokens_per_parameter(self) -> float:
+        """Rounded: 19.9999 are 20, cut to whole batches."""
+        return round(self.tokens / self.runs[0].parameters, 1)
 
     @property
     def is_judged(self) -> bool:
@@ -44,8 +59,8 @@ class Family:
 
         Of all members together: a branch may be shorter than the history that a spike is judged from.
         """
-        counts = [_judged(member) for member in self.members]
-        return sum(judged for judged, _ in counts) >= JUDGED * sum(steps for _, steps in counts)
+        judged = sum(judged_steps(member) or 0 for member in self.members)
+        return judged >= JUDGED * sum(own_steps(member) for member in self.members)
 
     @property
     def early_trouble(self) -> bool:
@@ -58,30 +73,54 @@ class Family:
         return not self.early_trouble and any(first_trouble(member) is not None for member in self.members)
 
 
-def families(plans: Sequence[RunSet], size: str, recipe: str) -> list[Family]:
-    """Of all runs that finished or diverged."""
-    return [
-        Family(run, tuple(one for one in plan.branches if _is_branch(one, run)))
-        for plan in plans
-        for run in (*plan.where(size=size, recipe=recipe), *_diverged(plan, size, recipe))
-    ]
+def families(plans: Sequence[RunSet]) -> dict[tuple[str, str], list[Family]]:
+    """By size and recipe, small sizes first: of all runs that finished, or diverged themselves or in a branch."""
+    trainings: dict[str, Family] = {}
+    for plan in plans:
+        for run in (*plan.runs, *plan.unfinished):
+            branches = _branches(plan, run)
+            if _ended_for_itself(run) or any(branch.record.status == "diverged" for branch in branches):
+                training = _training(run)
+                known = trainings.get(training, Family(runs=()))
+                trainings[training] = Family((*known.runs, run), (*known.branches, *branches))
+    found: dict[tuple[str, str], list[Family]] = {}
+    for family in sorted(trainings.values(), key=_in_order):
+        found.setdefault((family.runs[0].size, family.runs[0].recipe), []).append(family)
+    return found
 
 
-def _is_branch(branch: Run, run: Run) -> bool:
-    return branch.record.parent is not None and branch.record.parent.run == run.record.run
+def _branches(plan: RunSet, run: Run) -> tuple[Run, ...]:
+    """Branches of `run` that finished or diverged."""
+    return tuple(
+        branch
+        for branch in (*plan.branches, *plan.unfinished_branches)
+        if _ended_for_itself(branch) and branch.record.parent and branch.record.parent.run == run.record.run
+    )
 
 
-def _diverged(plan: RunSet, size: str, recipe: str) -> list[Run]:
-    return [
-        run for run in plan.unfinished if run.record.status == "diverged" and (run.size, run.recipe) == (size, recipe)
-    ]
+def _ended_for_itself(run: Run) -> bool:
+    """Whether nothing outside the training, such as a time limit or a lost machine, ended it."""
+    return run.record.status in ("finished", "diverged")
 
 
-def _judged(run: Run) -> tuple[int, int]:
-    """Steps whose loss was judged, none where the record does not say; and all of the run's own."""
-    record = run.record
-    own = record.steps - (record.parent.step if record.parent else 0)
-    return (record.stability.judged_steps or 0) if record.stability else 0, own
+def _training(run: Run) -> str:
+    """The same for runs that trained the same."""
+    precision = [run.recipe, run.record.head, run.record.config.get("high_precision", [])]
+    return json.dumps([run.design_settings, precision, run.record.seed], sort_keys=True)
+
+
+def _in_order(family: Family) -> tuple[int, int]:
+    return family.runs[0].parameters, RECIPES.index(family.runs[0].recipe)
+
+
+def judged_steps(run: Run) -> int | None:
+    """Steps whose loss was judged; None where the record does not say."""
+    return run.record.stability.judged_steps if run.record.stability else None
+
+
+def own_steps(run: Run) -> int:
+    """Of a decay branch those after its parent's."""
+    return run.record.steps - (run.record.parent.step if run.record.parent else 0)
 
 
 def first_trouble(run: Run) -> float | None:

@@ -145,19 +145,13 @@ class Study:
     def pairs_help(self, run: Run) -> bool:
         """Whether the study has decided for pairs in the design and size of `run`; False where it trained none such."""
         return any(
-            cell.pairs_help and not cell.averaged and _design_settings(cell.runs[0]) == _design_settings(run)
+            cell.pairs_help and not cell.averaged and cell.runs[0].design_settings == run.design_settings
             for cell in self.cells
         )
 
     def loss_cost(self, cell: Cell) -> Gap:
         """BF16 loss of `cell` minus that of `base`: what its quietness costs."""
         return Gap.by_seed(cell.losses("bf16"), self.base.losses("bf16"))
-
-
-def _design_settings(run: Run) -> dict[str, object]:
-    """What makes two plans' runs of a size the same design."""
-    names = ("model", "tokens", "optimizer", "schedule", "global_batch_tokens", "mixture")
-    return {name: run.record.config[name] for name in names}
 
 
 def with_pairs(runs: RunSet, study: Study) -> RunSet:

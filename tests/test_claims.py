@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,22 @@ def test_asking_at_many_sizes_confirms_no_more_often(tmp_path: Path) -> None:
     assert confirmed / 300 < 0.085
 
 
+def test_runs_that_are_left_after_others_diverged_confirm_nothing(ladder: Path) -> None:
+    set_losses(ladder, lambda recipe, _, seed: 3 + (recipe != "bf16") * 0.002 + seed * 0.0002)
+    assert curves(ladder)["fused"].scope.startswith(f"`fused` at {SIZES[0].name}, ")
+    for size, recipe in ((SIZES[0], "fused"), (SIZES[1], "bf16")):
+        folder = write_run(ladder, "pilot-h200", size, recipe, seed=3, device_name="NVIDIA H200")
+        diverge(folder)
+    found = curves(ladder)
+    assert found["fused"].verdict == "confirmed"
+    assert found["fused"].scope.startswith(f"`fused` at {SIZES[1].name}, ")
+    assert "diverged and are in no mean: 1 of `fused` at 0.4M and 1 of `bf16` at 0.9M." in found["fused"].why
+    assert found["tensorwise"].scope.startswith(f"`tensorwise` at {SIZES[0].name}, ")
+    for size in FOUR_SIZES[1:]:
+        diverge(write_run(ladder, "pilot-h200", size, "fused", seed=3, device_name="NVIDIA H200"))
+    assert (curves(ladder)["fused"].verdict, curves(ladder)["fused"].scope) == ("untested", "`fused`")
+
+
 def test_one_seed_or_a_demo_say_nothing_of_curves(tmp_path: Path) -> None:
     for recipe in ("bf16", "fused"):
         write_run(tmp_path, "pilot-h200", SIZES[0], recipe, device_name="NVIDIA H200")
@@ -202,11 +219,65 @@ def test_trouble_of_a_decay_branch_counts(many_seeds: Path) -> None:
     assert stability(many_seeds).verdict == "untested"
 
 
-def test_a_diverged_run_contradicts_stability_unless_bf16_diverges_too(many_seeds: Path) -> None:
-    for recipe, verdict in (("fused", "contradicted"), ("bf16", "untested")):
-        path = many_seeds / "pilot-h200" / f"{SIZES[0].name}-{recipe}-s1" / "record.json"
-        edit(path, lambda record: record.update(status="diverged"))
-        assert stability(many_seeds).verdict == verdict
+def diverge(folder: Path) -> None:
+    """Let a run or branch end before its last tenth, as a divergence ends it."""
+    edit(folder / "record.json", lambda record: record.update(status="diverged", final=None))
+    edit(folder / "record.json", lambda record: record["stability"].update(first_bad_step=48))
+
+
+def test_divergences_count_against_fp8_where_bf16_has_fewer(many_seeds: Path) -> None:
+    runs = many_seeds / "pilot-h200"
+    diverge(runs / f"{SIZES[0].name}-fused-s1")
+    assert stability(many_seeds).verdict == "untested"
+    for seed in range(2, 6):
+        diverge(runs / f"{SIZES[0].name}-fused-s{seed}")
+    assert stability(many_seeds).verdict == "contradicted"
+    assert "5 diverged" in stability(many_seeds).why
+    for seed in range(4):
+        diverge(runs / f"{SIZES[0].name}-bf16-s{seed}")
+    assert stability(many_seeds).verdict == "untested"
+
+
+def test_a_branch_that_diverged_counts_against_its_run(many_seeds: Path) -> None:
+    for seed in range(8):
+        stable = f"{SIZES[0].name}-fused-s{seed}"
+        where = {"branch_of": stable, "device_name": "NVIDIA H200"}
+        diverge(write_run(many_seeds, "pilot-h200", SIZES[0], "fused", seed=seed, budget=1, **where))
+        assert stability(many_seeds).verdict != "confirmed"
+    assert stability(many_seeds).verdict == "contradicted"
+    assert "8 of 8 at 0.4M (0 of 8 in BF16; 8 diverged" in stability(many_seeds).why
+
+
+def test_a_single_run_of_bf16_contradicts_nothing(many_seeds: Path) -> None:
+    for seed in range(1, 8):
+        shutil.rmtree(many_seeds / "pilot-h200" / f"{SIZES[0].name}-bf16-s{seed}")
+    diverge(many_seeds / "pilot-h200" / f"{SIZES[0].name}-fused-s1")
+    assert stability(many_seeds).verdict == "untested"
+
+
+def test_a_seed_that_two_plans_train_alike_is_one_run(many_seeds: Path) -> None:
+    for path in (many_seeds / "pilot-h200").glob("*-s[4-7]"):
+        shutil.rmtree(path)
+    shutil.copytree(many_seeds / "pilot-h200", many_seeds / "ladder-h200")
+    for path in many_seeds.glob("ladder-h200/*/record.json"):
+        edit(path, lambda record: record.update(plan="ladder-h200"))
+    plans = [plan_runs(many_seeds, plan) for plan in ("pilot-h200", "ladder-h200")]
+    (finding,) = claims.stable_almost_to_the_end(plans)
+    assert finding.verdict == "untested"
+    assert "0 of 4 at 0.4M (0 of 4 in BF16" in finding.why
+    for path in many_seeds.glob("ladder-h200/*/record.json"):
+        edit(path, lambda record: record["config"]["optimizer"].update(peak_learning_rate=1e-3))
+    (finding,) = claims.stable_almost_to_the_end([plans[0], plan_runs(many_seeds, "ladder-h200")])
+    assert "0 of 8 at 0.4M (0 of 8 in BF16" in finding.why
+
+
+def test_asking_at_many_sizes_contradicts_stability_no_more_often(many_seeds: Path) -> None:
+    for seed in range(4):
+        diverge(many_seeds / "pilot-h200" / f"{SIZES[0].name}-fused-s{seed}")
+    assert stability(many_seeds).verdict == "contradicted"
+    for recipe in ("bf16", "fused"):
+        write_run(many_seeds, "pilot-h200", SIZES[1], recipe, device_name="NVIDIA H200")
+    assert stability(many_seeds).verdict == "untested"
 
 
 def forty(records_dir: Path, changes: dict[str, list[float]], occasions: int = 2) -> Finding:

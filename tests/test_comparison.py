@@ -154,6 +154,11 @@ def test_pairs_needed_agree_with_the_textbook() -> None:
     )
 
 
+def test_p_values_that_are_not_known_are_not_adjusted() -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        holm([math.nan, 0.5])
+
+
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     rng = np.random.default_rng(5)
     held = {"gap": 0, "deviation": 0}

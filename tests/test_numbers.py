@@ -83,7 +83,7 @@ DISPLAYS: dict[str, tuple[str, str]] = {
     "tbl-variance-gaps": ("train", ""),
     "fig-domains": ("train", ""),
     "fig-gradients": ("metrics", ""),
-    "tbl-spikes": ("metrics train", "1 2 60"),
+    "tbl-spikes": ("metrics train", "0 120 2"),
     "stability 8": ("train", ""),
     "stability health": ("train", "1 20 60"),
     "tbl-rounding-losses": ("health", ""),

@@ -107,6 +107,17 @@ def test_a_wrong_field_is_refused_by_name(tmp_path: Path, field: str, value: obj
         records.read(path.parent)
 
 
+@pytest.mark.parametrize("field", ["validation_loss", "bits_per_byte"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999"])
+def test_a_final_loss_that_is_not_finite_is_refused_by_name(tmp_path: Path, field: str, value: str) -> None:
+    record = started()
+    record.final = records.FinalLosses(train_loss=3.0, validation_loss=3.0, bits_per_byte=3.0, by_domain={})
+    path = records.write(record, tmp_path) / "record.json"
+    path.write_text(path.read_text().replace(f'"{field}": 3.0', f'"{field}": {value}'))
+    with pytest.raises(UserError, match=rf"p/r/record\.json: train\.final\.{field}: .* finite"):
+        records.read(path.parent)
+
+
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metrics\.parquet: missing column loss"):
         records.write_table(tmp_path, "metrics", metrics().drop(columns="loss"))

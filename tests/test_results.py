@@ -62,6 +62,15 @@ def test_an_unfinished_run_is_left_out_and_named(tmp_path: Path) -> None:
     assert "0.4M-tensorwise-s1" not in [run.record.run for run in runs.runs]
 
 
+def test_a_branch_that_did_not_finish_is_kept_apart_from_those_that_did(tmp_path: Path) -> None:
+    write_ladder_records(tmp_path)
+    path = tmp_path / "ladder-h200" / "7M-fused-s1-d5" / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "diverged"}))
+    runs = plan_runs(tmp_path, "ladder-h200")
+    assert [run.record.run for run in runs.unfinished_branches] == [path.parent.name]
+    assert path.parent.name not in [run.record.run for run in runs.branches]
+
+
 def test_runs_are_in_order_of_size_and_recipe(tmp_path: Path) -> None:
     write_demo_records(tmp_path)
     runs = training_runs(tmp_path)

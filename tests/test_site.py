@@ -26,7 +26,7 @@ from selenium.webdriver.common.keys import Keys
 from fp8lab.errors import UserError
 from fp8lab.publish import execute_stale_chapters, publish, read_book
 from tests.chapters import shown
-from tests.fixtures import SAMPLE
+from tests.fixtures import SAMPLE, SIZES, write_run
 from tests.projects import ROOT, copy_sources, make_project
 
 PAGES = [chapter.page for chapter in read_book(ROOT).chapters]
@@ -214,6 +214,18 @@ def test_measurements_on_a_gpu_take_the_demos_place(site: Path, tmp_path: Path) 
     assert "Toy scale, CPU" in toy
     assert "No speed was measured" in toy
     assert "H200" not in re.sub(r"\S*(speed|variance)-h200\S*", "", toy)
+
+
+def test_what_diverged_in_any_plan_is_named(tmp_path: Path) -> None:
+    records_dir = make_project(tmp_path)
+    folder = write_run(records_dir, "seeds-h200", SIZES[0], "fused", seed=2, device_name="NVIDIA H200")
+    for recipe in ("bf16", "fused"):
+        write_run(records_dir, "seeds-h200", SIZES[0], recipe, seed=1, device_name="NVIDIA H200")
+    record = json.loads((folder / "record.json").read_text())
+    (folder / "record.json").write_text(json.dumps(record | {"status": "diverged", "final": None}))
+    text = "\n".join(display.text for display in shown(ROOT / "chapters" / "stability.ipynb", tmp_path, records_dir))
+    assert f"`seeds-h200/{folder.name}` diverged." in text
+    assert "No run diverged" not in text
 
 
 def test_a_quoted_gap_is_the_one_in_the_linked_table(site: Path, browser: webdriver.Chrome) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -445,12 +446,41 @@ def test_a_resumed_run_stands_beside_its_control(tmp_path: Path) -> None:
     assert table["first step whose loss differs"].tolist() == ["333", "333"]
 
 
+def test_a_gap_stands_beside_the_runs_that_diverged(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        for recipe in ("bf16", "fused"):
+            folder = write_run(tmp_path, "pilot-h200", SIZES[0], recipe, seed=seed, device_name="NVIDIA H200")
+    (before,) = tables.losses.loss_gaps(losses.measured_gaps(losses.measured_sets(tmp_path))).to_dict("records")
+    path = folder / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "diverged", "final": None}))
+    gaps = losses.measured_gaps(losses.measured_sets(tmp_path))
+    (row,) = tables.losses.loss_gaps(gaps).to_dict("records")
+    assert (before["diverged"], row["diverged"], row["seeds"]) == ("none", "1 FP8", 2)
+    assert row["so"].endswith(", of those that finished")
+    assert "Runs that diverged and are in no mean: 1 of `fused` at 0.4M." in losses.sources(gaps)
+
+
 def test_a_spike_score_stands_beside_the_steps_that_it_judged(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "demo", SIZES[0], "bf16")
-    assert tables.health.spikes(plan_runs(tmp_path, "demo"))["steps judged"].tolist() == ["40 of 60"]
+    assert tables.health.spikes([plan_runs(tmp_path, "demo")])["steps judged"].tolist() == ["40 of 60"]
     record = records.read(folder)
     assert isinstance(record, records.TrainRecord)
     assert record.stability is not None
     record.stability.judged_steps = None
     records.write(record, tmp_path)
-    assert tables.health.spikes(plan_runs(tmp_path, "demo"))["steps judged"].tolist() == ["unknown"]
+    assert tables.health.spikes([plan_runs(tmp_path, "demo")])["steps judged"].tolist() == ["unknown"]
+
+
+def test_what_diverged_and_was_skipped_is_counted_in_every_plan_and_branch(tmp_path: Path) -> None:
+    stable = write_run(tmp_path, "pilot-h200", SIZES[0], "fused")
+    branch = write_run(tmp_path, "pilot-h200", SIZES[0], "fused", budget=1, branch_of=stable.name)
+    other = write_run(tmp_path, "seeds-h200", SIZES[0], "fused", seed=2)
+    for folder, skipped in ((branch, 10), (other, 100)):
+        path = folder / "record.json"
+        values = json.loads(path.read_text()) | {"status": "diverged", "final": None}
+        values["stability"]["skipped_steps"] = skipped
+        path.write_text(json.dumps(values))
+    (row,) = tables.health.spikes([plan_runs(tmp_path, plan) for plan in ("pilot-h200", "seeds-h200")]).to_dict(
+        "records"
+    )
+    assert (row["runs"], row["diverged"], row["skipped steps"]) == (2, 2, 111)

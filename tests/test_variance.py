@@ -16,7 +16,7 @@ import pytest
 from fp8lab import tables, variance
 from fp8lab.comparison import Gap
 from fp8lab.config import load_plan
-from fp8lab.losses import measured_gaps
+from fp8lab.losses import GAP_PLANS, measured_gaps
 from fp8lab.results import SEEDS_PLAN, RunSet, plan_runs, seed_deviation
 from tests.fixtures import SIZES, VARIANCE_DESIGNS, Measured, write_run, write_variance_records
 
@@ -137,6 +137,15 @@ def test_the_plan_and_the_study_agree_on_names() -> None:
         seeds = [config.seed for config in plan.runs if config.recipe == recipe and config.run.endswith(f"-{suffix}")]
         assert len(seeds) == 8
     assert all(config.average_half_life and config.compact for config in plan.runs)
+
+
+def test_no_plan_whose_gaps_the_study_decides_on_has_its_seeds() -> None:
+    def trainings(plan: str) -> set[tuple[str, int]]:
+        return {(config.model.name, config.seed) for config in load_plan(ROOT / "runs" / "plans" / f"{plan}.yaml").runs}
+
+    for plan in GAP_PLANS:
+        assert not trainings(plan) & trainings(variance.VARIANCE_PLAN), plan
+    assert not trainings(SEEDS_PLAN) & trainings("ladder-h200")
 
 
 def test_how_far_the_study_has_come_is_counted_from_plan_and_records(tmp_path: Path) -> None:

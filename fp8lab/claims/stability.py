@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fp8lab import trouble
 from fp8lab.claims.finding import Finding, Verdict
-from fp8lab.comparison import LEVEL
+from fp8lab.comparison import LEVEL, holm
 from fp8lab.config import RECIPES
-from fp8lab.results import RunSet, unique
+from fp8lab.results import RunSet
 from fp8lab.trouble import JUDGED, LAST_PART, Family
 from fp8lab.units import listing, number
 
@@ -19,29 +19,27 @@ STABLE_RUNS = 8
 
 def stable_almost_to_the_end(plans: Sequence[RunSet]) -> list[Finding]:
     """FP8 trains without trouble, except perhaps at the very end; a finding a recipe."""
-    measured = [plan for plan in plans if plan and not plan.toy]
-    recipes = [recipe for recipe in RECIPES[1:] if any(_cells(measured, recipe))]
-    if not recipes:
+    found = trouble.families([plan for plan in plans if plan and not plan.toy])
+    by_recipe = {
+        recipe: {size: families for (size, name), families in found.items() if name == recipe} for recipe in RECIPES
+    }
+    baselines = by_recipe.pop("bf16")
+    measured = [(recipe, by_size) for recipe, by_size in by_recipe.items() if by_size]
+    if not measured:
         return [_stability("untested", "No FP8 run was trained on a GPU.", "")]
-    return [_recipe_stability(measured, recipe) for recipe in recipes]
+    return [_recipe_stability(recipe, by_size, baselines) for recipe, by_size in measured]
 
 
-def _cells(plans: Sequence[RunSet], recipe: str) -> dict[str, list[Family]]:
-    """Families of a recipe by size."""
-    sizes = unique(run.size for plan in plans for run in (*plan.runs, *plan.unfinished))
-    found = {size: trouble.families(plans, size, recipe) for size in sizes}
-    return {size: families for size, families in found.items() if families}
-
-
-def _recipe_stability(plans: Sequence[RunSet], recipe: str) -> Finding:
-    baselines = _cells(plans, "bf16")
-    verdicts: dict[str, Verdict] = {}
-    told = []
-    for size, families in _cells(plans, recipe).items():
-        verdicts[size] = _cell_stability(families, baselines.get(size, []))
-        told.append(_told(size, families, baselines.get(size, [])))
-    longest = max(f.run.record.tokens for families in _cells(plans, recipe).values() for f in families)
-    why = f"Runs with trouble before their last tenth: {'; '.join(told)}. The longest saw {number(longest)} tokens."
+def _recipe_stability(
+    recipe: str, by_size: Mapping[str, Sequence[Family]], baselines: Mapping[str, Sequence[Family]]
+) -> Finding:
+    """Of one recipe; the p values are adjusted for having asked at several sizes."""
+    pairs = {size: (families, baselines.get(size, [])) for size, families in by_size.items()}
+    excess = holm([_excess_p(families, bf16) for families, bf16 in pairs.values()])
+    verdicts = {size: _verdict(pairs[size][0], p) for size, p in zip(pairs, excess, strict=True)}
+    told = "; ".join(_told(size, families, bf16) for size, (families, bf16) in pairs.items())
+    longest = max(family.tokens for families in by_size.values() for family in families)
+    why = f"Runs with trouble before their last tenth: {told}. The longest saw {number(longest)} tokens."
     for verdict in ("contradicted", "confirmed"):
         sizes = [size for size, of_size in verdicts.items() if of_size == verdict]
         if sizes:
@@ -49,30 +47,33 @@ def _recipe_stability(plans: Sequence[RunSet], recipe: str) -> Finding:
     return _stability("untested", why, f"`{recipe}`")
 
 
-def _cell_stability(families: Sequence[Family], baselines: Sequence[Family]) -> Verdict:
-    early = [family for family in families if family.early_trouble]
-    early_bf16 = sum(family.early_trouble for family in baselines)
-    bf16_diverged = any(family.diverged for family in baselines)
-    excess = trouble.excess_p(len(early), len(families), early_bf16, len(baselines)) if baselines else 1.0
-    if excess < 1 - LEVEL or (any(family.diverged for family in early) and baselines and not bf16_diverged):
+def _excess_p(families: Sequence[Family], baselines: Sequence[Family]) -> float:
+    early, early_bf16 = (sum(family.early_trouble for family in side) for side in (families, baselines))
+    return trouble.excess_p(early, len(families), early_bf16, len(baselines))
+
+
+def _verdict(families: Sequence[Family], excess_p: float) -> Verdict:
+    """Of one size."""
+    if excess_p < 1 - LEVEL:
         return "contradicted"
-    complete = [family for family in families if _is_long(family) and family.is_judged]
-    return "confirmed" if not early and len(complete) >= STABLE_RUNS else "untested"
+    untroubled = not any(family.early_trouble for family in families)
+    return "confirmed" if untroubled and sum(map(_counts, families)) >= STABLE_RUNS else "untested"
 
 
-def _is_long(family: Family) -> bool:
-    # Rounded: 19.9999 tokens a parameter are 20, cut to whole batches.
-    return round(family.run.record.tokens / family.run.parameters, 1) >= CLAIMED_TOKENS_PER_PARAMETER
+def _counts(family: Family) -> bool:
+    """Whether it was long and judged enough for no trouble to say something."""
+    return family.tokens_per_parameter >= CLAIMED_TOKENS_PER_PARAMETER and family.is_judged
 
 
 def _told(size: str, families: Sequence[Family], baselines: Sequence[Family]) -> str:
     """What was seen of one size, and how closely it was looked at."""
     count = len(families)
     early, late = sum(f.early_trouble for f in families), sum(f.late_trouble for f in families)
-    complete = sum(_is_long(family) and family.is_judged for family in families)
+    complete, diverged = sum(map(_counts, families)), sum(family.diverged for family in families)
     text = (
-        f"{early} of {count} at {size} ({sum(f.early_trouble for f in baselines)} of {len(baselines)} in BF16; {late} "
-        f"in the last tenth), where {complete} of {count} were long and judged enough to count"
+        f"{early} of {count} at {size} ({sum(f.early_trouble for f in baselines)} of {len(baselines)} in BF16; "
+        f"{f'{diverged} diverged; ' if diverged else ''}{late} in the last tenth), where {complete} of {count} were "
+        "long and judged enough to count"
     )
     if not early and complete:
         text += f", so at most {trouble.most_frequent(complete):.0%} of such runs would have any (95%)"
@@ -86,10 +87,11 @@ def _stability(verdict: Verdict, why: str, scope: str) -> Finding:
         why=why,
         rule=(
             "Trouble is a skipped step, a spike of seven standard deviations or a divergence, in a run or its decay "
-            f"branches, before the last {LAST_PART:.0%}. For each recipe, contradicted where at some size a run "
-            "diverged and none in BF16 did, or runs had trouble more often than BF16's (Fisher's exact test, 5%); "
-            f"confirmed at sizes where {STABLE_RUNS} runs or more reached {CLAIMED_TOKENS_PER_PARAMETER} tokens a "
-            f"parameter, had {JUDGED:.0%} of their steps judged for spikes, and none had trouble"
+            f"branches, before the last {LAST_PART:.0%}; runs that differ in nothing but their plan count as one. For "
+            "each recipe, contradicted where at some size runs had trouble more often than BF16's (Fisher's exact "
+            "test at 5%, adjusted for the number of sizes by Holm); confirmed at sizes where "
+            f"{STABLE_RUNS} runs or more reached {CLAIMED_TOKENS_PER_PARAMETER} tokens a parameter, had "
+            f"{JUDGED:.0%} of their steps judged for spikes, and none had trouble"
         ),
         reference="@tbl-spikes" if scope else "[chapter](chapters/stability.ipynb)",
         scope=scope,

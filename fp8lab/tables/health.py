@@ -6,32 +6,35 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from fp8lab import diagnosis
+from fp8lab import diagnosis, trouble
 from fp8lab.results import Run, RunSet
 from fp8lab.units import ranges
 
 
-def spikes(runs: RunSet) -> pd.DataFrame:
-    """Signs of instability of each run."""
-    rows = [
-        {
-            "model": run.size,
-            "recipe": run.recipe,
-            "seed": run.record.seed,
-            "spike score": f"{run.record.stability.spike_score:.2%}" if run.record.stability else "–",
-            "steps judged": _judged_steps(run),
-            "skipped steps": run.record.stability.skipped_steps if run.record.stability else "–",
-            "largest gradient norm": f"{run.metrics['grad_norm'].max():.2f}",
-            "status": run.record.status,
-        }
-        for run in (*runs.runs, *(run for run in runs.unfinished if run.record.status == "diverged"))
-    ]
+def spikes(plans: Sequence[RunSet]) -> pd.DataFrame:
+    """Signs of instability of each size and recipe, over all runs of `plans` and their decay branches."""
+    rows = []
+    for (size, recipe), families in trouble.families(plans).items():
+        members = [member for family in families for member in family.members]
+        stability = [member.record.stability for member in members if member.record.stability]
+        rows.append(
+            {
+                "model": size,
+                "recipe": recipe,
+                "runs": len(families),
+                "diverged": sum(family.diverged for family in families),
+                "highest spike score": f"{max(one.spike_score for one in stability):.2%}" if stability else "–",
+                "steps judged": _judged_steps(members),
+                "skipped steps": sum(one.skipped_steps for one in stability) if stability else "–",
+                "largest gradient norm": f"{max(member.metrics['grad_norm'].max() for member in members):.2f}",
+            }
+        )
     return pd.DataFrame(rows)
 
 
-def _judged_steps(run: Run) -> str:
-    judged = run.record.stability.judged_steps if run.record.stability else None
-    return "unknown" if judged is None else f"{judged:,} of {run.record.steps:,}"
+def _judged_steps(runs: Sequence[Run]) -> str:
+    judged = [steps for run in runs if (steps := trouble.judged_steps(run)) is not None]
+    return f"{sum(judged):,} of {sum(map(trouble.own_steps, runs)):,}" if judged else "unknown"
 
 
 def health(runs: Sequence[Run]) -> pd.DataFrame:

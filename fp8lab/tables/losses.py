@@ -26,12 +26,17 @@ def budget_table(points: pd.DataFrame) -> pd.DataFrame:
 
 def loss_gaps(gaps: Sequence[MeasuredGap]) -> pd.DataFrame:
     """Validation loss of each FP8 recipe minus BF16's, and what so many seeds let one say of it."""
-    return pd.DataFrame(
-        [
-            {"model": measured.size, "recipe": measured.recipe} | _gap_columns(measured.gap, measured.assumed)
-            for measured in gaps
-        ]
-    )
+    return pd.DataFrame([_measured_row(measured) for measured in gaps])
+
+
+def _measured_row(measured: MeasuredGap) -> dict[str, object]:
+    sides = [
+        f"{count} {name}" for name, count in (("FP8", measured.diverged), ("BF16", measured.bf16_diverged)) if count
+    ]
+    columns = _gap_columns(measured.gap, measured.assumed)
+    if sides:
+        columns["so"] = f"{columns['so']}, of those that finished"
+    return {"model": measured.size, "recipe": measured.recipe, "diverged": ", ".join(sides) or "none"} | columns
 
 
 def _gap_columns(gap: Gap, assumed: bool = False) -> dict[str, object]:
