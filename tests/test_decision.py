@@ -207,6 +207,15 @@ def test_the_first_page_quotes_the_gap_that_the_figure_draws(tmp_path: Path) -> 
     )
 
 
+def test_the_lead_says_which_runs_its_gaps_are_without(tmp_path: Path) -> None:
+    write_gpu_records(tmp_path, sizes=SIZES[:1])
+    assert "diverged" not in frontpage.lead(frontpage.Evidence.read(tmp_path))
+    folder = write_run(tmp_path, "pilot-h200", SIZES[0], "fused", seed=9, device_name="NVIDIA H200")
+    edit(folder / "record.json", lambda record: record.update(status="diverged", final=None))
+    lead = frontpage.lead(frontpage.Evidence.read(tmp_path))
+    assert "Runs that diverged and are in no mean: 1 of `fused` at 0.4M." in lead
+
+
 def add_loss(record: dict, nats: float) -> None:
     record["final"]["validation_loss"] += nats
 

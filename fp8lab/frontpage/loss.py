@@ -9,7 +9,7 @@ from fp8lab.claims import OURS
 from fp8lab.config import MODELS
 from fp8lab.decision import Matched
 from fp8lab.frontpage.evidence import Evidence
-from fp8lab.losses import MeasuredGap
+from fp8lab.losses import MeasuredGap, left_out
 from fp8lab.results import unique
 from fp8lab.timings import short_device
 from fp8lab.units import listing, signed
@@ -27,7 +27,7 @@ def loss_costs(evidence: Evidence) -> str:
         said.append(f"FP8 moves the loss by more than these seeds leave open: {listing([*map(_gap, clear)])}.")
     if unclear:
         said.append(f"What FP8 costs in loss these runs cannot tell from nothing: {listing([*map(_gap, unclear)])}.")
-    return " ".join(said)
+    return " ".join([*said, left_out(telling)]).strip()
 
 
 def most_seeds(matched: Sequence[Matched]) -> list[MeasuredGap]:
