@@ -22,10 +22,47 @@ BF16_CONTESTANTS = ("bf16", "te_bf16")
 SETTING = ["device", "model", "seq_len", "micro_batch"]
 
 
+def comparable(speeds: Sequence[SpeedRun]) -> list[SpeedRun]:
+    """The occasions that timed BF16 at some setting: BF16 needs most memory, and where it has too little there is none.
+
+    What is left out, `not_timed` names.
+    """
+    return [speed for speed in speeds if not _compared_steps([speed]).empty]
+
+
+def _compared_steps(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
+    """Every timed step of the settings at which its occasion timed BF16 too: at others there is no ratio."""
+    steps = pd.concat([speed.steps for speed in speeds], ignore_index=True)
+    groups = [steps[name] for name in (*SETTING, "occasion")]
+    return steps[_is_bf16(steps).groupby(groups).transform("any").astype(bool)]
+
+
+def _is_bf16(steps: pd.DataFrame) -> pd.Series:
+    return steps["recipe"].isin(BF16_CONTESTANTS) & (steps["head"] == "bf16")
+
+
+def not_timed(speeds: Sequence[SpeedRun]) -> list[str]:
+    """What failed, and what was timed without BF16 beside it, each with the reason: '1.5B-T2048-B16, bf16 (…)'."""
+    failures = {name: error.partition(":")[0] for speed in speeds for name, error in speed.failures().items()}
+    compared = {case for speed in speeds for case in _cases(_compared_steps([speed]))}
+    alone = unique(case for speed in speeds for case in _cases(speed.steps) if case not in compared)
+    without_steps = [_occasion(speed) for speed in speeds if speed.steps.empty and not speed.failures()]
+    return [
+        *(f"{name} ({error})" for name, error in failures.items()),
+        *(f"{case} (no BF16 beside it)" for case in alone),
+        *(f"{occasion} (ended before its first round)" for occasion in without_steps),
+    ]
+
+
+def _occasion(speed: SpeedRun) -> str:
+    return f"{speed.record.plan}/{speed.record.run}"
+
+
 def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     """Speed of each recipe against the fastest BF16 timed in the same process, each device apart.
 
-    Ratio and interval are those of `fp8lab.rounds`: of the settled rounds, and of several occasions together.
+    Ratio and interval are those of `fp8lab.rounds`: of the settled rounds, and of several occasions together. Settings
+    that an occasion did not time in BF16 are left out.
 
     Returns:
         A row a device, setting (model, context, micro-batch) and recipe. Columns: device, model, case, seq_len,
@@ -34,7 +71,10 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
         give none), low, high (smallest and largest of all rounds), first, last (rounds of the occasion that drifted
         most), drift (from the one to the other, relative), rounds (of all occasions), occasions, peak_memory_bytes.
     """
-    steps = pd.concat([speed.steps for speed in speeds], ignore_index=True)
+    steps = _compared_steps(speeds)
+    if steps.empty:
+        occasions = ", ".join(_occasion(speed) for speed in speeds)
+        raise UserError(f"{occasions}: no BF16 step was timed, so there is nothing to hold FP8's speed against")
     rounds = (
         steps.groupby([*SETTING, "recipe", "head", "occasion", "round"], sort=False)
         .agg(step_ms=("step_ms", "median"), tokens=("tokens", "first"), memory=("peak_memory_bytes", "max"))
@@ -55,14 +95,12 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
 
 def _baselines(rounds: pd.DataFrame) -> pd.DataFrame:
     """The rounds of each occasion's fastest BF16. Columns: those of a setting, occasion, round, bf16_ms, baseline."""
-    bf16 = rounds[rounds["recipe"].isin(BF16_CONTESTANTS) & (rounds["head"] == "bf16")]
+    bf16 = rounds[_is_bf16(rounds)]
     fastest = [
         min((own for _, own in of_occasion.groupby("recipe", sort=False)), key=_settled_ms)
         for _, of_occasion in bf16.groupby([*SETTING, "occasion"], sort=False)
     ]
     columns = [*SETTING, "occasion", "round", "step_ms", "recipe"]
-    if not fastest:
-        raise UserError("no BF16 step was timed, so there is nothing to hold FP8's speed against")
     return pd.concat(fastest)[columns].rename(columns={"step_ms": "bf16_ms", "recipe": "baseline"})
 
 
@@ -149,7 +187,7 @@ def warmup_losses(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
                 rows.append(
                     {
                         "device": speed.device,
-                        "occasion": f"{speed.record.plan}/{speed.record.run}",
+                        "occasion": _occasion(speed),
                         "case": case,
                         "contestant": name,
                         "steps": len(values),
@@ -164,16 +202,17 @@ def warmup_losses(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
 
 
 def speed_drift(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
-    """How far each contestant's step moved from an occasion's first round to its last.
+    """How far each contestant's step moved from an occasion's first round to its last, where BF16 was timed too.
 
     A GPU at its power limit lowers its clock as it warms up and as the weights grow less random, and a ratio from
     rounds that still drift is no steady state.
 
     Returns:
         A row an occasion, setting, recipe and head. Columns: occasion, setting, recipe, head, change (last round's
-        median step over the first's, minus 1), first_clock_mhz, last_clock_mhz, power_w (medians).
+        median step over the first's, minus 1), bf16_change (that of our BF16 of the same process, or of a peer's where
+        ours was not timed), first_clock_mhz, last_clock_mhz, power_w (medians; NaN where there are no readings).
     """
-    steps = pd.concat([speed.steps for speed in speeds], ignore_index=True)
+    steps = _compared_steps(speeds)
     rows = []
     several = steps["device"].nunique() > 1
     keys = ["device", "occasion", "model", "seq_len", "micro_batch", "recipe", "head"]
@@ -193,7 +232,18 @@ def speed_drift(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
                 "power_w": float(group["power_w"].median()),
             }
         )
-    return pd.DataFrame(rows)
+    drift = pd.DataFrame(rows)
+    bf16 = drift[_is_bf16(drift)].sort_values("recipe", key=lambda names: names.map(BF16_CONTESTANTS.index))
+    process = ["occasion", "setting"]
+    changes = bf16.drop_duplicates(process).set_index(process)["change"]
+    return drift.join(changes.rename("bf16_change"), on=process)
+
+
+def most_flattered(speeds: Sequence[SpeedRun]) -> pd.Series | None:
+    """The row of `speed_drift` whose FP8 steps grew most beside BF16's: its first rounds flatter FP8 most."""
+    drift = fp8_only(speed_drift(speeds))
+    beside_bf16 = drift["change"] - drift["bf16_change"]
+    return drift.iloc[int(beside_bf16.to_numpy().argmax())] if len(drift) else None
 
 
 def _setting(model: object, seq_len: object, micro_batch: object, device: object = None) -> str:
@@ -216,6 +266,9 @@ def _by_speed(table: pd.DataFrame) -> list[str]:
 
 def with_verdicts(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     """`speed_ratios` of each device, and of whole models and the speed map's blocks, with what a decision needs.
+
+    Args:
+        speeds: `comparable` ones.
 
     Returns:
         Its columns, and: kind ('model', or 'blocks' of the speed map), width (d_model), micro_batch_tokens,
@@ -249,7 +302,7 @@ def _judged(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
         verdict=[
             verdicts[side(low, high)] for low, high in zip(ratios["interval_low"], ratios["interval_high"], strict=True)
         ],
-        runs=[", ".join(f"{s.record.plan}/{s.record.run}" for s in occasions[case]) for case in ratios["case"]],
+        runs=[", ".join(_occasion(s) for s in occasions[case]) for case in ratios["case"]],
         commits=[
             ", ".join(unique(s.record.provenance.git_commit[:7] for s in occasions[case])) for case in ratios["case"]
         ],
@@ -263,11 +316,12 @@ def _models(speeds: Sequence[SpeedRun]) -> dict[str, ModelConfig]:
 
 
 def _occasions(speeds: Sequence[SpeedRun], case: str) -> list[SpeedRun]:
-    return [
-        speed
-        for speed in speeds
-        if case in {_case(*timed) for timed in speed.steps[["model", "seq_len", "micro_batch"]].to_numpy()}
-    ]
+    """The occasions that a ratio of `case` rests on."""
+    return [speed for speed in speeds if case in _cases(_compared_steps([speed]))]
+
+
+def _cases(steps: pd.DataFrame) -> list[str]:
+    return unique(_case(*timed) for timed in steps[["model", "seq_len", "micro_batch"]].to_numpy())
 
 
 def roofline_against_measurement(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
@@ -307,7 +361,7 @@ def break_even(maps: Sequence[SpeedRun]) -> pd.DataFrame:
     """The map of ratios by width and tokens a micro-batch: predicted for both devices, measured where records are.
 
     Args:
-        maps: occasions of the map's plan.
+        maps: `comparable` occasions of the map's plan.
 
     Returns:
         A row a device, recipe, tokens and width. Columns: device ('H100'), recipe, tokens, width, predicted, measured

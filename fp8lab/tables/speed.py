@@ -191,5 +191,11 @@ def switch_table(table: pd.DataFrame, laws: Sequence[FittedLaw]) -> pd.DataFrame
                 "model": row["model"],
             }
         )
-    found = pd.DataFrame(rows)
+    found = pd.DataFrame(rows, columns=SWITCH_COLUMNS)
     return found if table["device"].nunique() > 1 else found.drop(columns="device")
+
+
+SWITCH_COLUMNS = [
+    "device", "width", "recipe", "tokens/s, × BF16", "faster", "GiB (× BF16)", "pays for (nats)", "tokens a step",
+    "model",
+]  # fmt: skip
