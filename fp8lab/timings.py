@@ -69,7 +69,8 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
         micro_batch, setting, recipe, head, baseline (the BF16 that was fastest, of the last occasion), step_ms (median
         of the settled rounds), tokens_per_second, ratio, interval_low, interval_high (95%, NaN where too few rounds
         give none), low, high (smallest and largest of all rounds), first, last (rounds of the occasion that drifted
-        most), drift (from the one to the other, relative), rounds (of all occasions), occasions, peak_memory_bytes.
+        most), drift (from the one to the other, relative), rounds (of all occasions), left_out (those of occasions too
+        short to count), occasions (those with rounds enough for an interval), peak_memory_bytes.
     """
     steps = _compared_steps(speeds)
     if steps.empty:
@@ -114,11 +115,12 @@ def _settled_ms(rounds: pd.DataFrame) -> float:
 def _ratio_row(group: pd.DataFrame, several_devices: bool) -> dict[str, object]:
     """A row of `speed_ratios` from the rounds of one setting, recipe and head."""
     first = group.iloc[0]
-    ratio = SpeedRatio(
-        tuple(Occasion(tuple(own.to_numpy())) for _, own in group.groupby("occasion", sort=False)["ratio"])
-    )
+    by_occasion = group.groupby("occasion", sort=False)["ratio"]
+    occasions = {name: Occasion(tuple(own.to_numpy())) for name, own in by_occasion}
+    ratio = SpeedRatio(tuple(occasions.values()))
+    counted = group[group["occasion"].isin([name for name, own in occasions.items() if own in ratio.counted])]
     low, high = ratio.interval or (float("nan"), float("nan"))
-    step_ms, furthest = _settled_ms(group), ratio.furthest
+    step_ms, furthest = _settled_ms(counted), ratio.furthest
     return {
         "device": first["device"],
         "model": first["model"],
@@ -142,7 +144,8 @@ def _ratio_row(group: pd.DataFrame, several_devices: bool) -> dict[str, object]:
         "last": furthest.ratios[-1],
         "drift": furthest.drift,
         "rounds": len(group),
-        "occasions": len(ratio.occasions),
+        "left_out": len(group) - len(counted),
+        "occasions": len(ratio.conclusive),
         "peak_memory_bytes": int(group["memory"].max()),
     }
 

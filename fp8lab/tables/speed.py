@@ -34,7 +34,10 @@ def speed_table(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
             "smallest to largest round": [
                 f"{low:.3f}–{high:.3f}" for low, high in zip(table["low"], table["high"], strict=True)
             ],
-            "rounds": table["rounds"],
+            "rounds": [
+                f"{rounds} ({left_out} left out)" if left_out else str(rounds)
+                for rounds, left_out in zip(table["rounds"], table["left_out"], strict=True)
+            ],
             "occasions": table["occasions"],
             "peak memory (GiB)": (table["peak_memory_bytes"] / 2**30).map("{:.1f}".format),
         }
