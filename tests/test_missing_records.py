@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pandas as pd
 import pytest
 
 from tests.chapters import shown
-from tests.fixtures import write_speed_records
+from tests.fixtures import OTHER_SIZES, SIZES, write_gpu_records, write_speed_records
 from tests.projects import copy_sources
 
 
@@ -112,4 +113,47 @@ def test_a_clock_without_readings_is_not_told(root: Path, tmp_path: Path) -> Non
     pd.read_parquet(path).assign(sm_clock_mhz=float("nan"), power_w=float("nan")).to_parquet(path)
     text = rendered(root, tmp_path, "throughput")
     assert "flatter FP8" in text
+    assert "nan" not in text
+
+
+FOUR_SIZES = (*SIZES, OTHER_SIZES[-1])
+
+
+def end_without_loss(records_dir: Path, size: str, *, in_bf16: bool) -> None:
+    """Every run of one side of a size diverges."""
+    for path in records_dir.glob(f"pilot-h200/{size}-*/record.json"):
+        record = json.loads(path.read_text())
+        if (record["recipe"] == "bf16") == in_bf16:
+            path.write_text(json.dumps(record | {"status": "diverged", "final": None, "reason": "loss is NaN"}))
+
+
+@pytest.mark.parametrize("in_bf16", [True, False])
+@pytest.mark.parametrize("size", [model.name for model in FOUR_SIZES])
+def test_a_size_of_which_one_side_diverged_leaves_the_others_on_every_page(
+    root: Path, tmp_path: Path, size: str, in_bf16: bool
+) -> None:
+    write_gpu_records(tmp_path, sizes=FOUR_SIZES)
+    end_without_loss(tmp_path, size, in_bf16=in_bf16)
+    text = rendered(root, tmp_path, "index", "stability", "scaling")
+    others = [model.name for model in FOUR_SIZES if model.name != size]
+    (gaps,) = re.findall(r"(?s)\{#tbl-gaps\}(.*?):::", text)
+    assert [name for name in (size, *others) if f">{name}<" in gaps] == others
+    assert f"Here is the difference at {others[0] if size == SIZES[0].name else SIZES[0].name} on" in text
+
+
+def test_bf16_at_two_sizes_makes_no_scaling_law(root: Path, tmp_path: Path) -> None:
+    write_gpu_records(tmp_path)
+    end_without_loss(tmp_path, SIZES[-1].name, in_bf16=True)
+    text = rendered(root, tmp_path, "scaling")
+    assert "there is no record of that yet" in text
+    assert "fig-panels" not in text
+
+
+def test_scores_of_different_sizes_are_not_compared(root: Path, tmp_path: Path) -> None:
+    write_gpu_records(tmp_path, sizes=SIZES[:2])
+    for path in tmp_path.glob("pilot-h200/*/eval.json"):
+        if ("bf16" in path.parent.name) == path.parent.name.startswith(SIZES[0].name):
+            path.unlink()
+    text = rendered(root, tmp_path, "benchmarks")
+    assert "fig-scores" in text
     assert "nan" not in text
