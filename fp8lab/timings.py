@@ -375,8 +375,11 @@ def break_even(maps: Sequence[SpeedRun]) -> pd.DataFrame:
     measured: dict[tuple[str, str, int, int], float] = {}
     if maps:
         for row in speed_ratios(maps).to_dict("records"):
+            device = roofline.device_of(row["device"])
+            if device is None:
+                continue
             recipe = row["recipe"].removesuffix("_fast")
             width, tokens = int(row["model"].removeprefix("w")), row["seq_len"] * row["micro_batch"]
-            measured[short_device(row["device"]), recipe, tokens, width] = row["ratio"]
+            measured[device.name, recipe, tokens, width] = row["ratio"]
     keys = zip(table["device"], table["recipe"], table["tokens"], table["width"], strict=True)
     return table.assign(measured=[measured.get(key, float("nan")) for key in keys])
