@@ -236,10 +236,14 @@ def speed_drift(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
             }
         )
     drift = pd.DataFrame(rows)
-    bf16 = drift[_is_bf16(drift)].sort_values("recipe", key=lambda names: names.map(BF16_CONTESTANTS.index))
     process = ["occasion", "setting"]
-    changes = bf16.drop_duplicates(process).set_index(process)["change"]
-    return drift.join(changes.rename("bf16_change"), on=process)
+    return drift.join(_bf16_by(process, drift)["change"].rename("bf16_change"), on=process)
+
+
+def _bf16_by(keys: list[str], table: pd.DataFrame) -> pd.DataFrame:
+    """The row of our BF16 by `keys`, or of a peer's where ours was not timed."""
+    bf16 = table[_is_bf16(table)].sort_values("recipe", key=lambda names: names.map(BF16_CONTESTANTS.index))
+    return bf16.drop_duplicates(keys).set_index(keys)
 
 
 def most_flattered(speeds: Sequence[SpeedRun]) -> pd.Series | None:
@@ -275,8 +279,9 @@ def with_verdicts(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
 
     Returns:
         Its columns, and: kind ('model', or 'blocks' of the speed map), width (d_model), micro_batch_tokens,
-        memory_ratio (peak over our BF16's at the same setting), verdict ('faster' or 'slower' where the interval lies
-        above or below 1, else 'undecided'), runs ('plan/run' of each occasion), commits.
+        memory_ratio (peak over our BF16's at the same setting, or over a peer's where ours was not timed), verdict
+        ('faster' or 'slower' where the interval lies above or below 1, else 'undecided'), runs ('plan/run' of each
+        occasion), commits.
     """
     frames = []
     for device in unique(speed.device for speed in speeds):
@@ -294,14 +299,14 @@ def _kind(speed: SpeedRun) -> str:
 def _judged(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     """`with_verdicts` of one device and kind."""
     ratios = speed_ratios(speeds)
-    ours = ratios[(ratios["recipe"] == "bf16") & (ratios["head"] == "bf16")].set_index("setting")
+    bf16_memory = _bf16_by(["setting"], ratios)["peak_memory_bytes"]
     widths = {name: model.d_model for name, model in _models(speeds).items()}
     occasions = {case: _occasions(speeds, case) for case in unique(ratios["case"])}
     verdicts = {"above": "faster", "below": "slower", "undecided": "undecided"}
     return ratios.assign(
         width=ratios["model"].map(widths),
         micro_batch_tokens=ratios["micro_batch"] * ratios["seq_len"],
-        memory_ratio=ratios["peak_memory_bytes"] / ratios["setting"].map(ours["peak_memory_bytes"]),
+        memory_ratio=ratios["peak_memory_bytes"] / ratios["setting"].map(bf16_memory),
         verdict=[
             verdicts[side(low, high)] for low, high in zip(ratios["interval_low"], ratios["interval_high"], strict=True)
         ],

@@ -11,6 +11,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from fp8lab import records, timings
+from fp8lab.results import speed_runs
 from tests.chapters import shown
 from tests.fixtures import OTHER_SIZES, SIZES, write_gpu_records, write_speed_records
 from tests.projects import copy_sources
@@ -58,8 +60,10 @@ def test_a_device_on_which_every_case_failed_stops_no_chapter_and_is_named(root:
     record["provenance"]["device_name"] = "NVIDIA H100 80GB HBM3"
     record["results"]["cases"] = {"1.5B-T2048-B16": {"error": "OutOfMemoryError: CUDA out of memory", "traceback": ""}}
     (failed / "record.json").write_text(json.dumps(record))
-    keep_steps(failed, lambda steps: steps["round"] < 0)
+    records.write_table(failed, "steps", pd.DataFrame([], columns=list(records.COLUMNS["steps"])))
     assert rendered(root, tmp_path, "index") == alone
+    together, good = speed_runs(tmp_path), speed_runs(tmp_path, "speed-h200")
+    pd.testing.assert_frame_equal(timings.speed_ratios(together), timings.speed_ratios(good))
     text = rendered(root, tmp_path, "stability", "throughput")
     assert "Not timed on NVIDIA H100 80GB HBM3: 1.5B-T2048-B16 (OutOfMemoryError)." in text
 
@@ -86,6 +90,16 @@ def test_peers_alone_are_shown_and_take_no_row_of_the_decision(root: Path, tmp_p
     steps.assign(recipe=steps["recipe"].replace("tensorwise", "te_current")).to_parquet(path)
     text = rendered(root, tmp_path, *SPEED_CHAPTERS)
     assert "`te_current`: faster at every width timed" in text
+
+
+def test_memory_is_told_beside_a_peers_bf16_where_ours_did_not_fit(root: Path, tmp_path: Path) -> None:
+    folder = write_speed_records(tmp_path)
+    path = folder / "steps.parquet"
+    steps = pd.read_parquet(path)
+    steps.assign(recipe=steps["recipe"].replace("bf16", "te_bf16")).to_parquet(path)
+    text = rendered(root, tmp_path, "index", "throughput")
+    assert "The peak over BF16's: 0.78 with" in text
+    assert "nan" not in text
 
 
 def slow_down(folder: Path, recipe: str, factor: float) -> None:
