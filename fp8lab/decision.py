@@ -50,7 +50,7 @@ class Payoff:
     """Smallest and largest ratio to BF16 at the settings from `pays_from` on; at all of them where that is None."""
     fastest: float
     occasions: int
-    """Of the setting that was timed on fewest."""
+    """With rounds enough to count, of the setting that has fewest."""
 
     @property
     def never(self) -> bool:

@@ -36,13 +36,15 @@ class Device:
     """What a GPU can sustain."""
 
     name: str
-    """As a record's device name contains it."""
+    """In short: 'H200'."""
+    record_name: str
+    """As records have it, whole: other forms of a chip (PCIe, NVL, beside a Grace CPU) have other memory and power."""
     memory_bandwidth: float
     """Bytes a second: NVIDIA's data sheet."""
 
 
-H200 = Device("H200", 4.8e12)
-H100 = Device("H100", 3.35e12)
+H200 = Device("H200", "NVIDIA H200", 4.8e12)
+H100 = Device("H100", "NVIDIA H100 80GB HBM3", 3.35e12)
 DEVICES = (H200, H100)
 """One chip under the same power limit, with other memory: only the bandwidth differs."""
 
@@ -177,7 +179,7 @@ def ratio(model: ModelConfig, tokens: int, recipe: str, device: Device) -> float
 
 def device_of(name: str) -> Device | None:
     """The device that a record's name ('NVIDIA H100 80GB HBM3') stands for, None if it is none of `DEVICES`."""
-    return next((device for device in DEVICES if device.name in name), None)
+    return next((device for device in DEVICES if name == device.record_name), None)
 
 
 MAP_WIDTHS = (256, 512, 768, 1024, 2048)

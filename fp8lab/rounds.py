@@ -7,7 +7,8 @@ than three rounds have no interval, since two agree by luck too often. Rounds of
 `DRIFT` from its first to its last may not have settled; the interval then reaches to the last one at least.
 
 Several occasions are taken together as the geometric mean of their estimates, with an interval from the lowest to the
-highest of theirs: rounds say how far rounds scatter, only another occasion says how far occasions do.
+highest of theirs: rounds say how far rounds scatter, only another occasion says how far occasions do. One with too few
+rounds for an interval is left out of both, and confirms nothing.
 """
 
 from __future__ import annotations
@@ -81,12 +82,12 @@ class SpeedRatio:
 
     @property
     def value(self) -> float:
-        return float(np.exp(np.mean([math.log(occasion.value) for occasion in self._counted])))
+        return float(np.exp(np.mean([math.log(occasion.value) for occasion in self.counted])))
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """95%, from the lowest to the highest of the occasions' own; None where none has one."""
-        known = [occasion.interval for occasion in self._counted if occasion.interval is not None]
+        known = [occasion.interval for occasion in self.conclusive if occasion.interval is not None]
         return (min(low for low, _ in known), max(high for _, high in known)) if known else None
 
     @property
@@ -95,9 +96,14 @@ class SpeedRatio:
         return max(self.occasions, key=lambda occasion: abs(occasion.drift))
 
     @property
-    def _counted(self) -> Sequence[Occasion]:
-        """Occasions with rounds enough, or all where none has."""
-        return [occasion for occasion in self.occasions if occasion.interval is not None] or self.occasions
+    def conclusive(self) -> Sequence[Occasion]:
+        """Occasions with rounds enough for an interval: one confirms another only then."""
+        return [occasion for occasion in self.occasions if occasion.interval is not None]
+
+    @property
+    def counted(self) -> Sequence[Occasion]:
+        """The occasions that the value is of: the conclusive ones, or all where there is none."""
+        return self.conclusive or self.occasions
 
 
 def side(low: float, high: float, of: float = 1.0) -> Side:

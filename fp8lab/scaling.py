@@ -262,14 +262,17 @@ def bootstrap(
     samples: int = 200,
     seed: int = 0,
 ) -> list[JointLaw]:
-    """Refits to whole runs drawn with replacement, as many of each precision as there are.
+    """Refits to whole runs drawn with replacement, as many of each precision as there are, with their seeds' noise.
+
+    Their intervals are conservative. Runs scatter about the law by their seeds' noise already, so that drawing them
+    brings most of it in, and `noise` adds it again: of simulated ladders with a seed a size, more than 95% of the 95%
+    intervals hold the truth.
 
     Args:
         points: as in `fit_joint`, with a column run: the stable run that a final loss belongs to. A run and its
             branches are drawn together.
         noise: standard deviation between seeds (nats a token), added to the drawn losses: half of its variance to a
-            run and its branches alike, since they share their stable part, half to each apart. Resampling alone
-            would miss it where a size has one seed.
+            run and its branches alike, since they share their stable part, half to each apart.
         samples: refits. Draws that cannot be fitted (too few different runs) are drawn again, at most ten times as
             often as asked.
 

@@ -4,7 +4,7 @@ In this order: runs of the same size and recipe that ended, learning rate decaye
 branches); the law that our own ladder was fitted to, inside the sizes and tokens of its runs; a published law, inside
 those of its. Elsewhere the slope is unknown, and no law is asked outside what it was fitted to: at 138M tokens the
 published one promises a slope of 0.80 where our own validation curves fall by less than half of that, and what a gap
-costs in tokens would be told as half.
+costs in tokens would be told as half. A loss that rose or hardly fell has no slope to go by either.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from fp8lab.matched import Interval, Slope
 from fp8lab.results import Run, RunSet, seed_deviation
 from fp8lab.scaling import BESIROGLU, Chinchilla
 
+FLATTEST = 0.01
+"""Nats for every factor e in tokens: of a loss that may fall by less, no number of tokens makes up a gap."""
 REFITS = 100
 """Of our own law, for the interval of its slope."""
 
@@ -121,7 +123,7 @@ def by_law(laws: Sequence[FittedLaw], parameters: float, tokens: float) -> Slope
 
 
 def slope_at(sets: Sequence[RunSet], run: Run, laws: Sequence[FittedLaw]) -> Slope | None:
-    """The slope of the loss at the end of `run`; None where it is unknown.
+    """The slope of the loss at the end of `run`; None where it is unknown, or may be as flat as `FLATTEST`.
 
     Args:
         sets: plans that may hold decay branches of the run's size.
@@ -132,5 +134,13 @@ def slope_at(sets: Sequence[RunSet], run: Run, laws: Sequence[FittedLaw]) -> Slo
         tokens, losses = [end.record.tokens for end in ends], [end.validation_loss for end in ends]
         if len(set(tokens)) > 1 and max(tokens) == run.record.tokens:
             noise = seed_deviation(sets, size=run.size) or seed_deviation(sets, below=run.parameters)
-            return measured_slope(tokens, losses, noise)
-    return by_law(laws, run.parameters, run.record.tokens)
+            return _if_falling(measured_slope(tokens, losses, noise))
+    return _if_falling(by_law(laws, run.parameters, run.record.tokens))
+
+
+def _if_falling(slope: Slope | None) -> Slope | None:
+    """None of a slope that is below `FLATTEST`, or whose interval reaches there."""
+    if slope is None:
+        return None
+    lowest = slope.interval[0] if slope.interval else slope.nats
+    return slope if lowest > FLATTEST else None

@@ -22,19 +22,60 @@ BF16_CONTESTANTS = ("bf16", "te_bf16")
 SETTING = ["device", "model", "seq_len", "micro_batch"]
 
 
+def comparable(speeds: Sequence[SpeedRun]) -> list[SpeedRun]:
+    """The occasions that timed BF16 at some setting: BF16 needs most memory, and where it has too little there is none.
+
+    What is left out, `not_timed` names.
+    """
+    return [speed for speed in speeds if not _compared_steps([speed]).empty]
+
+
+def _compared_steps(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
+    """Every timed step of the settings at which its occasion timed BF16 too: at others there is no ratio."""
+    steps = pd.concat([speed.steps for speed in speeds], ignore_index=True)
+    groups = [steps[name] for name in (*SETTING, "occasion")]
+    return steps[_is_bf16(steps).groupby(groups).transform("any").astype(bool)]
+
+
+def _is_bf16(steps: pd.DataFrame) -> pd.Series:
+    return steps["recipe"].isin(BF16_CONTESTANTS) & (steps["head"] == "bf16")
+
+
+def not_timed(speeds: Sequence[SpeedRun]) -> list[str]:
+    """What failed, and what was timed without BF16 beside it, each with the reason: '1.5B-T2048-B16, bf16 (…)'."""
+    failures = {name: error.partition(":")[0] for speed in speeds for name, error in speed.failures().items()}
+    compared = {case for speed in speeds for case in _cases(_compared_steps([speed]))}
+    alone = unique(case for speed in speeds for case in _cases(speed.steps) if case not in compared)
+    without_steps = [_occasion(speed) for speed in speeds if speed.steps.empty and not speed.failures()]
+    return [
+        *(f"{name} ({error})" for name, error in failures.items()),
+        *(f"{case} (no BF16 beside it)" for case in alone),
+        *(f"{occasion} (ended before its first round)" for occasion in without_steps),
+    ]
+
+
+def _occasion(speed: SpeedRun) -> str:
+    return f"{speed.record.plan}/{speed.record.run}"
+
+
 def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     """Speed of each recipe against the fastest BF16 timed in the same process, each device apart.
 
-    Ratio and interval are those of `fp8lab.rounds`: of the settled rounds, and of several occasions together.
+    Ratio and interval are those of `fp8lab.rounds`: of the settled rounds, and of several occasions together. Settings
+    that an occasion did not time in BF16 are left out.
 
     Returns:
         A row a device, setting (model, context, micro-batch) and recipe. Columns: device, model, case, seq_len,
         micro_batch, setting, recipe, head, baseline (the BF16 that was fastest, of the last occasion), step_ms (median
         of the settled rounds), tokens_per_second, ratio, interval_low, interval_high (95%, NaN where too few rounds
         give none), low, high (smallest and largest of all rounds), first, last (rounds of the occasion that drifted
-        most), drift (from the one to the other, relative), rounds (of all occasions), occasions, peak_memory_bytes.
+        most), drift (from the one to the other, relative), rounds (of all occasions), left_out (those of occasions too
+        short to count), occasions (those with rounds enough for an interval), peak_memory_bytes.
     """
-    steps = pd.concat([speed.steps for speed in speeds], ignore_index=True)
+    steps = _compared_steps(speeds)
+    if steps.empty:
+        occasions = ", ".join(_occasion(speed) for speed in speeds)
+        raise UserError(f"{occasions}: no BF16 step was timed, so there is nothing to hold FP8's speed against")
     rounds = (
         steps.groupby([*SETTING, "recipe", "head", "occasion", "round"], sort=False)
         .agg(step_ms=("step_ms", "median"), tokens=("tokens", "first"), memory=("peak_memory_bytes", "max"))
@@ -55,14 +96,12 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
 
 def _baselines(rounds: pd.DataFrame) -> pd.DataFrame:
     """The rounds of each occasion's fastest BF16. Columns: those of a setting, occasion, round, bf16_ms, baseline."""
-    bf16 = rounds[rounds["recipe"].isin(BF16_CONTESTANTS) & (rounds["head"] == "bf16")]
+    bf16 = rounds[_is_bf16(rounds)]
     fastest = [
         min((own for _, own in of_occasion.groupby("recipe", sort=False)), key=_settled_ms)
         for _, of_occasion in bf16.groupby([*SETTING, "occasion"], sort=False)
     ]
     columns = [*SETTING, "occasion", "round", "step_ms", "recipe"]
-    if not fastest:
-        raise UserError("no BF16 step was timed, so there is nothing to hold FP8's speed against")
     return pd.concat(fastest)[columns].rename(columns={"step_ms": "bf16_ms", "recipe": "baseline"})
 
 
@@ -76,11 +115,12 @@ def _settled_ms(rounds: pd.DataFrame) -> float:
 def _ratio_row(group: pd.DataFrame, several_devices: bool) -> dict[str, object]:
     """A row of `speed_ratios` from the rounds of one setting, recipe and head."""
     first = group.iloc[0]
-    ratio = SpeedRatio(
-        tuple(Occasion(tuple(own.to_numpy())) for _, own in group.groupby("occasion", sort=False)["ratio"])
-    )
+    by_occasion = group.groupby("occasion", sort=False)["ratio"]
+    occasions = {name: Occasion(tuple(own.to_numpy())) for name, own in by_occasion}
+    ratio = SpeedRatio(tuple(occasions.values()))
+    counted = group[group["occasion"].isin([name for name, own in occasions.items() if own in ratio.counted])]
     low, high = ratio.interval or (float("nan"), float("nan"))
-    step_ms, furthest = _settled_ms(group), ratio.furthest
+    step_ms, furthest = _settled_ms(counted), ratio.furthest
     return {
         "device": first["device"],
         "model": first["model"],
@@ -104,7 +144,8 @@ def _ratio_row(group: pd.DataFrame, several_devices: bool) -> dict[str, object]:
         "last": furthest.ratios[-1],
         "drift": furthest.drift,
         "rounds": len(group),
-        "occasions": len(ratio.occasions),
+        "left_out": len(group) - len(counted),
+        "occasions": len(ratio.conclusive),
         "peak_memory_bytes": int(group["memory"].max()),
     }
 
@@ -149,7 +190,7 @@ def warmup_losses(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
                 rows.append(
                     {
                         "device": speed.device,
-                        "occasion": f"{speed.record.plan}/{speed.record.run}",
+                        "occasion": _occasion(speed),
                         "case": case,
                         "contestant": name,
                         "steps": len(values),
@@ -164,16 +205,17 @@ def warmup_losses(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
 
 
 def speed_drift(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
-    """How far each contestant's step moved from an occasion's first round to its last.
+    """How far each contestant's step moved from an occasion's first round to its last, where BF16 was timed too.
 
     A GPU at its power limit lowers its clock as it warms up and as the weights grow less random, and a ratio from
     rounds that still drift is no steady state.
 
     Returns:
         A row an occasion, setting, recipe and head. Columns: occasion, setting, recipe, head, change (last round's
-        median step over the first's, minus 1), first_clock_mhz, last_clock_mhz, power_w (medians).
+        median step over the first's, minus 1), bf16_change (that of our BF16 of the same process, or of a peer's where
+        ours was not timed), first_clock_mhz, last_clock_mhz, power_w (medians; NaN where there are no readings).
     """
-    steps = pd.concat([speed.steps for speed in speeds], ignore_index=True)
+    steps = _compared_steps(speeds)
     rows = []
     several = steps["device"].nunique() > 1
     keys = ["device", "occasion", "model", "seq_len", "micro_batch", "recipe", "head"]
@@ -193,7 +235,22 @@ def speed_drift(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
                 "power_w": float(group["power_w"].median()),
             }
         )
-    return pd.DataFrame(rows)
+    drift = pd.DataFrame(rows)
+    process = ["occasion", "setting"]
+    return drift.join(_bf16_by(process, drift)["change"].rename("bf16_change"), on=process)
+
+
+def _bf16_by(keys: list[str], table: pd.DataFrame) -> pd.DataFrame:
+    """The row of our BF16 by `keys`, or of a peer's where ours was not timed."""
+    bf16 = table[_is_bf16(table)].sort_values("recipe", key=lambda names: names.map(BF16_CONTESTANTS.index))
+    return bf16.drop_duplicates(keys).set_index(keys)
+
+
+def most_flattered(speeds: Sequence[SpeedRun]) -> pd.Series | None:
+    """The row of `speed_drift` whose FP8 steps grew most beside BF16's: its first rounds flatter FP8 most."""
+    drift = fp8_only(speed_drift(speeds))
+    beside_bf16 = drift["change"] - drift["bf16_change"]
+    return drift.iloc[int(beside_bf16.to_numpy().argmax())] if len(drift) else None
 
 
 def _setting(model: object, seq_len: object, micro_batch: object, device: object = None) -> str:
@@ -217,10 +274,14 @@ def _by_speed(table: pd.DataFrame) -> list[str]:
 def with_verdicts(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     """`speed_ratios` of each device, and of whole models and the speed map's blocks, with what a decision needs.
 
+    Args:
+        speeds: `comparable` ones.
+
     Returns:
         Its columns, and: kind ('model', or 'blocks' of the speed map), width (d_model), micro_batch_tokens,
-        memory_ratio (peak over our BF16's at the same setting), verdict ('faster' or 'slower' where the interval lies
-        above or below 1, else 'undecided'), runs ('plan/run' of each occasion), commits.
+        memory_ratio (peak over our BF16's at the same setting, or over a peer's where ours was not timed), verdict
+        ('faster' or 'slower' where the interval lies above or below 1, else 'undecided'), runs ('plan/run' of each
+        occasion), commits.
     """
     frames = []
     for device in unique(speed.device for speed in speeds):
@@ -238,18 +299,18 @@ def _kind(speed: SpeedRun) -> str:
 def _judged(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     """`with_verdicts` of one device and kind."""
     ratios = speed_ratios(speeds)
-    ours = ratios[(ratios["recipe"] == "bf16") & (ratios["head"] == "bf16")].set_index("setting")
+    bf16_memory = _bf16_by(["setting"], ratios)["peak_memory_bytes"]
     widths = {name: model.d_model for name, model in _models(speeds).items()}
     occasions = {case: _occasions(speeds, case) for case in unique(ratios["case"])}
     verdicts = {"above": "faster", "below": "slower", "undecided": "undecided"}
     return ratios.assign(
         width=ratios["model"].map(widths),
         micro_batch_tokens=ratios["micro_batch"] * ratios["seq_len"],
-        memory_ratio=ratios["peak_memory_bytes"] / ratios["setting"].map(ours["peak_memory_bytes"]),
+        memory_ratio=ratios["peak_memory_bytes"] / ratios["setting"].map(bf16_memory),
         verdict=[
             verdicts[side(low, high)] for low, high in zip(ratios["interval_low"], ratios["interval_high"], strict=True)
         ],
-        runs=[", ".join(f"{s.record.plan}/{s.record.run}" for s in occasions[case]) for case in ratios["case"]],
+        runs=[", ".join(_occasion(s) for s in occasions[case]) for case in ratios["case"]],
         commits=[
             ", ".join(unique(s.record.provenance.git_commit[:7] for s in occasions[case])) for case in ratios["case"]
         ],
@@ -263,11 +324,12 @@ def _models(speeds: Sequence[SpeedRun]) -> dict[str, ModelConfig]:
 
 
 def _occasions(speeds: Sequence[SpeedRun], case: str) -> list[SpeedRun]:
-    return [
-        speed
-        for speed in speeds
-        if case in {_case(*timed) for timed in speed.steps[["model", "seq_len", "micro_batch"]].to_numpy()}
-    ]
+    """The occasions that a ratio of `case` rests on."""
+    return [speed for speed in speeds if case in _cases(_compared_steps([speed]))]
+
+
+def _cases(steps: pd.DataFrame) -> list[str]:
+    return unique(_case(*timed) for timed in steps[["model", "seq_len", "micro_batch"]].to_numpy())
 
 
 def roofline_against_measurement(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
@@ -307,7 +369,7 @@ def break_even(maps: Sequence[SpeedRun]) -> pd.DataFrame:
     """The map of ratios by width and tokens a micro-batch: predicted for both devices, measured where records are.
 
     Args:
-        maps: occasions of the map's plan.
+        maps: `comparable` occasions of the map's plan.
 
     Returns:
         A row a device, recipe, tokens and width. Columns: device ('H100'), recipe, tokens, width, predicted, measured
@@ -318,8 +380,11 @@ def break_even(maps: Sequence[SpeedRun]) -> pd.DataFrame:
     measured: dict[tuple[str, str, int, int], float] = {}
     if maps:
         for row in speed_ratios(maps).to_dict("records"):
+            device = roofline.device_of(row["device"])
+            if device is None:
+                continue
             recipe = row["recipe"].removesuffix("_fast")
             width, tokens = int(row["model"].removeprefix("w")), row["seq_len"] * row["micro_batch"]
-            measured[short_device(row["device"]), recipe, tokens, width] = row["ratio"]
+            measured[device.name, recipe, tokens, width] = row["ratio"]
     keys = zip(table["device"], table["recipe"], table["tokens"], table["width"], strict=True)
     return table.assign(measured=[measured.get(key, float("nan")) for key in keys])

@@ -166,6 +166,7 @@ class Line:
 
     design: Design
     seeds: int
+    """Zero where a size has none in BF16."""
     devices: tuple[str, ...]
     """That the scatter was measured on."""
 

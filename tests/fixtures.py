@@ -640,7 +640,7 @@ def write_map_records(records_dir: Path, *, measured: Measured = DEFAULT) -> Non
             plan="speed-map",
             run=device.name.lower(),
             status="finished",
-            provenance=provenance(f"NVIDIA {device.name}", measured),
+            provenance=provenance(device.record_name, measured),
             results={"tokens": "random ids", "emulated": False, "cases": {}},
             config={"cases": [{"model": roofline.map_model(width).model_dump()} for width in roofline.MAP_WIDTHS]},
         )

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fp8lab import claims, records
+from fp8lab import claims, decision, records, tables
 from fp8lab.claims import Finding
 from fp8lab.comparison import Gap
 from fp8lab.config import ModelConfig
@@ -314,6 +314,21 @@ def test_one_occasion_settles_no_claim_about_speed(tmp_path: Path, factor: float
     finding = forty(tmp_path, {"tensorwise": [factor] * 3}, occasions=1)
     assert finding.verdict == "untested"
     assert "not confirmed yet: one occasion" in finding.why
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.8])
+def test_an_occasion_too_short_to_count_confirms_none(tmp_path: Path, factor: float) -> None:
+    forty(tmp_path, {"tensorwise": [factor] * 3})
+    path = tmp_path / "speed-h200" / "occasion-1" / "steps.parquet"
+    steps = pd.read_parquet(path)
+    steps[steps["round"] < 2].to_parquet(path)
+    table = with_verdicts(speed_runs(tmp_path))
+    finding = claims.forty_percent(table)
+    assert finding.verdict == "untested"
+    assert "; 2 rounds of a shorter occasion left out)" in finding.why
+    assert "not confirmed yet: one occasion" in finding.why
+    assert {payoff.occasions for payoff in decision.payoffs(table)} == {1}
+    assert set(tables.speed.speed_table(speed_runs(tmp_path))["rounds"]) == {"5 (2 left out)"}
 
 
 def test_a_ratio_that_drifts_is_told_with_its_first_and_last_round(tmp_path: Path) -> None:

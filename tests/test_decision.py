@@ -286,7 +286,7 @@ def test_the_speed_map_is_on_the_page_and_apart_from_whole_models(tmp_path: Path
     write_speed_records(tmp_path)
     write_map_records(tmp_path)
     evidence = frontpage.Evidence.read(tmp_path)
-    assert {payoff.device for payoff in evidence.map_payoffs} == {"NVIDIA H100", "NVIDIA H200"}
+    assert {payoff.device for payoff in evidence.map_payoffs} == {"NVIDIA H100 80GB HBM3", "NVIDIA H200"}
     assert {payoff.widths[-1] for payoff in evidence.payoffs} == {2048}
     assert {payoff.settings for payoff in evidence.with_head("bf16")} == {3}
     (told,) = [said for said in frontpage.conclusions(evidence) if said.startswith("**Speed map**")]

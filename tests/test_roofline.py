@@ -123,7 +123,9 @@ def test_wide_models_gain_more() -> None:
 def test_devices_are_known_by_their_records_names() -> None:
     assert roofline.device_of("NVIDIA H100 80GB HBM3") is roofline.H100
     assert roofline.device_of("NVIDIA H200") is roofline.H200
-    assert roofline.device_of("NVIDIA A100-SXM4-80GB") is None
+    # Other memory or another power limit.
+    for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA GH200 480GB", "NVIDIA H100 PCIe", "NVIDIA H100 NVL"):
+        assert roofline.device_of(name) is None
 
 
 def test_the_maps_plan_times_the_models_that_are_predicted() -> None:

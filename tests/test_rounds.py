@@ -68,8 +68,9 @@ def test_occasions_are_taken_together_and_their_interval_spans_them() -> None:
     assert first.interval is not None
     assert second.interval is not None
     assert both.interval == (first.interval[0], second.interval[1])
-    # An occasion with too few rounds counts where there is no other.
+    # An occasion with too few rounds counts where there is no other, and confirms none.
     assert SpeedRatio((first, short)).value == pytest.approx(first.value)
+    assert SpeedRatio((first, short)).conclusive == [first]
     assert SpeedRatio((short,)).value == pytest.approx(9.0)
     assert SpeedRatio((short,)).interval is None
     assert SpeedRatio((first, second)).furthest == second

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -119,6 +120,23 @@ def test_intervals_of_a_noisy_ladder_hold_the_truth(seed: int) -> None:
         assert low < truth < high < low + 0.12, recipe
     low, high = interval([float(drawn(1.5e9, 3e10)) for drawn in draws], 0.99)
     assert low < LAW(1.5e9, 3e10) < high
+
+
+@pytest.mark.parametrize("sizes", [4, 5])
+def test_intervals_hold_the_truth_at_least_as_often_as_they_say_with_one_seed_a_size(sizes: int) -> None:
+    truth, held = JointLaw(LAW, SHARES), []
+    for seed in range(15):
+        points = ladder(truth, noise=0.005, seed=seed)
+        points = points[points["parameters"] <= LADDER[sizes - 1]]
+        law = fit_joint(points, near=truth)
+        draws = bootstrap(points, partial(fit_joint, near=law), noise=0.005, samples=40)
+        for name in ("E", "alpha", "beta"):
+            low, high = interval([getattr(drawn.bf16, name) for drawn in draws])
+            held.append(low <= getattr(LAW, name) <= high)
+        for recipe, share in SHARES.items():
+            low, high = interval([drawn.multipliers[recipe] for drawn in draws])
+            held.append(low <= share <= high)
+    assert np.mean(held) >= 0.95
 
 
 def test_intervals_widen_with_the_noise_of_seeds() -> None:

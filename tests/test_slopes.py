@@ -5,19 +5,29 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fp8lab import frontpage, tables
 from fp8lab.comparison import Deviation
-from fp8lab.config import MODELS, parameter_count
+from fp8lab.config import MODELS, Recipe, parameter_count
 from fp8lab.errors import UserError
 from fp8lab.results import plan_runs, training_runs
 from fp8lab.scaling import BESIROGLU
 from fp8lab.slopes import PUBLISHED_LAW, by_law, known_laws, ladder_law, law_slope, measured_slope, slope_at
-from tests.fixtures import LADDER, LADDER_LAW, SIZES, write_gpu_records, write_ladder_records, write_run
+from tests.fixtures import (
+    LADDER,
+    LADDER_LAW,
+    SIZES,
+    write_gpu_records,
+    write_ladder_records,
+    write_run,
+    write_speed_records,
+)
 
 
 @given(st.floats(0.02, 0.5), st.floats(0.5, 30.0))
@@ -94,3 +104,31 @@ def test_the_slope_of_a_run_is_that_of_its_decay_branches_or_unknown(tmp_path: P
     assert slope.source == "decay branches"
     assert slope.nats == pytest.approx(0.2 / 0.693, rel=0.05)
     assert slope.interval is not None
+
+
+@pytest.mark.parametrize("fall", [0.0, 1e-5, -0.1])
+def test_a_loss_that_does_not_fall_has_no_slope_and_a_gap_no_price_in_tokens(tmp_path: Path, fall: float) -> None:
+    on_gpu: dict[str, Any] = {"device_name": "NVIDIA H200"}
+    gaps: dict[Recipe, float] = {"bf16": 0.0, "fused": 0.02}
+    for recipe, gap in gaps.items():
+        write_run(tmp_path, "ladder-h200", LADDER[0], recipe, budget=20, final_loss=3 + gap, **on_gpu)
+        branch_of = f"{LADDER[0].name}-{recipe}-s1"
+        write_run(
+            tmp_path, "ladder-h200", LADDER[0], recipe, budget=10, branch_of=branch_of, final_loss=3 + fall, **on_gpu
+        )
+    write_speed_records(tmp_path, trained=LADDER[0])
+    (row,) = frontpage.Evidence.read(tmp_path).matched
+    assert row.slope is None
+    assert tables.speed.matched_table([row])["tokens, × BF16"].tolist() == ["unknown"]
+
+
+def test_a_slope_that_may_be_flat_is_unknown(tmp_path: Path) -> None:
+    for seed, loss in ((1, 3.0), (2, 3.1)):
+        for budget, more in ((20, 0.0), (10, 0.1)):
+            branch_of = f"{LADDER[0].name}-bf16-s{seed}" if budget == 10 else None
+            write_run(
+                tmp_path, "ladder-h200", LADDER[0], "bf16",
+                seed=seed, budget=budget, branch_of=branch_of, final_loss=loss + more, device_name="NVIDIA H200",
+            )  # fmt: skip
+    runs = plan_runs(tmp_path, "ladder-h200")
+    assert slope_at([runs], runs.runs[0], []) is None

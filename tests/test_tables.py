@@ -296,6 +296,11 @@ def test_the_map_holds_a_measurement_only_where_there_is_one(tmp_path: Path) -> 
     assert known[["device", "tokens", "width"]].drop_duplicates().to_numpy().tolist() == [["H200", 8192, 512]]
     assert set(known["recipe"]) == {"fused", "tensorwise"}
     pd.testing.assert_series_equal(table["predicted"], planned["predicted"])
+    # Another form of the chip has a map of its own.
+    record = json.loads((folder / "record.json").read_text())
+    record["provenance"]["device_name"] = "NVIDIA H200 NVL"
+    (folder / "record.json").write_text(json.dumps(record))
+    assert timings.break_even(speed_runs(tmp_path))["measured"].isna().all()
 
 
 def test_settings_go_from_the_fastest_model_to_the_slowest(speeds: list[SpeedRun]) -> None:

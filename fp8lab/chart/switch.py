@@ -66,8 +66,8 @@ def _speed_point(row: pd.Series) -> dict[str, object]:
         "facts": {
             "× BF16's tokens/s": ratio,
             "so": row["verdict"],
-            "all rounds": f"{row['low']:.3f} to {row['high']:.3f}, {row['rounds']} on {row['occasions']} "
-            f"occasion{'s' if row['occasions'] > 1 else ''}",
+            "all rounds": f"{row['low']:.3f} to {row['high']:.3f}, {row['rounds']} in all, {row['occasions']} "
+            f"occasion{'' if row['occasions'] == 1 else 's'} with an interval",
             "tokens/s": f"{row['tokens_per_second']:,.0f}",
             "step": f"{row['step_ms']:.1f} ms",
             "width": f"{row['width']:,}",

@@ -35,7 +35,8 @@ def forty_percent(timings: pd.DataFrame) -> Finding:
         told = _by_device(stock, lambda row: _stock_text(row, timed))
         why = f"torchao's fastest recipe as it ships gave, over BF16's tokens/s, {told}"
         count = _occasion_count(stock)
-        why += f", {count} occasions in all." if count >= MIN_OCCASIONS else ", not confirmed yet: one occasion."
+        lacks = "one occasion" if count else "too few rounds for an interval"
+        why += f", {count} occasions in all." if count >= MIN_OCCASIONS else f", not confirmed yet: {lacks}."
     return Finding(
         claim=f"FP8 trains 40% faster at {CLAIMED_SIZE}.",
         verdict=verdict,
@@ -74,7 +75,7 @@ def is_confirmed(row: Mapping[str, float] | pd.Series) -> bool:
 def _lacks(row: Mapping[str, float] | pd.Series) -> str:
     """What keeps a ratio from being settled, in words; empty where nothing does."""
     said = []
-    if row["occasions"] < MIN_OCCASIONS:
+    if 0 < row["occasions"] < MIN_OCCASIONS:
         said.append("one occasion")
     if row["interval_low"] != row["interval_low"]:
         said.append("too few rounds for an interval")
@@ -115,4 +116,5 @@ def _ours_text(row: pd.Series) -> str:
 def _ratio_text(row: pd.Series) -> str:
     if row["interval_low"] != row["interval_low"]:
         return f"{row['ratio']:.2f}"
-    return f"{row['ratio']:.2f} ({row['interval_low']:.2f} to {row['interval_high']:.2f})"
+    left_out = f"; {row['left_out']} rounds of a shorter occasion left out" if row["left_out"] else ""
+    return f"{row['ratio']:.2f} ({row['interval_low']:.2f} to {row['interval_high']:.2f}{left_out})"

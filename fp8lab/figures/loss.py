@@ -135,7 +135,7 @@ LINE_COLOURS = dict(
 def pairs_needed(lines: Mapping[str, Line], toy: bool) -> Figure:
     """Half-width of the interval of FP8 minus BF16 against the number of pairs, a line a design or size.
 
-    Bands are what so few runs know of the scatter; a marker is what was run.
+    Bands are what so few runs know of the scatter; a marker is what was run, none where BF16 was not.
     """
     figure, axes = plt.subplots(figsize=(WIDTH, 3.9))
     pairs = np.unique(np.geomspace(2, 300, 80).round())
@@ -145,7 +145,8 @@ def pairs_needed(lines: Mapping[str, Line], toy: bool) -> Figure:
         low, high = (np.array([design.half_width(n, end) for n in pairs]) for end in design.deviation.interval)
         axes.fill_between(pairs, low, high, color=colour, alpha=0.10, linewidth=0)
         axes.plot(pairs, [design.half_width(n) for n in pairs], color=colour)
-        axes.plot(line.seeds, design.half_width(line.seeds), marker, color=colour)
+        if line.seeds:
+            axes.plot(line.seeds, design.half_width(line.seeds), marker, color=colour)
         handles.append(Line2D([], [], color=colour, marker=marker, label=name))
     for half_width in (TARGET_HALF_WIDTH, EQUIVALENCE_MARGIN):
         axes.axhline(half_width, color=NEUTRAL, linestyle="--", linewidth=0.9)

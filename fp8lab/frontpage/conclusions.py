@@ -35,6 +35,8 @@ def conclusions(evidence: Evidence) -> list[str]:
 
 
 def _speed_conclusion(evidence: Evidence) -> str:
+    if not evidence.with_head("bf16"):
+        return ""
     return f"**Speed.** {_by_place(evidence.with_head('bf16'))} ({_shown(evidence, 'throughput')})."
 
 
@@ -78,10 +80,12 @@ def _memory(evidence: Evidence) -> str:
     for payoff in evidence.with_head("bf16"):
         kept.setdefault(payoff.recipe, []).extend(evidence.timed(payoff.recipe, payoff.device)["memory_ratio"])
     told = [f"{span(ratios)} with `{recipe}`" for recipe, ratios in kept.items()]
-    return f"**GPU memory.** The peak over BF16's: {listing(told)} ({_shown(evidence, 'memory')})."
+    return f"**GPU memory.** The peak over BF16's: {listing(told)} ({_shown(evidence, 'memory')})." if told else ""
 
 
 def _micro_batches(evidence: Evidence) -> str:
+    if not evidence.with_head("bf16"):
+        return ""
     told = []
     for payoff in evidence.with_head("bf16"):
         if payoff.recipe != OURS:

@@ -21,7 +21,7 @@ from fp8lab.results import (
     unique,
 )
 from fp8lab.slopes import FittedLaw
-from fp8lab.timings import with_verdicts
+from fp8lab.timings import comparable, with_verdicts
 from fp8lab.units import listing
 
 
@@ -34,7 +34,7 @@ class Evidence:
     others: tuple[Run, ...]
     """Runs that a verdict, a score or a gap of the page rests on besides: of other plans, and decay branches."""
     speeds: list[SpeedRun]
-    """Of whole models, and of the speed map's blocks."""
+    """Of whole models, and of the speed map's blocks: those that timed BF16."""
     timings: pd.DataFrame
     """`timings.with_verdicts`; empty where nothing was timed on a GPU."""
     payoffs: list[Payoff]
@@ -49,7 +49,7 @@ class Evidence:
     def read(cls, records_dir: Path) -> Evidence:
         """Everything from a folder of records."""
         runs = training_runs(records_dir)
-        speeds = [*speed_runs(records_dir), *speed_runs(records_dir, MAP_PLAN)]
+        speeds = comparable([*speed_runs(records_dir), *speed_runs(records_dir, MAP_PLAN)])
         timings = with_verdicts(speeds) if speeds else pd.DataFrame(columns=["kind", "device", "recipe", "head"])
         sets = losses.measured_sets(records_dir)
         laws = slopes.known_laws(sets)

@@ -26,6 +26,8 @@ def lead(evidence: Evidence) -> str:
 def _answer(evidence: Evidence) -> str:
     """The plain result on each device, the one with most settings first."""
     timed = evidence.with_head("bf16")
+    if not timed and evidence.payoffs:
+        return "**No recipe was timed with its output head in BF16**, only with that in FP8 too (@tbl-switch)."
     if not timed and evidence.map_payoffs:
         return "**No whole model was timed for this edition**, only the blocks of the speed map (@fig-switch)."
     if not timed:

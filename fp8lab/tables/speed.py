@@ -34,7 +34,10 @@ def speed_table(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
             "smallest to largest round": [
                 f"{low:.3f}–{high:.3f}" for low, high in zip(table["low"], table["high"], strict=True)
             ],
-            "rounds": table["rounds"],
+            "rounds": [
+                f"{rounds} ({left_out} left out)" if left_out else str(rounds)
+                for rounds, left_out in zip(table["rounds"], table["left_out"], strict=True)
+            ],
             "occasions": table["occasions"],
             "peak memory (GiB)": (table["peak_memory_bytes"] / 2**30).map("{:.1f}".format),
         }
@@ -193,5 +196,11 @@ def switch_table(table: pd.DataFrame, laws: Sequence[FittedLaw]) -> pd.DataFrame
                 "model": row["model"],
             }
         )
-    found = pd.DataFrame(rows)
+    found = pd.DataFrame(rows, columns=SWITCH_COLUMNS)
     return found if table["device"].nunique() > 1 else found.drop(columns="device")
+
+
+SWITCH_COLUMNS = [
+    "device", "width", "recipe", "tokens/s, × BF16", "faster", "GiB (× BF16)", "pays for (nats)", "tokens a step",
+    "model",
+]  # fmt: skip
