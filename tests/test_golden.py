@@ -11,6 +11,10 @@ from fp8lab.config import RECIPES
 from tests.golden.curves import FOLDER, STEPS, read_curve, write_curves
 
 
+# In one worker: the curves are computed once for all of them.
+pytestmark = pytest.mark.xdist_group("golden")
+
+
 @pytest.fixture(scope="module")
 def computed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("curves")
