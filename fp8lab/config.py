@@ -12,13 +12,23 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence, Set
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from fp8lab.errors import UserError
 from fp8lab.schedule import decay_start, warmup_steps
@@ -32,6 +42,19 @@ HEADS: tuple[Head, ...] = get_args(Head)
 # A name becomes a folder: it must not be able to leave the folder it is given.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=80)]
+
+MARKUP = re.compile(r"[<\[\]{}`$|\\\x00-\x1f\x7f]|script:", re.IGNORECASE)
+"""What Markdown, HTML, Quarto or a formula in a figure could take for more than text: no record may hold it."""
+
+
+def _without_markup(text: str) -> str:
+    if mark := MARKUP.search(text):
+        raise ValueError(f"{mark[0]!r} cannot be in a record, which pages are made from; give a path without it")
+    return text
+
+
+Mixture = Annotated[str, AfterValidator(_without_markup)]
+"""Name of a file in runs/mixtures, or a path to one."""
 
 
 class Config(BaseModel):
@@ -187,7 +210,7 @@ class RunConfig(Config):
     """Linears to leave in BF16: shell patterns on their names ('blocks.0.*'). One that matches nothing is an error."""
     seed: int = Field(ge=0)
     """Seeds the weights and the order of the data."""
-    mixture: str
+    mixture: Mixture
     """Name of a file in runs/mixtures, or a path to one."""
     tokens: int = Field(gt=0, le=10**18)
     """Training tokens; rounded up to whole global batches."""

@@ -58,6 +58,7 @@ def launch(
         RuntimeError: a rank failed, or all diverged; the message is the first one's.
     """
     folder = records.record_dir(records_dir, config.plan, config.run)
+    before = _record_of(folder)
     work = checkpoints_dir / config.plan / config.run
     work.mkdir(parents=True, exist_ok=True)
     # Until a rank reports, signals to the run are this process's to pass on.
@@ -83,12 +84,23 @@ def launch(
         try:
             elastic_launch(settings, sys.executable)(*arguments)
         except SignalException as error:
-            raise Stopped(error.sigval, work) from None
+            # It may have come too late to stop a run that was about to finish.
+            if _record_of(folder) == before or not _has_finished(folder):
+                raise Stopped(error.sigval, work) from None
         except ChildFailedError as error:
             raise _what_happened(error, work) from None
     record = records.read(folder)
     assert isinstance(record, TrainRecord)
     return record
+
+
+def _record_of(folder: Path) -> bytes | None:
+    path = folder / "record.json"
+    return path.read_bytes() if path.exists() else None
+
+
+def _has_finished(folder: Path) -> bool:
+    return _record_of(folder) is not None and records.read(folder).status == "finished"
 
 
 class Stopped(Interrupted):
@@ -172,7 +184,7 @@ def _watched(folder: Path, on_log: OnLog | None) -> Iterator[None]:
         yield
         return
     done = threading.Event()
-    # The record writes it last.
+    # Written after metrics.parquet, so that both are there.
     path = folder / "validation.parquet"
 
     def watch() -> None:

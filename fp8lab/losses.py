@@ -24,6 +24,7 @@ from fp8lab.results import (
     unique,
 )
 from fp8lab.scaling import JointLaw
+from fp8lab.trouble import training_key
 from fp8lab.units import listing
 
 
@@ -178,5 +179,6 @@ def _measured_gap(sets: Sequence[RunSet], runs: RunSet, size: str, recipe: str) 
 
 
 def _diverged(sets: Sequence[RunSet], size: str, recipe: str) -> int:
+    """Trainings of a size and recipe that diverged; one that several plans have counts once."""
     unfinished = [run for runs in sets for run in runs.unfinished if (run.size, run.recipe) == (size, recipe)]
-    return sum(run.record.status == "diverged" for run in unfinished)
+    return len({training_key(run) for run in unfinished if run.record.status == "diverged"})

@@ -26,7 +26,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -42,7 +41,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, TypeAdapter, ValidationError
 
 from fp8lab import flops
-from fp8lab.config import Head, Name, Recipe, RunConfig
+from fp8lab.config import MARKUP, Head, Name, Recipe, RunConfig
 from fp8lab.errors import UserError
 
 Status = Literal["running", "finished", "interrupted", "diverged", "failed"]
@@ -82,8 +81,6 @@ TRAINING_TABLES = ("metrics", "validation", "health")
 """Those that a training run writes."""
 
 
-MARKUP = re.compile(r"[<\[\]{}`$|\\\x00-\x1f\x7f]|script:", re.IGNORECASE)
-"""What Markdown, HTML, Quarto or a formula in a figure could take for more than text."""
 FREE_TEXT = frozenset(
     (
         *("command", "description", "error", "faults", "kernel", "reason", "samples", "source", "traceback"),

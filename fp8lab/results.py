@@ -282,6 +282,11 @@ def training_runs(
     return next((runs for runs in measured or compared if suits(runs)), RunSet(plan=DEMO_PLAN, runs=()))
 
 
+def has_ladder(runs: RunSet) -> bool:
+    """Whether BF16 finished at sizes enough for a trend: three."""
+    return len({run.size for run in runs.where(recipe="bf16")}) > 2
+
+
 def training_command(records_dir: Path) -> str:
     """What makes the runs that a chapter lacks: the ladder beside runs made on a GPU, else the demo."""
     shown = training_runs(records_dir)

@@ -92,8 +92,8 @@ class SpeedRatio:
 
     @property
     def furthest(self) -> Occasion:
-        """The occasion that drifted most."""
-        return max(self.occasions, key=lambda occasion: abs(occasion.drift))
+        """The counted occasion that drifted most."""
+        return max(self.counted, key=lambda occasion: abs(occasion.drift))
 
     @property
     def conclusive(self) -> Sequence[Occasion]:

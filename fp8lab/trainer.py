@@ -97,7 +97,7 @@ def train(
     are there and the record is finished, or it is and the run keeps no weights, nothing is changed.
 
     Returns:
-        The finished run's record; on a rank other than the first, one without results.
+        The finished run's record; on a rank other than the first, one without results, unless it was finished already.
 
     Raises:
         UserError: bad data or configuration, a run that another process trains, or damaged checkpoints;
@@ -519,7 +519,7 @@ class Recorder:
             return
         # Each part by itself: the device may never answer again, or the disk may be what failed.
         self._note("failed", reason)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError, UserError):
             records.write(self.record, self._records_dir)
         with contextlib.suppress(OSError):
             self._write_tables()

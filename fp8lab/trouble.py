@@ -37,11 +37,17 @@ class Family:
 
     @property
     def diverged(self) -> bool:
-        return any(member.record.status == "diverged" for member in self.members)
+        return any(map(_diverged, self.members))
 
     @property
     def members(self) -> tuple[Run, ...]:
         return (*self.runs, *self.branches)
+
+    @property
+    def counted(self) -> tuple[Run, ...]:
+        """Its members without their doubles in other plans; of doubles one that diverged, if one did."""
+        by_name = {branch.record.run: branch for branch in sorted(self.branches, key=_diverged)}
+        return (max(self.runs, key=_diverged), *by_name.values())
 
     @property
     def tokens(self) -> int:
@@ -79,8 +85,8 @@ def families(plans: Sequence[RunSet]) -> dict[tuple[str, str], list[Family]]:
     for plan in plans:
         for run in (*plan.runs, *plan.unfinished):
             branches = _branches(plan, run)
-            if _ended_for_itself(run) or any(branch.record.status == "diverged" for branch in branches):
-                training = _training(run)
+            if _ended_for_itself(run) or any(map(_diverged, branches)):
+                training = training_key(run)
                 known = trainings.get(training, Family(runs=()))
                 trainings[training] = Family((*known.runs, run), (*known.branches, *branches))
     found: dict[tuple[str, str], list[Family]] = {}
@@ -103,7 +109,11 @@ def _ended_for_itself(run: Run) -> bool:
     return run.record.status in ("finished", "diverged")
 
 
-def _training(run: Run) -> str:
+def _diverged(run: Run) -> bool:
+    return run.record.status == "diverged"
+
+
+def training_key(run: Run) -> str:
     """The same for runs that trained the same."""
     precision = [run.recipe, run.record.head, run.record.config.get("high_precision", [])]
     return json.dumps([run.design_settings, precision, run.record.seed], sort_keys=True)

@@ -265,10 +265,19 @@ def test_a_seed_that_two_plans_train_alike_is_one_run(many_seeds: Path) -> None:
     (finding,) = claims.stable_almost_to_the_end(plans)
     assert finding.verdict == "untested"
     assert "0 of 4 at 0.4M (0 of 4 in BF16" in finding.why
+    name = f"{SIZES[0].name}-fused-s1"
+    for plan in ("pilot-h200", "ladder-h200"):
+        diverge(many_seeds / plan / name)
+        edit(many_seeds / plan / name / "record.json", lambda record: record["stability"].update(skipped_steps=3))
+    plans = [plan_runs(many_seeds, plan) for plan in ("pilot-h200", "ladder-h200")]
+    once, twice = (tables.health.spikes(of_plans).set_index("recipe") for of_plans in (plans[:1], plans))
+    pd.testing.assert_frame_equal(once, twice)
+    assert once["diverged"]["fused"] == 1
+    assert {gap.diverged for gap in measured_gaps(plans) if gap.recipe == "fused"} == {1}
     for path in many_seeds.glob("ladder-h200/*/record.json"):
         edit(path, lambda record: record["config"]["optimizer"].update(peak_learning_rate=1e-3))
     (finding,) = claims.stable_almost_to_the_end([plans[0], plan_runs(many_seeds, "ladder-h200")])
-    assert "0 of 8 at 0.4M (0 of 8 in BF16" in finding.why
+    assert "2 of 8 at 0.4M (0 of 8 in BF16; 2 diverged" in finding.why
 
 
 def test_asking_at_many_sizes_contradicts_stability_no_more_often(many_seeds: Path) -> None:

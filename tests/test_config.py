@@ -117,6 +117,7 @@ def test_the_learning_rate_falls_with_width(tmp_path: Path) -> None:
         ({"learning_rate": 1}, "learning_rate", "accepted: models, recipes"),
         ({"seed": 5}, "seed", "accepted: models, recipes, seeds"),
         ({"suffix": 3}, "suffix", "string"),
+        ({"mixture": "mixtures/[mine].yaml"}, "mixture", "'[' cannot be in a record"),
         ({"tokens_per_parameter": float("inf")}, "tokens_per_parameter", "finite"),
         ({"optimizer": {"peak_learning_rate": 0.1, "lr": 1}}, "optimizer.lr", "accepted: peak_learning_rate"),
         ({"models": [TINY | {"n_heads": 3}]}, "models", "not divisible by n_heads 3"),

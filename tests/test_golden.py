@@ -10,7 +10,6 @@ import pytest
 from fp8lab.config import RECIPES
 from tests.golden.curves import FOLDER, STEPS, read_curve, write_curves
 
-
 # In one worker: the curves are computed once for all of them.
 pytestmark = pytest.mark.xdist_group("golden")
 

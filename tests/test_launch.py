@@ -93,6 +93,29 @@ def signalled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], t
     return run
 
 
+def test_a_signal_that_comes_too_late_to_stop_a_run_is_no_interruption(tmp_path: Path, monkeypatch) -> None:
+    record = started()
+    record.plan, record.run = "test", "large"
+
+    def elastic_launch(*_: object) -> Callable[..., None]:
+        def start(*_: str) -> None:
+            records.write(record, tmp_path / "records_dir")
+            raise SignalException("signal", sigval=signal.SIGTERM)
+
+        return start
+
+    monkeypatch.setattr(launch, "elastic_launch", elastic_launch)
+    folders = {name: tmp_path / name for name in ("records_dir", "data_dir", "checkpoints_dir")}
+    record.status = "running"
+    with pytest.raises(Stopped):
+        launch.launch(tiny_config(run="large"), 2, **folders)
+    record.status = "finished"
+    assert launch.launch(tiny_config(run="large"), 2, **folders) == record
+    # Finished by an earlier attempt: nothing was done now.
+    with pytest.raises(Stopped):
+        launch.launch(tiny_config(run="large"), 2, **folders)
+
+
 def test_ranks_have_minutes_for_the_checkpoint_that_a_signal_asks_for(signalled, monkeypatch) -> None:
     monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
     assert signalled()[0].shutdown_timeout >= 300

@@ -65,14 +65,15 @@ def test_a_device_on_which_every_case_failed_stops_no_chapter_and_is_named(root:
     together, good = speed_runs(tmp_path), speed_runs(tmp_path, "speed-h200")
     pd.testing.assert_frame_equal(timings.speed_ratios(together), timings.speed_ratios(good))
     text = rendered(root, tmp_path, "stability", "throughput")
-    assert "Not timed on NVIDIA H100 80GB HBM3: 1.5B-T2048-B16 (OutOfMemoryError)." in text
+    assert "Not compared on NVIDIA H100 80GB HBM3: 1.5B-T2048-B16 (OutOfMemoryError)." in text
 
 
 def test_where_no_bf16_fitted_nothing_is_called_measured(root: Path, tmp_path: Path) -> None:
     keep_steps(write_speed_records(tmp_path), lambda steps: steps["recipe"] != "bf16")
     text = rendered(root, tmp_path, *SPEED_CHAPTERS)
-    assert "No speed was measured for this edition" in text
+    assert "FP8 was timed, but no BF16 beside it, so there is no ratio to show" in text
     assert "125M-T1024-B64 (no BF16 beside it)" in text
+    assert "FP8 needs tensor cores" not in text
 
 
 def test_heads_in_fp8_alone_are_shown_as_such(root: Path, tmp_path: Path) -> None:

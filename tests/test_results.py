@@ -16,13 +16,21 @@ from fp8lab.results import (
     RunSet,
     bytes_per_token,
     data_record,
+    has_ladder,
     plan_runs,
     seed_deviation,
     speed_runs,
     training_command,
     training_runs,
 )
-from tests.fixtures import SIZES, write_demo_records, write_ladder_records, write_run, write_speed_records
+from tests.fixtures import (
+    SIZES,
+    write_demo_records,
+    write_gpu_records,
+    write_ladder_records,
+    write_run,
+    write_speed_records,
+)
 
 
 def test_runs_of_a_gpu_replace_the_demos_and_are_never_mixed_with_them(tmp_path: Path) -> None:
@@ -171,3 +179,14 @@ def test_what_could_not_be_timed_is_named_with_its_error(tmp_path: Path) -> None
     write_speed_records(tmp_path)
     (speed,) = speed_runs(tmp_path)
     assert speed.failures() == {"1.5B-T2048-B16, rowwise-head_fp8": "OutOfMemoryError: tried to allocate 12 GiB"}
+
+
+def test_a_ladder_has_bf16_at_three_sizes(tmp_path: Path) -> None:
+    write_gpu_records(tmp_path, sizes=SIZES)
+    runs = plan_runs(tmp_path, "pilot-h200")
+    assert has_ladder(runs)
+    for path in tmp_path.glob(f"pilot-h200/{SIZES[0].name}-bf16-*"):
+        shutil.rmtree(path)
+    few = plan_runs(tmp_path, "pilot-h200")
+    assert len(few.sizes) > 2
+    assert not has_ladder(few)

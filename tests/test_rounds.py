@@ -50,6 +50,12 @@ def test_the_interval_is_students_on_logarithms() -> None:
     assert interval == pytest.approx(tuple(np.exp([expected.low, expected.high])))
 
 
+def test_an_occasion_that_is_left_out_drifts_for_no_other() -> None:
+    steady, short = Occasion((1.5,) * 6), Occasion((1.6, 1.5))
+    assert SpeedRatio((steady, short)).furthest == steady
+    assert SpeedRatio((short,)).furthest == short
+
+
 def test_two_rounds_decide_nothing_and_equal_speeds_seldom_win() -> None:
     assert Occasion((1.2, 1.21)).interval is None
     rng = np.random.default_rng(2)

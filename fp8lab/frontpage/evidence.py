@@ -14,6 +14,7 @@ from fp8lab.results import (
     Run,
     RunSet,
     SpeedRun,
+    has_ladder,
     plan_runs,
     scored_runs,
     speed_runs,
@@ -55,7 +56,7 @@ class Evidence:
         laws = slopes.known_laws(sets)
         matched = decision.loss_matched(sets, laws, timings)
         plans = [plan_runs(records_dir, plan) for plan in losses.GAP_PLANS]
-        ladder = training_runs(records_dir, suits=lambda found: len(found.sizes) > 2) or runs
+        ladder = training_runs(records_dir, suits=has_ladder) or runs
         scored = scored_runs(records_dir)
         return cls(
             runs=runs,

@@ -83,8 +83,6 @@ def _reservation(row: Matched) -> str:
         lacking.append("too few timed rounds")
     if row.slope and row.slope.interval is None:
         lacking.append(f"a slope by the {row.slope.source} alone")
-    elif row.slope and row.slope.interval and row.slope.interval[0] <= 0:
-        lacking.append("a slope that may be zero")
     return f"; without an interval: {listing(lacking)}"
 
 
@@ -110,5 +108,5 @@ def _why_untested(rows: Sequence[Matched]) -> str:
     """What is missing from every one of `rows` for a speed-up at matched loss."""
     timed = unique(row.measured.size for row in rows if row.ratio)
     if timed:
-        return f"How fast the loss still falls at the end of a training is unknown at {listing(timed)}"
+        return f"At the end of a training the loss falls too little, or by an unknown amount, at {listing(timed)}"
     return "No size was both timed and trained in the same FP8 recipe"

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from fp8lab.config import MODELS, Config, Head, ModelConfig, Name, Recipe, read_yaml, validate
+from fp8lab.config import MODELS, Config, Head, Mixture, ModelConfig, Name, Recipe, read_yaml, validate
 
 
 def _named_model(value: Any) -> Any:
@@ -40,7 +40,7 @@ class SpeedCase(Config):
     """Context length in tokens; the model's own if left out."""
     micro_batch: int = Field(gt=0)
     """Sequences a step."""
-    mixture: str | None = None
+    mixture: Mixture | None = None
     """Mixture whose training tokens are used, in place of the plan's: one whose vocabulary is the model's."""
     contestants: tuple[Contestant, ...] = Field(min_length=1)
     """In the order in which they take turns; ratios are to BF16."""
@@ -64,7 +64,7 @@ class SpeedPlan(Config):
 
     name: Name
     description: str
-    mixture: str | None = None
+    mixture: Mixture | None = None
     """Mixture whose training tokens are used; random ids if left out, or where its vocabulary exceeds the model's."""
     cases: tuple[SpeedCase, ...] = Field(min_length=1)
     """In order of importance: a time budget cuts the last."""

@@ -16,7 +16,8 @@ def spikes(plans: Sequence[RunSet]) -> pd.DataFrame:
     rows = []
     for (size, recipe), families in trouble.families(plans).items():
         members = [member for family in families for member in family.members]
-        stability = [member.record.stability for member in members if member.record.stability]
+        counted = [member for family in families for member in family.counted]
+        stability = [member.record.stability for member in counted if member.record.stability]
         rows.append(
             {
                 "model": size,
@@ -24,7 +25,7 @@ def spikes(plans: Sequence[RunSet]) -> pd.DataFrame:
                 "runs": len(families),
                 "diverged": sum(family.diverged for family in families),
                 "highest spike score": f"{max(one.spike_score for one in stability):.2%}" if stability else "–",
-                "steps judged": _judged_steps(members),
+                "steps judged": _judged_steps(counted),
                 "skipped steps": sum(one.skipped_steps for one in stability) if stability else "–",
                 "largest gradient norm": f"{max(member.metrics['grad_norm'].max() for member in members):.2f}",
             }
