@@ -345,7 +345,7 @@ def at_step(folder: Path, step: int) -> Path:
     """
     path = folder / f"step-{step:08d}"
     if not path.is_dir():
-        kept = ", ".join(str(int(other.name.removeprefix("step-"))) for other in _checkpoints(folder)) or "none"
+        kept = ", ".join(map(str, saved_steps(folder))) or "none"
         raise UserError(f"{folder}: no checkpoint after step {step}; there: {kept} (see keep_checkpoints_at)")
     problem = find_damage(path)
     if problem is not None:
@@ -461,12 +461,21 @@ def _shard_names(count: int) -> set[str]:
     return {f"shard-{number:05d}-model-00001-of-00001.safetensors" for number in range(1, count + 1)}
 
 
+def saved_steps(folder: Path) -> list[int]:
+    """Steps after which the run in `folder` has a checkpoint, in order."""
+    return [_step_of(path) for path in _checkpoints(folder)]
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
 
 
 def _remove_old(folder: Path, keep_at: Collection[int]) -> None:
-    others = [path for path in _checkpoints(folder) if int(path.name.removeprefix("step-")) not in keep_at]
+    others = [path for path in _checkpoints(folder) if _step_of(path) not in keep_at]
     for path in others[:-KEEP]:
         _remove(path)
 

@@ -24,6 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from fp8lab import records
+from fp8lab.checkpoint import saved_steps
 from fp8lab.config import RunConfig
 from fp8lab.errors import UserError
 from fp8lab.failures import PeerFailed
@@ -58,7 +59,7 @@ def launch(
         RuntimeError: a rank failed, or all diverged; the message is the first one's.
     """
     folder = records.record_dir(records_dir, config.plan, config.run)
-    before = _record_of(folder)
+    before = records.content(folder)
     work = checkpoints_dir / config.plan / config.run
     work.mkdir(parents=True, exist_ok=True)
     # Until a rank reports, signals to the run are this process's to pass on.
@@ -85,22 +86,13 @@ def launch(
             elastic_launch(settings, sys.executable)(*arguments)
         except SignalException as error:
             # It may have come too late to stop a run that was about to finish.
-            if _record_of(folder) == before or not _has_finished(folder):
+            if records.content(folder) == before or records.read(folder).status != "finished":
                 raise Stopped(error.sigval, work) from None
         except ChildFailedError as error:
             raise _what_happened(error, work) from None
     record = records.read(folder)
     assert isinstance(record, TrainRecord)
     return record
-
-
-def _record_of(folder: Path) -> bytes | None:
-    path = folder / "record.json"
-    return path.read_bytes() if path.exists() else None
-
-
-def _has_finished(folder: Path) -> bool:
-    return _record_of(folder) is not None and records.read(folder).status == "finished"
 
 
 class Stopped(Interrupted):
@@ -116,7 +108,7 @@ class Stopped(Interrupted):
             signal_number: the signal.
             work: the run's folder of checkpoints.
         """
-        step = _newest_checkpoint(work)
+        step = max(saved_steps(work), default=None)
         super().__init__(signal_number, step or 0)
         self._name, self._step = signal.Signals(signal_number).name, step
 
@@ -124,13 +116,6 @@ class Stopped(Interrupted):
         if self._step is None:
             return f"{self._name} before there was a checkpoint; the same command starts again"
         return f"{self._name}; the same command resumes after step {self._step}"
-
-
-def _newest_checkpoint(work: Path) -> int | None:
-    """Step of the newest checkpoint in a run's folder; None where there is none."""
-    # Only what is whole has such a name.
-    steps = [int(path.name.removeprefix("step-")) for path in work.glob("step-????????")]
-    return max(steps, default=None)
 
 
 def _what_happened(error: ChildFailedError, work: Path) -> Exception:

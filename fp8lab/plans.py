@@ -439,7 +439,7 @@ class _Stage:
     def execute(self, template: str, config: RunConfig, parameters: dict[str, Any], label: str) -> bool:
         """Execute ``runs/<template>.ipynb`` for one run. True if the notebook ran to its end."""
         folder, work = self.workspace.record(config), self.workspace.work(config)
-        before = _record_bytes(folder)
+        before = records.content(folder)
         done = self.notebook(template, self.workspace.notebooks(config), work, parameters, {work: label})
         if template == "train":
             self._ensure_record(config, folder, work / f"{template}.log", before)
@@ -453,12 +453,14 @@ class _Stage:
         The executed notebook stays with the logs, in the folder of the first: records of compact runs are small.
         """
         work = self.workspace.work(configs[0])
-        before = {config.run: _record_bytes(self.workspace.record(config)) for config in configs}
+        before = {config.run: records.content(self.workspace.record(config)) for config in configs}
         parameters = parameters | {"runs": [config.run for config in configs]}
         self.notebook(
             "series", work, work, parameters, {self.workspace.work(config): labels[config.run] for config in configs}
         )
-        attempted = [config for config in configs if _record_bytes(self.workspace.record(config)) != before[config.run]]
+        attempted = [
+            config for config in configs if records.content(self.workspace.record(config)) != before[config.run]
+        ]
         if not attempted and self.received is not None:
             return 0
         # If it died before the first, that is what became of all of them.
@@ -542,7 +544,7 @@ class _Stage:
         path = folder / "record.json"
         if path.exists():
             record = records.read(folder)
-            silent = record.status == "running" or _record_bytes(folder) == before
+            silent = record.status == "running" or records.content(folder) == before
             if not isinstance(record, records.TrainRecord) or not silent:
                 return
         else:
@@ -554,8 +556,3 @@ class _Stage:
             record.status, record.reason = "failed", lines[-1] if lines else "the notebook's process died"
         record.provenance.ended_utc = records.utc_now()
         records.write(record, self.workspace.records)
-
-
-def _record_bytes(folder: Path) -> bytes | None:
-    path = folder / "record.json"
-    return path.read_bytes() if path.exists() else None

@@ -412,13 +412,14 @@ def write(record: Record, records_dir: Path) -> Path:
     """
     folder = record_dir(records_dir, record.plan, record.run)
     path = folder / "record.json"
-    content = record.model_dump_json(by_alias=True, indent=2)
+    text = record.model_dump_json(by_alias=True, indent=2)
+    values = json.loads(text)
     try:
-        _RECORD.validate_json(content)
+        _RECORD.validate_python(values)
     except ValidationError as error:
         raise ValueError(f"{path}: {_first_problem(error)}; is it a number that is not finite?") from None
-    _refuse_markup(json.loads(content), path)
-    write_atomically(path, content.encode() + b"\n")
+    _refuse_markup(values, path)
+    write_atomically(path, text.encode() + b"\n")
     return folder
 
 
@@ -435,6 +436,12 @@ def read(folder: Path) -> Record:
         return _RECORD.validate_python(values)
     except ValidationError as error:
         raise UserError(f"{path}: {_first_problem(error)}") from None
+
+
+def content(folder: Path) -> bytes | None:
+    """``record.json`` as it is, to tell whether it has been written anew; None where there is none."""
+    path = folder / "record.json"
+    return path.read_bytes() if path.exists() else None
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -96,6 +96,14 @@ def drop_other_graphs(config: RunConfig) -> None:
         _compiled_for = graphs
 
 
+def release_memory(device: torch.device) -> None:
+    """Give back what nothing uses any more."""
+    # A failed step's graph may be in reference cycles.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def make_optimizer(model: GPT, config: RunConfig, device: torch.device) -> torch.optim.AdamW:
     """AdamW over all parameters, weight decay on matrices only."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
@@ -387,10 +395,7 @@ class Session:
     def _fits(self, rows: Tensor) -> bool:
         """Try a micro-batch, with the room that the optimizer has yet to take before its first step."""
         self.optimizer.zero_grad(set_to_none=True)
-        # A failed attempt's graph may be in reference cycles.
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(self.device)
         try:
             without = [parameter for parameter in self.model.parameters() if not self.optimizer.state.get(parameter)]
             moments = [torch.zeros_like(parameter) for parameter in without for _ in ("exp_avg", "exp_avg_sq")]

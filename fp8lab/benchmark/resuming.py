@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from fp8lab import records, trainer
 from fp8lab.benchmark.paced import shortened
-from fp8lab.checkpoint import MODEL_FILE
+from fp8lab.checkpoint import MODEL_FILE, saved_steps
 from fp8lab.config import RunConfig
 
 POLL_SECONDS = 0.01
@@ -101,7 +101,7 @@ class _Worker:
         """Start, and kill as soon as the checkpoint after that step is there; returns the newest one's step."""
         process = self._start()
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while not (self.checkpoints / f"step-{after_checkpoint:08d}").exists():
+        while after_checkpoint not in saved_steps(self.checkpoints):
             if not process.is_alive() or time.monotonic() > deadline:
                 process.kill()
                 raise RuntimeError(f"no checkpoint to kill the worker after: {self._said()}")
@@ -110,7 +110,7 @@ class _Worker:
         process.join()
         if process.exitcode != -signal.SIGKILL:
             raise RuntimeError("the worker was through before it could be killed: let it take more steps")
-        return max(int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*"))
+        return max(saved_steps(self.checkpoints))
 
     def _said(self) -> str:
         return self._output.read_text().strip()

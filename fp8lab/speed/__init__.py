@@ -31,9 +31,9 @@ from fp8lab import records
 from fp8lab.errors import UserError
 from fp8lab.precision import fp8_tensor_cores
 from fp8lab.records import SpeedRecord
-from fp8lab.session import device_name, training_device
+from fp8lab.session import device_name, release_memory, training_device
 from fp8lab.speed.batches import batch_source
-from fp8lab.speed.case import Measurement, failure, release
+from fp8lab.speed.case import Measurement, failure
 from fp8lab.speed.plan import SpeedPlan, load_speed_plan
 
 __all__ = ["SpeedPlan", "load_speed_plan", "measure", "new_occasion", "summary"]
@@ -75,7 +75,7 @@ def measure(
             cases[case.name], case_rows = Measurement(plan, case, device, batches, deadline).run()
         except (RuntimeError, UserError) as error:
             cases[case.name], case_rows = failure(error), []
-        release(device)
+        release_memory(device)
         rows.extend(case_rows)
         _write(record, rows, records_dir)
         on_case(len(cases), _summary(case.name, cases[case.name], emulated=record.results["emulated"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import statistics
 import time
@@ -17,7 +16,7 @@ from fp8lab import flops
 from fp8lab.failures import one_line
 from fp8lab.model import GPT
 from fp8lab.precision import uses_fp8
-from fp8lab.session import compile_blocks
+from fp8lab.session import compile_blocks, release_memory
 from fp8lab.speed.batches import Batches
 from fp8lab.speed.breakdown import gemm_times, profile
 from fp8lab.speed.contestants import build, initialised
@@ -72,7 +71,7 @@ class Measurement:
                 "profile": self._profile(entrant),
             }
         if self._device.type == "cuda":
-            release(self._device)
+            release_memory(self._device)
             self._results["gemms"] = gemm_times(self._case.sized_model, self._case.tokens)
         return self._results, rows
 
@@ -84,7 +83,7 @@ class Measurement:
             with torch.no_grad():
                 torch._foreach_copy_(list(self._weights.parameters()), initial)
             self._optimizer.state.clear()
-            release(self._device)
+            release_memory(self._device)
             try:
                 entrant = _Entrant(contestant, self._build(contestant))
                 began = time.perf_counter()
@@ -127,7 +126,7 @@ class Measurement:
 
     def _turn(self, entrant: _Entrant, turn: int) -> list[dict[str, Any]]:
         """The timed steps of one contestant's turn."""
-        release(self._device)
+        release_memory(self._device)
         on_gpu = self._device.type == "cuda"
         for index in range(SETTLING_STEPS):
             self._step(entrant.model, index)
@@ -192,7 +191,7 @@ class Measurement:
         """`breakdown.profile` of a contestant's step; None on a CPU."""
         if self._device.type != "cuda":
             return None
-        release(self._device)
+        release_memory(self._device)
         self._step(entrant.model, 0)
         self._synchronise()
         return profile(lambda index: self._step(entrant.model, index))
@@ -200,12 +199,6 @@ class Measurement:
     def _synchronise(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
-
-
-def release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def failure(error: Exception) -> dict[str, str]:
