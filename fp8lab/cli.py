@@ -75,7 +75,10 @@ def run(
         bool, typer.Option("--replace", help="Run again where a finished run was made with another configuration.")
     ] = False,
     nproc: Annotated[int, typer.Option(min=1, help="GPUs of this machine that each run takes.")] = 1,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at once; on a CPU they share its cores.")] = 1,
+    jobs: Annotated[
+        int,
+        typer.Option(min=1, help="Runs at once, each on GPUs of its own while there are enough, else sharing them."),
+    ] = 1,
     bf16_mfu: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of BF16's peak FLOP/s that --dry-run assumes.")
     ] = 0.4,

@@ -2,10 +2,10 @@
 
 Each run is one execution of ``runs/train.ipynb`` and, where its plan asks for scores, one of
 ``runs/evaluate.ipynb``, in a process of its own; an entry's compact runs are one execution of
-``runs/series.ipynb`` together. This module never imports torch: it starts the
-notebooks, draws progress from the file that each worker keeps (`fp8lab.progress`), passes SIGINT and
-SIGTERM on as requests to checkpoint and stop, and makes sure that however a notebook dies, a
-record says so.
+``runs/series.ipynb`` together. This module trains nothing: it starts the notebooks, each on GPUs
+of its own while there are enough (`fp8lab.gpus`), draws progress from the file that each worker
+keeps (`fp8lab.progress`), passes SIGINT and SIGTERM on as requests to checkpoint and stop, and makes
+sure that however a notebook dies, a record says so.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from types import FrameType
 from typing import Any
 
@@ -33,11 +34,14 @@ from rich.progress import Progress as Bars
 from fp8lab import records
 from fp8lab.config import Plan, RunConfig, changed_fields, earlier_config, read_run_config
 from fp8lab.errors import UserError
+from fp8lab.gpus import Share, shares, visible_gpus
 from fp8lab.progress import SILENT_SECONDS, Progress, clock, is_locked, read_progress
 
 POLL_SECONDS = 0.25
 LINE_SECONDS = 15.0
 """Between progress lines where the output is not a terminal."""
+ALONE = (Share((), 1),)
+"""One notebook at a time, on whatever GPUs this process sees."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Options:
     nproc: int = 1
     """Processes a run, one a GPU of this machine."""
     jobs: int = 1
-    """Runs at once; on a CPU they share its cores."""
+    """Runs at once: each on GPUs of its own while there are enough; on a CPU they share its cores."""
 
 
 class Interrupted(Exception):
@@ -109,10 +113,11 @@ def run_plan(plan: Plan, workspace: Workspace, options: Options, console: Consol
         config.run: f"{plan.name} {number}/{len(plan.runs)} {config.run}"
         for number, config in enumerate(plan.runs, start=1)
     }
-    with _stage(workspace, console, options.jobs) as stage:
+    machine = shares(options.jobs, options.nproc, visible_gpus()) if options.jobs > 1 else ALONE
+    with _stage(workspace, console, machine) as stage:
         with ThreadPoolExecutor(options.jobs) as pool:
             futures: dict[str, Future[int]] = {}
-            for series in _series(plan.runs, options.nproc):
+            for series in _series(plan.runs, options):
                 first = series[0]
                 if first.compact and options.nproc == 1:
                     future = pool.submit(_run_series, series, plan, options, stage, labels)
@@ -144,7 +149,7 @@ def evaluate_run(
     path = folder / "config.json"
     config = read_run_config(path)
     label = f"{config.plan} {config.run}"
-    with _stage(workspace, console, jobs=1) as stage:
+    with _stage(workspace, console, ALONE) as stage:
         done = _evaluate(stage, config, path, None, suite, evaluation_data, precision, label)
     console.print(
         f"{label}: {'scored' if done else 'scoring failed'}; see {workspace.record(config) / 'evaluate.ipynb'}"
@@ -163,7 +168,7 @@ def measure_speed(
     parameters = {"plan": str(plan), "occasion": occasion, "budget_seconds": budget_seconds}
     folder = records.record_dir(workspace.records, name, occasion)
     work = workspace.checkpoints / name / occasion
-    with _stage(workspace, console, jobs=1) as stage:
+    with _stage(workspace, console, ALONE) as stage:
         return stage.notebook("speed", folder, work, parameters, {work: f"{name} {occasion}"})
 
 
@@ -224,17 +229,24 @@ def _status_in_progress(progress: Progress, work: Path) -> tuple[str, str]:
     return "silent", f"{heard}; if it has stopped, the same command resumes it"
 
 
-def _series(runs: Sequence[RunConfig], nproc: int) -> list[tuple[RunConfig, ...]]:
+def _series(runs: Sequence[RunConfig], options: Options) -> list[tuple[RunConfig, ...]]:
     """Runs that share a process: neighbours in the plan that are compact and alike but for recipe and seed.
 
-    A run that takes several processes shares none of them.
+    Neighbours go to as many processes as there are jobs. A run that takes several processes shares none of them.
     """
 
     def alike(config: RunConfig) -> str:
-        is_sharing = config.compact and nproc == 1
+        is_sharing = config.compact and options.nproc == 1
         return config.model_dump_json(exclude={"run", "recipe", "seed"}) if is_sharing else config.run
 
-    return [tuple(series) for _, series in itertools.groupby(runs, alike)]
+    neighbours = [tuple(group) for _, group in itertools.groupby(runs, alike)]
+    return [series for group in neighbours for series in _split(group, min(options.jobs, len(group)))]
+
+
+def _split(runs: tuple[RunConfig, ...], parts: int) -> list[tuple[RunConfig, ...]]:
+    """`parts` of `runs`, in order, none longer than another by more than one."""
+    bounds = [len(runs) * part // parts for part in range(parts + 1)]
+    return [runs[start:end] for start, end in itertools.pairwise(bounds)]
 
 
 def _run_series(
@@ -356,8 +368,11 @@ def _check_unchanged(config: RunConfig, workspace: Workspace, *, replace: bool) 
 
 
 @contextmanager
-def _stage(workspace: Workspace, console: Console, jobs: int) -> Iterator[_Stage]:
+def _stage(workspace: Workspace, console: Console, machine: Sequence[Share]) -> Iterator[_Stage]:
     """A `_Stage` that receives this process's SIGINT and SIGTERM.
+
+    Args:
+        machine: what each of the notebooks at once has of it.
 
     Raises:
         Interrupted: on leaving, if a signal arrived.
@@ -365,7 +380,7 @@ def _stage(workspace: Workspace, console: Console, jobs: int) -> Iterator[_Stage
     text, state = (TextColumn(field, markup=False) for field in ("{task.description}", "{task.fields[state]}"))
     columns = (text, BarColumn(), state, TimeElapsedColumn())
     with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        stage = _Stage(workspace, console, bars, jobs)
+        stage = _Stage(workspace, console, bars, machine)
         previous = {number: signal.signal(number, stage.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield stage
@@ -411,10 +426,13 @@ class _Worker:
 class _Stage:
     """Where notebooks execute: starts them, shows their progress, stops them on a signal."""
 
-    def __init__(self, workspace: Workspace, console: Console, bars: Bars, jobs: int) -> None:
+    def __init__(self, workspace: Workspace, console: Console, bars: Bars, machine: Sequence[Share]) -> None:
         self.workspace = workspace
         self.received: int | None = None
-        self._console, self._bars, self._jobs = console, bars, jobs
+        self._console, self._bars, self._jobs = console, bars, len(machine)
+        self._free: SimpleQueue[Share] = SimpleQueue()
+        for share in machine:
+            self._free.put(share)
         self._workers: set[_Worker] = set()
 
     def print(self, text: str, style: str | None = None) -> None:
@@ -482,26 +500,33 @@ class _Stage:
         folder.mkdir(parents=True, exist_ok=True)
         work.mkdir(parents=True, exist_ok=True)
         log = work / f"{template}.log"
-        process = self._start(template, folder, parameters | self.workspace.parameters(), log)
-        worker = _Worker(process, labels)
-        self._workers.add(worker)
-        if self.received is not None:
-            # The signal came while the process was starting.
-            worker.stop()
+        share = self._free.get()
         try:
-            self._watch(worker, template)
+            process = self._start(template, folder, parameters | self.workspace.parameters(), log, share)
+            worker = _Worker(process, labels)
+            self._workers.add(worker)
+            if self.received is not None:
+                # The signal came while the process was starting.
+                worker.stop()
+            try:
+                self._watch(worker, template)
+            finally:
+                self._workers.discard(worker)
         finally:
-            self._workers.discard(worker)
+            self._free.put(share)
         return process.returncode == 0
 
-    def _start(self, template: str, folder: Path, parameters: dict[str, Any], log: Path) -> subprocess.Popen[bytes]:
+    def _start(
+        self, template: str, folder: Path, parameters: dict[str, Any], log: Path, share: Share
+    ) -> subprocess.Popen[bytes]:
         notebook = os.path.relpath(folder / f"{template}.ipynb", self.workspace.root)
         command = [sys.executable, "-m", "papermill", f"runs/{template}.ipynb", notebook]
         # JSON is YAML: one argument carries every parameter with its type.
         command += ["--parameters_yaml", json.dumps(parameters), "--kernel", "python3", "--no-progress-bar"]
         environment = os.environ | {
             "FP8LAB_COMMAND": records.command_line(),
-            "FP8LAB_CONCURRENT_RUNS": str(self._jobs),
+            "FP8LAB_CONCURRENT_RUNS": str(share.runs),
+            **share.environment,
         }
         if self._jobs > 1:
             threads = max(1, (os.cpu_count() or 1) // self._jobs)

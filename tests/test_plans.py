@@ -27,6 +27,7 @@ from rich.console import Console
 from fp8lab import checkpoint, plans, records
 from fp8lab.config import Plan, load_plan, load_run
 from fp8lab.errors import UserError
+from fp8lab.gpus import Share
 from fp8lab.plans import Options, Workspace, run_plan, status_rows
 from fp8lab.progress import Progress, ProgressFile
 
@@ -110,7 +111,9 @@ def execute(plan: Plan, workspace: Workspace, **options: object) -> tuple[int, s
 def instantly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each notebook, without papermill: it finishes its run, leaves a table, and was executed."""
 
-    def start(stage: plans._Stage, template: str, folder: Path, parameters: dict[str, str], _log: Path) -> object:
+    def start(
+        stage: plans._Stage, template: str, folder: Path, parameters: dict[str, str], _log: Path, _share: Share
+    ) -> object:
         (folder / f"{template}.ipynb").touch()
         config = load_run(parameters["plan"], parameters["run"])
         record = records.started(config, records.collect_provenance("CPU"), emulated=False)
@@ -120,6 +123,25 @@ def instantly(monkeypatch: pytest.MonkeyPatch) -> None:
         return subprocess.Popen(["true"])
 
     monkeypatch.setattr(plans._Stage, "_start", start)
+
+
+def test_runs_at_once_each_see_a_gpu_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note = "import os\nPath(records_dir, config.run).write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+    plan, workspace = make_project(tmp_path, note + FINISH, seeds=[1, 2, 3, 4])
+    monkeypatch.setattr(plans, "visible_gpus", lambda: ["3", "5"])
+    assert execute(plan, workspace, jobs=2)[0] == 0
+    seen = [(workspace.root / workspace.records / config.run).read_text() for config in plan.runs]
+    assert set(seen) == {"3", "5"}
+    provenances = [records.read(workspace.record(config)).provenance for config in plan.runs]
+    assert {provenance.concurrent_runs for provenance in provenances} == {1}
+
+
+@pytest.mark.parametrize(("jobs", "sizes"), [(1, [5]), (2, [2, 3]), (4, [1, 1, 1, 2]), (8, [1] * 5)])
+def test_a_series_is_shared_among_the_jobs_in_order(tmp_path: Path, jobs: int, sizes: list[int]) -> None:
+    plan, _ = make_project(tmp_path, FINISH, seeds=[1, 2, 3, 4, 5], compact=True)
+    series = plans._series(plan.runs, Options(jobs=jobs))
+    assert [len(part) for part in series] == sizes
+    assert tuple(config for part in series for config in part) == plan.runs
 
 
 def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
