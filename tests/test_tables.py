@@ -381,7 +381,7 @@ def test_scaling_out_compares_with_as_many_times_one_gpu(tmp_path: Path) -> None
     # The last was too short for its speed to be known.
     runs = ((1, "ddp", 100.0), (2, "fsdp", 150.0), (2, "ddp", 190.0), (4, "ddp", None))
     for count, sharding, tokens_per_second in runs:
-        folder = write_run(tmp_path, "scaling-out", SIZES[0], "bf16", device_name="NVIDIA H100 80GB HBM3")
+        folder = write_run(tmp_path, "scaling-out-h200", SIZES[0], "bf16", device_name="NVIDIA H100 80GB HBM3")
         run = records.read(folder)
         assert isinstance(run, records.TrainRecord)
         assert run.speed is not None
@@ -391,7 +391,7 @@ def test_scaling_out_compares_with_as_many_times_one_gpu(tmp_path: Path) -> None
         run.speed.tokens_per_second_median = tokens_per_second
         records.write(run, tmp_path)
         shutil.rmtree(folder)
-    table = tables.speed.scaling_out(plan_runs(tmp_path, "scaling-out"))
+    table = tables.speed.scaling_out(plan_runs(tmp_path, "scaling-out-h200"))
     assert table["GPUs"].tolist() == [1, 2, 2]
     assert dict(zip(table["sharding"], table["efficiency"], strict=True)) == {
         "": "100.0%",
