@@ -8,6 +8,7 @@ hands out the record's tables as they grow.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ import uuid
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -74,7 +76,7 @@ def launch(
         local_addr="localhost",
         max_restarts=0,
         monitor_interval=0.5,
-        shutdown_timeout=int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)),
+        **_patience(),
     )
     with tempfile.TemporaryDirectory() as temporary, _signal_handlers_kept(), _watched(folder, on_log):
         path = Path(temporary) / "config.json"
@@ -93,6 +95,13 @@ def launch(
     record = records.read(folder)
     assert isinstance(record, TrainRecord)
     return record
+
+
+def _patience() -> dict[str, Any]:
+    """How long ranks have to stop, as torch's launcher takes it; before 2.12 it took it from nowhere and waits 30 s."""
+    if "shutdown_timeout" not in {field.name for field in dataclasses.fields(LaunchConfig)}:
+        return {}
+    return {"shutdown_timeout": int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS))}
 
 
 class Stopped(Interrupted):
