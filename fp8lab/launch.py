@@ -98,7 +98,7 @@ def launch(
 
 
 def _patience() -> dict[str, Any]:
-    """How long ranks have to stop, as torch's launcher takes it; before 2.12 it took it from nowhere and waits 30 s."""
+    """How long ranks have to stop, as torch's launcher is told; that of torch 2.11 takes no word and waits 30 s."""
     if "shutdown_timeout" not in {field.name for field in dataclasses.fields(LaunchConfig)}:
         return {}
     return {"shutdown_timeout": int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS))}

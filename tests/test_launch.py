@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import time
@@ -116,6 +117,12 @@ def test_a_signal_that_comes_too_late_to_stop_a_run_is_no_interruption(tmp_path:
         launch.launch(tiny_config(run="large"), 2, **folders)
 
 
+def test_a_launcher_that_takes_no_patience_is_given_none(monkeypatch) -> None:
+    monkeypatch.setattr(launch, "LaunchConfig", dataclasses.make_dataclass("LaunchConfig", ["min_nodes"]))
+    assert launch._patience() == {}
+
+
+@pytest.mark.skipif(not launch._patience(), reason="this torch's launcher waits 30 s whatever it is told")
 def test_ranks_have_minutes_for_the_checkpoint_that_a_signal_asks_for(signalled, monkeypatch) -> None:
     monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
     assert signalled()[0].shutdown_timeout >= 300
