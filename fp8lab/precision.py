@@ -88,7 +88,8 @@ def convert(
         One row a Linear, and one for the head: name, shape ('out x in'), precision, reason.
 
     Raises:
-        UserError: unknown recipe, a pattern that matches nothing, or a recipe that converts nothing.
+        UserError: unknown recipe, a pattern that matches nothing, a recipe that converts nothing, or kernels of this
+            project that this machine's Triton compiles wrongly.
     """
     if recipe not in RECIPES:
         raise UserError(f"recipe: {recipe!r} does not exist; accepted: {', '.join(RECIPES)}")
@@ -109,6 +110,8 @@ def convert(
     elif recipe != "bf16":
         _convert_torchao(model, recipe, converted, emulate)
     rows.append(_convert_head(model, head, emulate))
+    if not emulate:
+        _check_kernels(model, recipe, head)
     return rows
 
 
@@ -181,6 +184,19 @@ def _convert_fused(model: GPT, names: set[str], emulate: bool) -> None:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     left_out = sorted(set(linears) - names)
     convert_blocks(model, emulate=emulate, high_precision=left_out)
+
+
+def _check_kernels(model: GPT, recipe: Recipe, head: Head) -> None:
+    if recipe != "fused" and head != "fp8":
+        return
+    # Triton comes with torch's CUDA build alone.
+    from fp8lab.kernels.problems import check_kernels
+
+    device = model.embedding.weight.device
+    if recipe == "fused":
+        check_kernels(model.config, device, head=False)
+    if head == "fp8":
+        check_kernels(model.config, device, head=True)
 
 
 def _convert_head(model: GPT, head: Head, emulate: bool) -> dict[str, str]:

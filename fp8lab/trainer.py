@@ -182,6 +182,8 @@ def _check_batch(config: RunConfig, world: World) -> None:
             f"micro_batch: {config.micro_batch} x seq_len {config.model.seq_len} = {tokens} tokens; "
             f"FP8 weight gradients need a multiple of {FP8_MULTIPLE}"
         )
+    if config.recipe == "fused" and config.model.seq_len % 2:
+        raise UserError(f"seq_len: {config.model.seq_len}; fused transposes pairs of tokens and needs an even number")
 
 
 class Recorder:

@@ -987,6 +987,10 @@ def test_a_checkpoint_from_before_a_field_was_added_resumes_with_its_default(tra
             {"recipe": "tensorwise", "model": tiny_model(seq_len=20), "micro_batch": 1, "global_batch_tokens": 20},
             "micro_batch: 1 x seq_len 20 = 20 tokens; FP8 weight gradients need a multiple of 16",
         ),
+        (
+            {"recipe": "fused", "model": tiny_model(seq_len=15), "micro_batch": 16, "global_batch_tokens": 240},
+            "seq_len: 15; fused transposes pairs of tokens and needs an even number",
+        ),
         ({"model": tiny_model(vocab_size=128)}, "model.vocab_size: 128 is less than the 257 tokens"),
         ({"recipe": "rowwise", "high_precision": ("blocks.9.*",)}, "high_precision: 'blocks.9.*' matches no Linear"),
         ({"recipe": "fused", "high_precision": ("*.qkv",)}, "recipe: fused converts whole blocks, but of block 0 only"),

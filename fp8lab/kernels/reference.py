@@ -4,10 +4,9 @@ Signatures and results are those of `fp8lab.kernels.triton_ops`, so the same blo
 tokens: a tensor (batch, seq, features) is a matrix (rows, features). A name ending in ``_t`` is a transposed
 copy, (features, rows) in memory.
 
-Quantising: multiply by the slot's scale, saturate finite values at the format's largest, round to BF16 and
-then to FP8. (The transposed copy is made of the same BF16 values, so both copies agree bit for bit.) A NaN
-or an infinity becomes NaN, never a number: E4M3 has no infinity, and a saturated one would hide a
-diverged run.
+Quantising: multiply by the slot's scale, saturate finite values at the format's largest, and round to FP8, to
+nearest even. Both copies of a tensor agree bit for bit. A NaN or an infinity becomes NaN, never a number:
+E4M3 has no infinity, and a saturated one would hide a diverged run.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def _observe(value: Tensor, slot: Slot) -> None:
 def _round(value: Tensor, slot: Slot) -> Tensor:
     value = value.float()
     scaled = (value * slot.scale[QUANTISE]).clamp(-slot.limit, slot.limit)
-    return torch.where(torch.isfinite(value), scaled, torch.nan).bfloat16().to(slot.dtype)
+    return torch.where(torch.isfinite(value), scaled, torch.nan).to(slot.dtype)
 
 
 def _transposed(matrix: Tensor) -> Tensor:

@@ -6,8 +6,11 @@ All are limited by memory bandwidth, so each reads its inputs once where it can.
 - *tiles*: a program holds a tile of rows x columns and writes it in one layout or both;
 - *heads*: a tile of tokens of one attention head, whose dimension is reduced (QK-norm).
 
-A tile that is stored transposed is exchanged between threads in BF16 and cast to FP8 afterwards (`_transposed`):
-Triton 3.6 stores a wrong transposed copy if threads exchange FP8 bytes.
+Memory bandwidth is not all that limits them: of a kernel's instructions many turned numbers into FP8 and
+exchanged them between threads, most of those at half rate. So a kernel that writes a transposed copy holds its
+rows in pairs. The conversion takes two numbers at a time and saturates by itself (PTX ISA,
+cvt.rn.satfinite), the two neighbours in a column are then one 16-bit integer, and those are what threads
+exchange: half the bytes of BF16. Never FP8 bytes, of which Triton 3.6 stores a wrong transposed copy.
 """
 
 from __future__ import annotations
@@ -31,6 +34,13 @@ class Tile(NamedTuple):
     rows: int
     columns: int
     warps: int
+    registers: int | None = None
+    """At most so many a thread, the rest in memory; None: as the compiler chooses."""
+
+    @property
+    def launch(self) -> dict[str, int | None]:
+        """Options of the launch."""
+        return {"num_warps": self.warps, "maxnreg": self.registers}
 
 
 FLAT = Tile(4, 512, 4)
@@ -38,16 +48,17 @@ FLAT = Tile(4, 512, 4)
 SWIGLU = Tile(4, 512, 4)
 TRANSPOSED = Tile(64, 128, 8)
 """Kernels that write a transposed copy alone."""
-BOTH = Tile(128, 64, 8)
+BOTH = Tile(64, 64, 4)
 """Kernels that write both layouts."""
 NORM_BACKWARD = Tile(64, 64, 4)
-SWIGLU_BACKWARD = Tile(64, 128, 8)
-LOGITS_GRADIENT = Tile(64, 128, 8)
+SWIGLU_BACKWARD = Tile(64, 64, 4)
+LOGITS_GRADIENT = Tile(64, 64, 4)
 ROWS = Tile(4096, 0, 4)
 """Elements of whole rows that one program of a row kernel holds at most; columns are the tensor's own."""
 HEADS = Tile(64, 0, 4)
 """Tokens of one attention head; columns are the head's own."""
-HEADS_BACKWARD = Tile(64, 0, 4)
+HEADS_BACKWARD = Tile(32, 4, 4)
+"""Tokens, and how many of their heads one program takes in turn."""
 CROSS_ENTROPY = Tile(4, 4096, 16)
 """Entries of one row of logits at a time, as so many times so many. Few programs a processor: their rows fit in L2."""
 CROSS_ENTROPY_SHORT = Tile(4, 2048, 8)
@@ -60,18 +71,36 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _saturate(value, scale, limit):
-    """Scaled, finite values saturated, the rest NaN; in BF16, from which every FP8 copy is cast."""
-    # value - value is 0, or NaN where the value is not finite: clamps drop a NaN unless told to keep it.
-    scaled = value * scale + (value - value)
-    return tl.clamp(scaled, -limit, limit, propagate_nan=tl.PropagateNan.ALL).to(tl.bfloat16)
+def _scaled(value, scale):
+    """What is rounded to FP8: scaled, and NaN where the value is not finite."""
+    # The conversion saturates, and would make an infinity a number. Times 0 it is NaN, and all that is finite is 0.
+    return value * scale + value * 0.0
 
 
 @triton.jit
-def _transposed(value, out_ptr):
-    """The transposed tile of a BF16 one, in the dtype of `out_ptr`."""
-    # Through FP32, so that the compiler exchanges BF16 between threads: it moves the exchange before a widening.
-    return tl.trans(value).to(tl.float32).to(out_ptr.dtype.element_ty)
+def _pairs(first, second, FORMAT: tl.constexpr):
+    """Two FP32 tiles rounded to FP8, as one of 16-bit integers: `first` in the lower byte, which memory holds first."""
+    return tl.inline_asm_elementwise(
+        "cvt.rn.satfinite." + FORMAT + "x2.f32 $0, $2, $1;", "=h,f,f", [first, second],
+        dtype=tl.int16, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _reciprocal(x):
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _largest(first, second):
+    """The larger magnitude of each two; of a NaN and a number the number."""
+    return tl.maximum(tl.abs(first), tl.abs(second))
+
+
+@triton.jit
+def _raise(amax_ptr, amax):
+    # Most tiles do not raise it: reading is cheaper than a contended atomic.
+    tl.atomic_max(amax_ptr, amax, mask=amax > tl.load(amax_ptr))
 
 
 @triton.jit
@@ -81,9 +110,27 @@ def _observe(amax_ptr, value):
     # The maximum drops NaN; an infinity is rare, and only then are the finite values picked out.
     amax = tl.max(magnitude)
     if amax == float("inf"):
-        amax = tl.max(tl.where(magnitude < float("inf"), magnitude, 0.0))
-    # Most tiles do not raise it: reading is cheaper than a contended atomic.
-    tl.atomic_max(amax_ptr, amax, mask=amax > tl.load(amax_ptr))
+        amax = tl.max(_finite_magnitude(value))
+    _raise(amax_ptr, amax)
+
+
+@triton.jit
+def _observe_two(amax_ptr, first, second):
+    """`_observe` of two tiles."""
+    amax = tl.max(_largest(first, second))
+    if amax == float("inf"):
+        amax = tl.max(_largest(_finite_magnitude(first), _finite_magnitude(second)))
+    _raise(amax_ptr, amax)
+
+
+@triton.jit
+def _observe_four(amax_ptr, a, b, c, d):
+    """`_observe` of four tiles."""
+    amax = tl.max(tl.maximum(_largest(a, b), _largest(c, d)))
+    if amax == float("inf"):
+        first = _largest(_finite_magnitude(a), _finite_magnitude(b))
+        amax = tl.max(tl.maximum(first, _largest(_finite_magnitude(c), _finite_magnitude(d))))
+    _raise(amax_ptr, amax)
 
 
 @triton.jit
@@ -95,61 +142,116 @@ def _finite_magnitude(value):
 
 @triton.jit
 def _quantise_kernel(
-    x_ptr, out_ptr, out_t_ptr, scale_ptr, amax_ptr, rows, columns, limit,
-    OBSERVE: tl.constexpr, ROW_MAJOR: tl.constexpr, TRANSPOSED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    x_ptr, out_ptr, scale_ptr, amax_ptr, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     offset = row[:, None] * columns + column[None, :]
     x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    if OBSERVE:
-        _observe(amax_ptr, x)
-    value = _saturate(x, tl.load(scale_ptr + 1), limit)
+    _observe(amax_ptr, x)
+    value = _scaled(x, tl.load(scale_ptr + 1))
+    tl.store(out_ptr + offset, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _row_pairs(rows, BLOCK_ROWS: tl.constexpr):
+    """The first of this program's pairs of rows, the pairs after it, and which of them exist."""
+    first = tl.program_id(0).to(tl.int64) * (BLOCK_ROWS // 2)
+    pair = tl.arange(0, BLOCK_ROWS // 2)
+    return first, pair, pair < rows // 2 - first
+
+
+@triton.jit
+def _columns(columns, BLOCK_COLUMNS: tl.constexpr):
+    """The first of this program's columns, the columns after it, and which of them exist."""
+    first = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS
+    column = tl.arange(0, BLOCK_COLUMNS)
+    return first, column, column < columns - first
+
+
+@triton.jit
+def _store_transposed(out_t_ptr, value, first_pair, pair, has_pair, first_column, column, has_column, rows):
+    """Store `value`, pairs of rows, as (columns, rows): the first of a pair before the second."""
+    pairs = rows // 2
+    out_t_ptr += first_column * pairs + first_pair
+    mask = has_column[:, None] & has_pair[None, :]
+    tl.store(out_t_ptr + (column[:, None] * pairs + pair[None, :]), tl.trans(value), mask=mask)
+
+
+@triton.jit
+def _quantise_pairs_kernel(
+    x_ptr, out_ptr, out_t_ptr, scale_ptr, amax_ptr, rows, columns,
+    FORMAT: tl.constexpr, ROW_MAJOR: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    first_pair, pair, has_pair = _row_pairs(rows, BLOCK_ROWS)
+    first_column, column, has_column = _columns(columns, BLOCK_COLUMNS)
+    mask = has_pair[:, None] & has_column[None, :]
+    start = 2 * first_pair * columns + first_column
+    offset = pair[:, None] * (2 * columns) + column[None, :]
+    even = tl.load(x_ptr + start + offset, mask=mask, other=0.0).to(tl.float32)
+    odd = tl.load(x_ptr + start + columns + offset, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + 1)
     if ROW_MAJOR:
-        tl.store(out_ptr + offset, value.to(out_ptr.dtype.element_ty), mask=mask)
-    if TRANSPOSED:
-        mask_t = (column < columns)[:, None] & (row < rows)[None, :]
-        tl.store(
-            out_t_ptr + column[:, None] * rows + row[None, :],
-            _transposed(value, out_t_ptr),
-            mask=mask_t,
-        )
+        _observe_two(amax_ptr, even, odd)
+    even, odd = _scaled(even, scale), _scaled(odd, scale)
+    if ROW_MAJOR:
+        tl.store(out_ptr + start + offset, even.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + start + columns + offset, odd.to(out_ptr.dtype.element_ty), mask=mask)
+    value = _pairs(even, odd, FORMAT)
+    _store_transposed(out_t_ptr, value, first_pair, pair, has_pair, first_column, column, has_column, rows)
 
 
 def _grid(rows: int, columns: int, tile: Tile) -> tuple[int, int]:
     return triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns)
 
 
-def _quantise(x: Tensor, slot: Slot, *, observe: bool, row_major: bool, transposed: bool) -> tuple[Tensor, Tensor]:
+def _format(slot: Slot) -> str:
+    """Name of the slot's format in PTX."""
+    return "e4m3" if slot.dtype == torch.float8_e4m3fn else "e5m2"
+
+
+def _transposed(rows: int, columns: int, slot: Slot) -> tuple[Tensor, Tensor]:
+    """An empty transposed copy (columns, rows) FP8, and the same memory as pairs of rows (columns, rows / 2)."""
+    if rows % 2:
+        raise ValueError(f"{rows} rows: a transposed copy holds pairs of rows")
+    out_t = torch.empty(columns, rows, dtype=slot.dtype, device=slot.scale.device)
+    return out_t, out_t.view(torch.int16)
+
+
+def quantise(x: Tensor, slot: Slot) -> Tensor:
+    rows, columns = x.shape
+    out = torch.empty(rows, columns, dtype=slot.dtype, device=x.device)
+    _quantise_kernel[_grid(rows, columns, FLAT)](
+        x, out, slot.scale, slot.amax, rows, columns,
+        BLOCK_ROWS=FLAT.rows, BLOCK_COLUMNS=FLAT.columns, **FLAT.launch,
+    )  # fmt: skip
+    return out
+
+
+def quantise_transposed(x: Tensor, slot: Slot) -> Tensor:
+    return _quantise_pairs(x, slot, TRANSPOSED, row_major=False)[1]
+
+
+def quantise_both(x: Tensor, slot: Slot) -> tuple[Tensor, Tensor]:
+    return _quantise_pairs(x, slot, BOTH, row_major=True)
+
+
+def _quantise_pairs(x: Tensor, slot: Slot, tile: Tile, *, row_major: bool) -> tuple[Tensor, Tensor]:
+    """The row-major copy, empty if it is not wanted, and the transposed one; the amax is gathered with the former."""
     rows, columns = x.shape
     out = torch.empty((rows, columns) if row_major else (0,), dtype=slot.dtype, device=x.device)
-    out_t = torch.empty((columns, rows) if transposed else (0,), dtype=slot.dtype, device=x.device)
-    tile = FLAT if not transposed else BOTH if row_major else TRANSPOSED
-    _quantise_kernel[_grid(rows, columns, tile)](
-        x, out, out_t, slot.scale, slot.amax, rows, columns, slot.limit,
-        OBSERVE=observe, ROW_MAJOR=row_major, TRANSPOSED=transposed,
-        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, num_warps=tile.warps,
+    out_t, pairs = _transposed(rows, columns, slot)
+    _quantise_pairs_kernel[_grid(rows, columns, tile)](
+        x, out, pairs, slot.scale, slot.amax, rows, columns, FORMAT=_format(slot), ROW_MAJOR=row_major,
+        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, **tile.launch,
     )  # fmt: skip
     return out, out_t
 
 
-def quantise(x: Tensor, slot: Slot) -> Tensor:
-    return _quantise(x, slot, observe=True, row_major=True, transposed=False)[0]
-
-
-def quantise_transposed(x: Tensor, slot: Slot) -> Tensor:
-    return _quantise(x, slot, observe=False, row_major=False, transposed=True)[1]
-
-
-def quantise_both(x: Tensor, slot: Slot) -> tuple[Tensor, Tensor]:
-    return _quantise(x, slot, observe=True, row_major=True, transposed=True)
-
-
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, branch_ptr, gain_ptr, total_ptr, rstd_ptr, out_ptr, scale_ptr, amax_ptr, rows, d, epsilon, limit,
+    x_ptr, branch_ptr, gain_ptr, total_ptr, rstd_ptr, out_ptr, scale_ptr, amax_ptr, rows, d, epsilon,
     HAS_BRANCH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -168,7 +270,7 @@ def _rms_norm_kernel(
     gain = tl.load(gain_ptr + column, mask=column < d, other=0.0)
     normed = x * rstd[:, None] * gain[None, :]
     _observe(amax_ptr, normed)
-    tl.store(out_ptr + offset, _saturate(normed, tl.load(scale_ptr + 1), limit).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offset, _scaled(normed, tl.load(scale_ptr + 1)).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def _row_blocks(d: int) -> tuple[int, int]:
@@ -187,46 +289,60 @@ def rms_norm(
     block_rows, block = _row_blocks(d)
     _rms_norm_kernel[(triton.cdiv(rows, block_rows),)](
         x, x if branch is None else branch, gain, total, rstd, out, slot.scale, slot.amax, rows, d, epsilon,
-        slot.limit, HAS_BRANCH=branch is not None, BLOCK_ROWS=block_rows, BLOCK=block, num_warps=ROWS.warps,
+        HAS_BRANCH=branch is not None, BLOCK_ROWS=block_rows, BLOCK=block, **ROWS.launch,
     )  # fmt: skip
     return total, rstd, out
 
 
 @triton.jit
-def _rms_norm_backward_kernel(
-    grad_ptr, x_ptr, rstd_ptr, gain_ptr, dot_ptr, residual_ptr, grad_x_ptr, normed_t_ptr, out_ptr, out_t_ptr,
-    partial_ptr, scale_ptr, grad_scale_ptr, amax_ptr, rows, d, limit, grad_limit,
-    QUANTISE: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    in_rows = row < rows
-    in_columns = column < d
-    mask = in_rows[:, None] & in_columns[None, :]
-    mask_t = in_columns[:, None] & in_rows[None, :]
-    offset = row[:, None] * d + column[None, :]
-    offset_t = column[:, None] * rows + row[None, :]
+def _norm_gradients(grad_ptr, x_ptr, residual_ptr, rstd_ptr, dot_ptr, gain, has_row, offset, mask, d):
+    """Of some rows: the normed row, the gradient of x, and what each element adds to the gradient of the gain."""
     x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     residual = tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    rstd = tl.load(rstd_ptr + row, mask=in_rows, other=0.0)
-    mean = tl.load(dot_ptr + row, mask=in_rows, other=0.0) / d
-    gain = tl.load(gain_ptr + column, mask=in_columns, other=0.0)
-    unit = x * rstd[:, None]
-    normed = _saturate(unit * gain[None, :], tl.load(scale_ptr + 1), limit)
-    tl.store(normed_t_ptr + offset_t, _transposed(normed, normed_t_ptr), mask=mask_t)
-    grad_gain = tl.sum(grad * unit, axis=0)
-    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * d + column, grad_gain, mask=in_columns)
-    grad_x = ((grad * gain[None, :] - unit * mean[:, None]) * rstd[:, None] + residual).to(tl.bfloat16)
-    tl.store(grad_x_ptr + offset, grad_x, mask=mask)
+    rstd = tl.load(rstd_ptr, mask=has_row, other=0.0)[:, None]
+    mean = (tl.load(dot_ptr, mask=has_row, other=0.0) / d)[:, None]
+    unit = x * rstd
+    grad_x = ((grad * gain - unit * mean) * rstd + residual).to(tl.bfloat16)
+    return unit * gain, grad_x, grad * unit
+
+
+@triton.jit
+def _rms_norm_backward_kernel(
+    grad_ptr, x_ptr, rstd_ptr, gain_ptr, dot_ptr, residual_ptr, grad_x_ptr, normed_t_ptr, out_ptr, out_t_ptr,
+    partial_ptr, scale_ptr, grad_scale_ptr, amax_ptr, rows, d, FORMAT: tl.constexpr, GRAD_FORMAT: tl.constexpr,
+    QUANTISE: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    first_pair, pair, has_pair = _row_pairs(rows, BLOCK_ROWS)
+    first_column, column, has_column = _columns(d, BLOCK_COLUMNS)
+    mask = has_pair[:, None] & has_column[None, :]
+    even = 2 * first_pair * d + first_column + (pair[:, None] * (2 * d) + column[None, :])
+    row = 2 * first_pair + 2 * pair
+    gain = tl.load(gain_ptr + first_column + column, mask=has_column, other=0.0)[None, :]
+    normed_0, grad_0, gain_grad_0 = _norm_gradients(
+        grad_ptr, x_ptr, residual_ptr, rstd_ptr + row, dot_ptr + row, gain, has_pair, even, mask, d
+    )
+    normed_1, grad_1, gain_grad_1 = _norm_gradients(
+        grad_ptr, x_ptr, residual_ptr, rstd_ptr + row + 1, dot_ptr + row + 1, gain, has_pair, even + d, mask, d
+    )
+    tl.store(grad_x_ptr + even, grad_0, mask=mask)
+    tl.store(grad_x_ptr + even + d, grad_1, mask=mask)
+    gain_grad = tl.sum(gain_grad_0 + gain_grad_1, axis=0)
+    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * d + first_column + column, gain_grad, mask=has_column)
+    scale = tl.load(scale_ptr + 1)
+    normed = _pairs(_scaled(normed_0, scale), _scaled(normed_1, scale), FORMAT)
+    _store_transposed(normed_t_ptr, normed, first_pair, pair, has_pair, first_column, column, has_column, rows)
     if QUANTISE:
         # What is stored, so that the copies are those of the BF16 gradient.
-        stored = grad_x.to(tl.float32)
-        _observe(amax_ptr, stored)
-        value = _saturate(stored, tl.load(grad_scale_ptr + 1), grad_limit)
-        tl.store(out_ptr + offset, value.to(out_ptr.dtype.element_ty), mask=mask)
+        grad_0, grad_1 = grad_0.to(tl.float32), grad_1.to(tl.float32)
+        _observe_two(amax_ptr, grad_0, grad_1)
+        scale = tl.load(grad_scale_ptr + 1)
+        grad_0, grad_1 = _scaled(grad_0, scale), _scaled(grad_1, scale)
+        tl.store(out_ptr + even, grad_0.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + even + d, grad_1.to(out_ptr.dtype.element_ty), mask=mask)
         if TRANSPOSED:
-            tl.store(out_t_ptr + offset_t, _transposed(value, out_t_ptr), mask=mask_t)
+            grad = _pairs(grad_0, grad_1, GRAD_FORMAT)
+            _store_transposed(out_t_ptr, grad, first_pair, pair, has_pair, first_column, column, has_column, rows)
 
 
 def rms_norm_backward(
@@ -244,32 +360,32 @@ def rms_norm_backward(
     tile = NORM_BACKWARD
     grid = _grid(rows, d, tile)
     grad_x = torch.empty_like(x)
-    normed_t = torch.empty(d, rows, dtype=slot.dtype, device=x.device)
+    normed_t, normed_pairs = _transposed(rows, d, slot)
     partial = torch.empty(grid[0], d, dtype=torch.float32, device=x.device)
+    target = grad_slot or slot
     out = out_t = None
+    pairs = normed_pairs
     if grad_slot is not None:
         out = torch.empty(rows, d, dtype=grad_slot.dtype, device=x.device)
         if transposed:
-            out_t = torch.empty(d, rows, dtype=grad_slot.dtype, device=x.device)
-    target = grad_slot or slot
+            out_t, pairs = _transposed(rows, d, grad_slot)
     _rms_norm_backward_kernel[grid](
-        grad_normed, x, rstd, gain, dot, grad_residual, grad_x, normed_t,
-        normed_t if out is None else out, normed_t if out_t is None else out_t,
-        partial, slot.scale, target.scale, target.amax, rows, d, slot.limit, target.limit,
+        grad_normed, x, rstd, gain, dot, grad_residual, grad_x, normed_pairs, normed_t if out is None else out, pairs,
+        partial, slot.scale, target.scale, target.amax, rows, d, FORMAT=_format(slot), GRAD_FORMAT=_format(target),
         QUANTISE=out is not None, TRANSPOSED=out_t is not None,
-        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, num_warps=tile.warps,
+        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, **tile.launch,
     )  # fmt: skip
     return grad_x, partial.sum(0), normed_t, out, out_t
 
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
+    return _reciprocal(1.0 + tl.exp2(-x * LOG2_E))
 
 
 @triton.jit
 def _swiglu_kernel(
-    gate_up_ptr, out_ptr, scale_ptr, amax_ptr, rows, d_ff, limit,
+    gate_up_ptr, out_ptr, scale_ptr, amax_ptr, rows, d_ff,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -280,7 +396,7 @@ def _swiglu_kernel(
     up = tl.load(gate_up_ptr + pair + d_ff, mask=mask, other=0.0).to(tl.float32)
     activated = gate * _sigmoid(gate) * up
     _observe(amax_ptr, activated)
-    value = _saturate(activated, tl.load(scale_ptr + 1), limit)
+    value = _scaled(activated, tl.load(scale_ptr + 1))
     offset = row[:, None] * d_ff + column[None, :]
     tl.store(out_ptr + offset, value.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -289,46 +405,62 @@ def swiglu(gate_up: Tensor, slot: Slot) -> Tensor:
     rows, d_ff = len(gate_up), gate_up.shape[1] // 2
     out = torch.empty(rows, d_ff, dtype=slot.dtype, device=gate_up.device)
     _swiglu_kernel[_grid(rows, d_ff, SWIGLU)](
-        gate_up, out, slot.scale, slot.amax, rows, d_ff, slot.limit,
-        BLOCK_ROWS=SWIGLU.rows, BLOCK_COLUMNS=SWIGLU.columns, num_warps=SWIGLU.warps,
+        gate_up, out, slot.scale, slot.amax, rows, d_ff,
+        BLOCK_ROWS=SWIGLU.rows, BLOCK_COLUMNS=SWIGLU.columns, **SWIGLU.launch,
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def _swiglu_backward_kernel(
-    gate_up_ptr, grad_ptr, out_ptr, out_t_ptr, activated_t_ptr, dot_ptr, grad_scale_ptr, amax_ptr, scale_ptr,
-    rows, d_ff, grad_limit, limit, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    in_rows = row < rows
-    mask = in_rows[:, None] & (column < d_ff)[None, :]
-    mask_t = (column < d_ff)[:, None] & in_rows[None, :]
-    pair = row[:, None] * (2 * d_ff) + column[None, :]
-    gate = tl.load(gate_up_ptr + pair, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + pair + d_ff, mask=mask, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + row[:, None] * d_ff + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    grad_scale = tl.load(grad_scale_ptr + 1)
+def _swiglu_gradients(gate_up_ptr, grad_ptr, mask, d_ff):
+    """Of some rows: the activation, the gradients of gate and of up, and each row's sum of both times gate and up."""
+    gate = tl.load(gate_up_ptr, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + d_ff, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr, mask=mask, other=0.0).to(tl.float32)
     sigmoid = _sigmoid(gate)
     silu = gate * sigmoid
-    column_t = column[:, None] * rows + row[None, :]
-
-    activated = _saturate(silu * up, tl.load(scale_ptr + 1), limit)
-    tl.store(activated_t_ptr + column_t, _transposed(activated, activated_t_ptr), mask=mask_t)
-
     grad_up = grad * silu
     grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
-    dot = tl.sum(grad_gate * gate + grad_up * up, axis=1)
-    tl.store(dot_ptr + row * tl.num_programs(1) + tl.program_id(1), dot, mask=in_rows)
-    _observe(amax_ptr, tl.maximum(_finite_magnitude(grad_gate), _finite_magnitude(grad_up)))
-    value = _saturate(grad_gate, grad_scale, grad_limit)
-    tl.store(out_ptr + pair, value.to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(out_t_ptr + column_t, _transposed(value, out_t_ptr), mask=mask_t)
-    value = _saturate(grad_up, grad_scale, grad_limit)
-    tl.store(out_ptr + pair + d_ff, value.to(out_ptr.dtype.element_ty), mask=mask)
-    up_t = column_t + tl.cast(d_ff, tl.int64) * rows
-    tl.store(out_t_ptr + up_t, _transposed(value, out_t_ptr), mask=mask_t)
+    return silu * up, grad_gate, grad_up, tl.sum(grad_gate * gate + grad_up * up, axis=1)
+
+
+@triton.jit
+def _swiglu_backward_kernel(
+    gate_up_ptr, grad_ptr, out_ptr, out_t_ptr, activated_t_ptr, dot_ptr, grad_scale_ptr, amax_ptr, scale_ptr,
+    rows, d_ff, FORMAT: tl.constexpr, GRAD_FORMAT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    first_pair, pair, has_pair = _row_pairs(rows, BLOCK_ROWS)
+    first_column, column, has_column = _columns(d_ff, BLOCK_COLUMNS)
+    mask = has_pair[:, None] & has_column[None, :]
+    start = 2 * first_pair * d_ff
+    gate_up = 2 * start + first_column + (pair[:, None] * (4 * d_ff) + column[None, :])
+    grad = start + first_column + (pair[:, None] * (2 * d_ff) + column[None, :])
+    activated_0, gate_0, up_0, dot_0 = _swiglu_gradients(gate_up_ptr + gate_up, grad_ptr + grad, mask, d_ff)
+    activated_1, gate_1, up_1, dot_1 = _swiglu_gradients(
+        gate_up_ptr + gate_up + 2 * d_ff, grad_ptr + grad + d_ff, mask, d_ff
+    )
+    programs = tl.num_programs(1)
+    dot_ptr += 2 * (first_pair + pair) * programs + tl.program_id(1)
+    tl.store(dot_ptr, dot_0, mask=has_pair)
+    tl.store(dot_ptr + programs, dot_1, mask=has_pair)
+    _observe_four(amax_ptr, gate_0, up_0, gate_1, up_1)
+
+    scale = tl.load(scale_ptr + 1)
+    value = _pairs(_scaled(activated_0, scale), _scaled(activated_1, scale), FORMAT)
+    _store_transposed(activated_t_ptr, value, first_pair, pair, has_pair, first_column, column, has_column, rows)
+
+    scale = tl.load(grad_scale_ptr + 1)
+    out_ptr += gate_up
+    gate_0, gate_1 = _scaled(gate_0, scale), _scaled(gate_1, scale)
+    tl.store(out_ptr, gate_0.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + 2 * d_ff, gate_1.to(out_ptr.dtype.element_ty), mask=mask)
+    value = _pairs(gate_0, gate_1, GRAD_FORMAT)
+    _store_transposed(out_t_ptr, value, first_pair, pair, has_pair, first_column, column, has_column, rows)
+    up_0, up_1 = _scaled(up_0, scale), _scaled(up_1, scale)
+    tl.store(out_ptr + d_ff, up_0.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + 3 * d_ff, up_1.to(out_ptr.dtype.element_ty), mask=mask)
+    value = _pairs(up_0, up_1, GRAD_FORMAT)
+    _store_transposed(out_t_ptr, value, first_pair, pair, has_pair, first_column + d_ff, column, has_column, rows)
 
 
 def swiglu_backward(
@@ -338,12 +470,13 @@ def swiglu_backward(
     tile = SWIGLU_BACKWARD
     grid = _grid(rows, d_ff, tile)
     out = torch.empty(rows, 2 * d_ff, dtype=grad_slot.dtype, device=grad.device)
-    out_t = torch.empty(2 * d_ff, rows, dtype=grad_slot.dtype, device=grad.device)
-    activated_t = torch.empty(d_ff, rows, dtype=slot.dtype, device=grad.device)
+    out_t, pairs = _transposed(rows, 2 * d_ff, grad_slot)
+    activated_t, activated_pairs = _transposed(rows, d_ff, slot)
     dot = torch.empty(rows, grid[1], dtype=torch.float32, device=grad.device)
     _swiglu_backward_kernel[grid](
-        gate_up, grad, out, out_t, activated_t, dot, grad_slot.scale, grad_slot.amax, slot.scale, rows, d_ff,
-        grad_slot.limit, slot.limit, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, num_warps=tile.warps,
+        gate_up, grad, out, pairs, activated_pairs, dot, grad_slot.scale, grad_slot.amax, slot.scale, rows, d_ff,
+        FORMAT=_format(slot), GRAD_FORMAT=_format(grad_slot),
+        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, **tile.launch,
     )  # fmt: skip
     return out, out_t, activated_t, dot.sum(1)
 
@@ -394,65 +527,120 @@ def norm_rotate(
     seq = len(cos)
     _norm_rotate_kernel[(rows // seq * triton.cdiv(seq, HEADS.rows), 2 * n_heads)](
         qkv, q_gain, k_gain, cos, sin, out, seq, n_heads, epsilon,
-        HALF=half, BLOCK_TOKENS=HEADS.rows, BLOCK=triton.next_power_of_2(half), num_warps=HEADS.warps,
+        HALF=half, BLOCK_TOKENS=HEADS.rows, BLOCK=triton.next_power_of_2(half), **HEADS.launch,
     )  # fmt: skip
     return out
 
 
 @triton.jit
+def _rotated_gradients(
+    grad_ptr, x_ptr, cos_ptr, sin_ptr, gain_0, gain_1, gain_grad_0, gain_grad_1, mask, epsilon, HALF: tl.constexpr
+):
+    """Of some tokens of one head of q or k, by halves: gradients; the gain's gradients, added up; and dot."""
+    grad_0 = tl.load(grad_ptr, mask=mask, other=0.0).to(tl.float32)
+    grad_1 = tl.load(grad_ptr + HALF, mask=mask, other=0.0).to(tl.float32)
+    x_0 = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
+    x_1 = tl.load(x_ptr + HALF, mask=mask, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr, mask=mask, other=0.0)
+    sin = tl.load(sin_ptr, mask=mask, other=0.0)
+    square = tl.sum(x_0 * x_0 + x_1 * x_1, axis=1)
+    rstd = tl.rsqrt(square / (2 * HALF) + epsilon)
+    # The normed vector's gradient over its root mean square, so that x itself need not be normed.
+    back_0 = (grad_0 * cos + grad_1 * sin) * rstd[:, None]
+    back_1 = (grad_1 * cos - grad_0 * sin) * rstd[:, None]
+    gain_grad_0 += back_0 * x_0
+    gain_grad_1 += back_1 * x_1
+    back_0 *= gain_0
+    back_1 *= gain_1
+    mean = tl.sum(back_0 * x_0 + back_1 * x_1, axis=1) / (2 * HALF)
+    along = mean * rstd * rstd
+    grad_0 = back_0 - x_0 * along[:, None]
+    grad_1 = back_1 - x_1 * along[:, None]
+    # A normed vector's gradient is orthogonal to it but for epsilon.
+    return grad_0, grad_1, gain_grad_0, gain_grad_1, mean * (2 * HALF - square * rstd * rstd)
+
+
+@triton.jit
+def _plain_gradients(grad_ptr, x_ptr, mask, HALF: tl.constexpr):
+    """`_rotated_gradients` of v, which is neither normed nor rotated: gradients, by halves, and dot."""
+    grad_0 = tl.load(grad_ptr, mask=mask, other=0.0).to(tl.float32)
+    grad_1 = tl.load(grad_ptr + HALF, mask=mask, other=0.0).to(tl.float32)
+    x_0 = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
+    x_1 = tl.load(x_ptr + HALF, mask=mask, other=0.0).to(tl.float32)
+    return grad_0, grad_1, tl.sum(grad_0 * x_0 + grad_1 * x_1, axis=1)
+
+
+@triton.jit
 def _norm_rotate_backward_kernel(
     qkv_ptr, grad_ptr, gain_ptr, cos_ptr, sin_ptr, out_ptr, out_t_ptr, partial_ptr, dot_ptr, scale_ptr, amax_ptr,
-    rows, seq, n_heads, first_head, batch_stride, head_stride, token_stride, epsilon, limit,
-    NORMED: tl.constexpr, HALF: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    rows, seq, n_heads, part, batch_stride, head_stride, token_stride, epsilon,
+    FORMAT: tl.constexpr, NORMED: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    sequence, token = _tokens(seq, BLOCK_TOKENS)
-    row = sequence * seq + token
-    head = tl.program_id(1)
+    blocks = tl.cdiv(seq, BLOCK_TOKENS)
+    sequence = (tl.program_id(0) // blocks).to(tl.int64)
+    first_token = (tl.program_id(0) % blocks) * BLOCK_TOKENS
+    first_row = sequence * seq + first_token
+    pair = tl.arange(0, BLOCK_TOKENS // 2)
     lane = tl.arange(0, BLOCK)
+    has_pair = pair < (seq - first_token) // 2
     in_half = lane < HALF
-    in_rows = token < seq
-    mask = in_rows[:, None] & in_half[None, :]
-    source = sequence * batch_stride + token[:, None] * token_stride + head * head_stride + lane[None, :]
-    first = tl.load(grad_ptr + source, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(grad_ptr + source + HALF, mask=mask, other=0.0).to(tl.float32)
-    column = (first_head + head) * 2 * HALF + lane
-    target = row[:, None] * (3 * n_heads * 2 * HALF) + column[None, :]
-    x_first = tl.load(qkv_ptr + target, mask=mask, other=0.0).to(tl.float32)
-    x_second = tl.load(qkv_ptr + target + HALF, mask=mask, other=0.0).to(tl.float32)
-    if NORMED:
-        angle = token[:, None] * HALF + lane[None, :]
-        cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
-        sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
-        square = tl.sum(x_first * x_first + x_second * x_second, axis=1)
-        rstd = tl.rsqrt(square / (2 * HALF) + epsilon)
-        x_first *= rstd[:, None]
-        x_second *= rstd[:, None]
-        grad_first = first * cos + second * sin
-        grad_second = second * cos - first * sin
-        partial = (tl.program_id(0).to(tl.int64) * n_heads + head) * 2 * HALF + lane
-        tl.store(partial_ptr + partial, tl.sum(grad_first * x_first, axis=0), mask=in_half)
-        tl.store(partial_ptr + partial + HALF, tl.sum(grad_second * x_second, axis=0), mask=in_half)
-        first = grad_first * tl.load(gain_ptr + lane, mask=in_half, other=0.0)[None, :]
-        second = grad_second * tl.load(gain_ptr + HALF + lane, mask=in_half, other=0.0)[None, :]
-        mean = tl.sum(first * x_first + second * x_second, axis=1) / (2 * HALF)
-        first = (first - x_first * mean[:, None]) * rstd[:, None]
-        second = (second - x_second * mean[:, None]) * rstd[:, None]
-        # A normed vector's gradient is orthogonal to it but for epsilon.
-        dot = mean * (2 * HALF - square * rstd * rstd)
-    else:
-        dot = tl.sum(first * x_first + second * x_second, axis=1)
-    tl.store(dot_ptr + row * (3 * n_heads) + first_head + head, dot, mask=in_rows)
-    _observe(amax_ptr, tl.maximum(_finite_magnitude(first), _finite_magnitude(second)))
+    mask = has_pair[:, None] & in_half[None, :]
+    width = 3 * n_heads * 2 * HALF
+    angle = (first_token + 2 * pair)[:, None] * HALF + lane[None, :]
+    grad_ptr += sequence * batch_stride + first_token * tl.cast(token_stride, tl.int64)
+    grad_ptrs = grad_ptr + (2 * pair[:, None] * token_stride + lane[None, :])
+    start = first_row * width + part * n_heads * 2 * HALF
+    offset = pair[:, None] * (2 * width) + lane[None, :]
+    gain_0 = tl.load(gain_ptr + lane, mask=in_half, other=0.0)[None, :]
+    gain_1 = tl.load(gain_ptr + HALF + lane, mask=in_half, other=0.0)[None, :]
     scale = tl.load(scale_ptr + 1)
-    first_value = _saturate(first, scale, limit)
-    second_value = _saturate(second, scale, limit)
-    tl.store(out_ptr + target, first_value.to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(out_ptr + target + HALF, second_value.to(out_ptr.dtype.element_ty), mask=mask)
-    mask_t = in_half[:, None] & in_rows[None, :]
-    target_t = column.to(tl.int64)[:, None] * rows + row[None, :]
-    tl.store(out_t_ptr + target_t, _transposed(first_value, out_t_ptr), mask=mask_t)
-    second_t = target_t + tl.cast(HALF, tl.int64) * rows
-    tl.store(out_t_ptr + second_t, _transposed(second_value, out_t_ptr), mask=mask_t)
+    # Added up over heads, so that the gains' gradients are summed over tokens once for all of them.
+    gain_grad_0 = tl.zeros((BLOCK_TOKENS // 2, BLOCK), dtype=tl.float32)
+    gain_grad_1 = tl.zeros((BLOCK_TOKENS // 2, BLOCK), dtype=tl.float32)
+    dot_even = tl.zeros((BLOCK_TOKENS // 2,), dtype=tl.float32)
+    dot_odd = tl.zeros((BLOCK_TOKENS // 2,), dtype=tl.float32)
+    first_head = tl.program_id(1) * BLOCK_HEADS
+    for head in range(first_head, tl.minimum(first_head + BLOCK_HEADS, n_heads)):
+        x = qkv_ptr + start + head * (2 * HALF) + offset
+        grad = grad_ptrs + head * tl.cast(head_stride, tl.int64)
+        if NORMED:
+            even_0, even_1, gain_grad_0, gain_grad_1, dot = _rotated_gradients(
+                grad, x, cos_ptr + angle, sin_ptr + angle, gain_0, gain_1, gain_grad_0, gain_grad_1, mask, epsilon, HALF
+            )
+            dot_even += dot
+            odd_0, odd_1, gain_grad_0, gain_grad_1, dot = _rotated_gradients(
+                grad + token_stride, x + width, cos_ptr + angle + HALF, sin_ptr + angle + HALF,
+                gain_0, gain_1, gain_grad_0, gain_grad_1, mask, epsilon, HALF,
+            )  # fmt: skip
+            dot_odd += dot
+        else:
+            even_0, even_1, dot = _plain_gradients(grad, x, mask, HALF)
+            dot_even += dot
+            odd_0, odd_1, dot = _plain_gradients(grad + token_stride, x + width, mask, HALF)
+            dot_odd += dot
+        _observe_four(amax_ptr, even_0, even_1, odd_0, odd_1)
+        column = (part * n_heads + head) * (2 * HALF)
+        out = out_ptr + start + head * (2 * HALF) + offset
+        even_0, odd_0 = _scaled(even_0, scale), _scaled(odd_0, scale)
+        tl.store(out, even_0.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out + width, odd_0.to(out_ptr.dtype.element_ty), mask=mask)
+        value = _pairs(even_0, odd_0, FORMAT)
+        _store_transposed(out_t_ptr, value, first_row // 2, pair, has_pair, column.to(tl.int64), lane, in_half, rows)
+        even_1, odd_1 = _scaled(even_1, scale), _scaled(odd_1, scale)
+        tl.store(out + HALF, even_1.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out + HALF + width, odd_1.to(out_ptr.dtype.element_ty), mask=mask)
+        value = _pairs(even_1, odd_1, FORMAT)
+        column += HALF
+        _store_transposed(out_t_ptr, value, first_row // 2, pair, has_pair, column.to(tl.int64), lane, in_half, rows)
+    groups = tl.num_programs(1)
+    dot_ptr += (first_row + 2 * pair) * (3 * groups) + part * groups + tl.program_id(1)
+    tl.store(dot_ptr, dot_even, mask=has_pair)
+    tl.store(dot_ptr + 3 * groups, dot_odd, mask=has_pair)
+    if NORMED:
+        partial_ptr += (tl.program_id(0).to(tl.int64) * groups + tl.program_id(1)) * 2 * HALF + lane
+        tl.store(partial_ptr, tl.sum(gain_grad_0, axis=0), mask=in_half)
+        tl.store(partial_ptr + HALF, tl.sum(gain_grad_1, axis=0), mask=in_half)
 
 
 def norm_rotate_backward(
@@ -466,23 +654,23 @@ def norm_rotate_backward(
     slot: Slot,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, width = qkv.shape
-    n_heads, half = grads[0].shape[1], cos.shape[1]
+    n_heads, half, seq = grads[0].shape[1], cos.shape[1], len(cos)
+    if seq % 2:
+        raise ValueError(f"context of {seq} tokens: a transposed copy holds pairs of tokens")
     out = torch.empty(rows, width, dtype=slot.dtype, device=qkv.device)
-    out_t = torch.empty(width, rows, dtype=slot.dtype, device=qkv.device)
-    dot = torch.empty(rows, 3 * n_heads, dtype=torch.float32, device=qkv.device)
+    out_t, pairs = _transposed(rows, width, slot)
     tile = HEADS_BACKWARD
-    seq = len(cos)
-    token_blocks = rows // seq * triton.cdiv(seq, tile.rows)
-    partial = torch.empty(2, token_blocks * n_heads, 2 * half, dtype=torch.float32, device=qkv.device)
-    for index, (grad, gain) in enumerate(zip(grads, (q_gain, k_gain, k_gain), strict=True)):
+    token_blocks, groups = rows // seq * triton.cdiv(seq, tile.rows), triton.cdiv(n_heads, tile.columns)
+    dot = torch.empty(rows, 3 * groups, dtype=torch.float32, device=qkv.device)
+    partial = torch.empty(2, token_blocks * groups, 2 * half, dtype=torch.float32, device=qkv.device)
+    for part, (grad, gain) in enumerate(zip(grads, (q_gain, k_gain, k_gain), strict=True)):
         if grad.stride(3) != 1:
             grad = grad.contiguous()
-        _norm_rotate_backward_kernel[(token_blocks, n_heads)](
-            qkv, grad, gain, cos, sin, out, out_t, partial[index % 2], dot, slot.scale, slot.amax,
-            rows, seq, n_heads, index * n_heads,
-            grad.stride(0), grad.stride(1), grad.stride(2), epsilon, slot.limit,
-            NORMED=index < 2, HALF=half, BLOCK_TOKENS=tile.rows, BLOCK=triton.next_power_of_2(half),
-            num_warps=tile.warps,
+        _norm_rotate_backward_kernel[(token_blocks, groups)](
+            qkv, grad, gain, cos, sin, out, pairs, partial[part % 2], dot, slot.scale, slot.amax,
+            rows, seq, n_heads, part, grad.stride(0), grad.stride(1), grad.stride(2), epsilon, FORMAT=_format(slot),
+            NORMED=part < 2, HALF=half, BLOCK_TOKENS=tile.rows, BLOCK_HEADS=tile.columns,
+            BLOCK=triton.next_power_of_2(half), **tile.launch,
         )  # fmt: skip
     q_gain_grad, k_gain_grad = partial.sum(1)
     return out, out_t, q_gain_grad, k_gain_grad, dot.sum(1)
@@ -548,7 +736,7 @@ def _run_cross_entropy(logits: Tensor, targets: Tensor, z_loss: float, *, gradie
         tile = CROSS_ENTROPY_SHORT if vocabulary <= SHORT_VOCABULARY else CROSS_ENTROPY
     _cross_entropy_kernel[(rows,)](
         logits, targets, entropy, lse, vocabulary, z_loss,
-        GRADIENT=gradient, REPEAT=tile.rows, BLOCK=tile.columns, num_warps=tile.warps,
+        GRADIENT=gradient, REPEAT=tile.rows, BLOCK=tile.columns, **tile.launch,
     )  # fmt: skip
     return entropy, lse
 
@@ -564,27 +752,37 @@ def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tenso
 
 
 @triton.jit
-def _logits_gradient_kernel(
-    logits_ptr, target_ptr, lse_ptr, out_ptr, out_t_ptr, scale_ptr, rows, vocabulary, z_loss, limit,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    mask = (row < rows)[:, None] & (column < vocabulary)[None, :]
-    offset = row[:, None] * vocabulary + column[None, :]
+def _gradients_of_logits(logits_ptr, target_ptr, lse_ptr, has_row, offset, mask, column, z_loss):
+    """Of some rows: softmax minus one-hot, and what the z-loss adds."""
     value = tl.load(logits_ptr + offset, mask=mask, other=float("-inf")).to(tl.float32)
-    lse = tl.load(lse_ptr + row, mask=row < rows, other=0.0)
-    target = tl.load(target_ptr + row, mask=row < rows, other=-1)
+    lse = tl.load(lse_ptr, mask=has_row, other=0.0)
+    target = tl.load(target_ptr, mask=has_row, other=-1)
     grad = tl.exp2(value * LOG2_E - (lse * LOG2_E)[:, None]) * (1 + 2 * z_loss * lse)[:, None]
-    grad -= tl.where(column[None, :] == target[:, None], 1.0, 0.0)
-    quantised = _saturate(grad, tl.load(scale_ptr + 1), limit)
-    tl.store(out_ptr + offset, quantised.to(out_ptr.dtype.element_ty), mask=mask)
-    mask_t = (column < vocabulary)[:, None] & (row < rows)[None, :]
-    tl.store(
-        out_t_ptr + column[:, None] * rows + row[None, :],
-        _transposed(quantised, out_t_ptr),
-        mask=mask_t,
+    return grad - tl.where(column == target[:, None], 1.0, 0.0)
+
+
+@triton.jit
+def _logits_gradient_kernel(
+    logits_ptr, target_ptr, lse_ptr, out_ptr, out_t_ptr, scale_ptr, rows, vocabulary, z_loss,
+    FORMAT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    first_pair, pair, has_pair = _row_pairs(rows, BLOCK_ROWS)
+    first_column, column, has_column = _columns(vocabulary, BLOCK_COLUMNS)
+    mask = has_pair[:, None] & has_column[None, :]
+    even = 2 * first_pair * vocabulary + first_column + (pair[:, None] * (2 * vocabulary) + column[None, :])
+    row = 2 * first_pair + 2 * pair
+    entry = (first_column + column)[None, :]
+    grad_0 = _gradients_of_logits(logits_ptr, target_ptr + row, lse_ptr + row, has_pair, even, mask, entry, z_loss)
+    odd = even + vocabulary
+    grad_1 = _gradients_of_logits(
+        logits_ptr, target_ptr + row + 1, lse_ptr + row + 1, has_pair, odd, mask, entry, z_loss
     )
+    scale = tl.load(scale_ptr + 1)
+    grad_0, grad_1 = _scaled(grad_0, scale), _scaled(grad_1, scale)
+    tl.store(out_ptr + even, grad_0.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + odd, grad_1.to(out_ptr.dtype.element_ty), mask=mask)
+    value = _pairs(grad_0, grad_1, FORMAT)
+    _store_transposed(out_t_ptr, value, first_pair, pair, has_pair, first_column, column, has_column, rows)
 
 
 def cross_entropy_quantised(
@@ -593,9 +791,10 @@ def cross_entropy_quantised(
     rows, vocabulary = logits.shape
     entropy, lse = _run_cross_entropy(logits, targets, z_loss, gradient=False)
     out = torch.empty(rows, vocabulary, dtype=slot.dtype, device=logits.device)
-    out_t = torch.empty(vocabulary, rows, dtype=slot.dtype, device=logits.device)
-    _logits_gradient_kernel[_grid(rows, vocabulary, LOGITS_GRADIENT)](
-        logits, targets, lse, out, out_t, slot.scale, rows, vocabulary, z_loss, slot.limit,
-        BLOCK_ROWS=LOGITS_GRADIENT.rows, BLOCK_COLUMNS=LOGITS_GRADIENT.columns, num_warps=LOGITS_GRADIENT.warps,
+    out_t, pairs = _transposed(rows, vocabulary, slot)
+    tile = LOGITS_GRADIENT
+    _logits_gradient_kernel[_grid(rows, vocabulary, tile)](
+        logits, targets, lse, out, pairs, slot.scale, rows, vocabulary, z_loss, FORMAT=_format(slot),
+        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, **tile.launch,
     )  # fmt: skip
     return entropy, lse, out, out_t

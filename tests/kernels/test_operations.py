@@ -205,6 +205,14 @@ def assert_close(got: Tensor, wanted: Tensor, dtype: torch.dtype, what: str) -> 
         assert (got != wanted).float().mean() < 0.01, f"{what}: too many differ"
 
 
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_programs_share_the_heads_of_a_token(heads, device, monkeypatch) -> None:
+    """Three heads, in groups of one, of two and one, and all in one."""
+    ops = operations(emulate=False)
+    monkeypatch.setattr(ops, "HEADS_BACKWARD", ops.HEADS_BACKWARD._replace(columns=heads))
+    test_kernel_agrees_with_reference(norm_rotate_backward, "random", device)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_layouts_hold_the_same_bits(kind, device) -> None:
     ops = operations(emulate=False)

@@ -1,0 +1,192 @@
+"""Calls of every kernel at a model's shapes, and whether a kernel computes what its reference does.
+
+Triton compiles each kernel anew on every machine, by whatever version is there, and has compiled transposed copies
+wrong without a word: the forward pass is right, and so is the first loss. So before a model is trained on
+a GPU, its kernels are held against their references there (`check_kernels`).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fp8lab.config import LADDER_VOCAB, ModelConfig
+from fp8lab.errors import UserError
+from fp8lab.kernels import reference, triton_ops
+from fp8lab.kernels.scaling import Slot
+
+HEAD_ROWS = 16_384
+"""Rows of logits a chunk of the head."""
+EPSILON = 1e-6
+CHECKED_SEQUENCES, CHECKED_SEQ = 2, 96
+"""Tokens of a check: more than a tile of rows, and no multiple of one."""
+
+
+class Problem:
+    """Random tensors of one model's shapes."""
+
+    def __init__(self, model: ModelConfig, sequences: int, seq: int, device: torch.device) -> None:
+        self.model, self.rows, self.sequences, self.seq, self.device = model, sequences * seq, sequences, seq, device
+        self.generator = torch.Generator(device).manual_seed(1)
+
+    def slot(self, dtype: torch.dtype = torch.float8_e4m3fn, scale: float = 64.0) -> Slot:
+        return Slot(
+            torch.tensor([1 / scale, scale, 0, 0], device=self.device), torch.zeros(4, device=self.device), dtype
+        )
+
+    def bf16(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device, dtype=torch.bfloat16)
+
+    def fp32(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator, device=self.device) + 0.5
+
+
+Call = tuple[str, list[Any]]
+"""Name of an operation, and its arguments."""
+
+
+def quantise(p: Problem) -> Call:
+    return "quantise", [p.bf16(p.rows, p.model.d_model), p.slot()]
+
+
+def quantise_both(p: Problem) -> Call:
+    return "quantise_both", [p.bf16(p.rows, p.model.d_model), p.slot()]
+
+
+def quantise_weight(p: Problem) -> Call:
+    return "quantise_both", [p.fp32(2 * p.model.d_ff, p.model.d_model), p.slot()]
+
+
+def quantise_transposed(p: Problem) -> Call:
+    return "quantise_transposed", [p.bf16(p.rows, p.model.d_model), p.slot()]
+
+
+def rms_norm(p: Problem) -> Call:
+    d = p.model.d_model
+    return "rms_norm", [p.bf16(p.rows, d), p.bf16(p.rows, d), p.fp32(d), EPSILON, p.slot()]
+
+
+def rms_norm_alone(p: Problem) -> Call:
+    d = p.model.d_model
+    return "rms_norm", [p.bf16(p.rows, d), None, p.fp32(d), EPSILON, p.slot()]
+
+
+def rms_norm_backward(p: Problem) -> Call:
+    d = p.model.d_model
+    x = p.bf16(p.rows, d)
+    rstd = torch.rsqrt(x.float().square().mean(-1) + EPSILON)
+    arguments = [p.bf16(p.rows, d), x, rstd, p.fp32(d), p.fp32(p.rows), p.bf16(p.rows, d)]
+    return "rms_norm_backward", [*arguments, p.slot(), p.slot(), True]
+
+
+def swiglu(p: Problem) -> Call:
+    return "swiglu", [p.bf16(p.rows, 2 * p.model.d_ff), p.slot()]
+
+
+def swiglu_backward(p: Problem) -> Call:
+    return "swiglu_backward", [p.bf16(p.rows, 2 * p.model.d_ff), p.bf16(p.rows, p.model.d_ff), p.slot(), p.slot()]
+
+
+def _angles(p: Problem) -> tuple[Tensor, Tensor]:
+    angle = torch.outer(torch.arange(p.seq).float(), torch.linspace(1, 0.01, p.model.head_dim // 2)).to(p.device)
+    return angle.cos(), angle.sin()
+
+
+def norm_rotate(p: Problem) -> Call:
+    qkv, dim = p.bf16(p.rows, 3 * p.model.d_model), p.model.head_dim
+    return "norm_rotate", [qkv, p.fp32(dim), p.fp32(dim), *_angles(p), p.model.n_heads, EPSILON]
+
+
+def norm_rotate_backward(p: Problem) -> Call:
+    shape, dim = (p.sequences, p.seq, p.model.n_heads, p.model.head_dim), p.model.head_dim
+    grads = tuple(p.bf16(*shape).transpose(1, 2) for _ in range(3))
+    qkv = p.bf16(p.rows, 3 * p.model.d_model)
+    return "norm_rotate_backward", [qkv, grads, p.fp32(dim), p.fp32(dim), *_angles(p), EPSILON, p.slot()]
+
+
+def _logits(p: Problem) -> tuple[Tensor, Tensor]:
+    rows, vocabulary = min(p.rows, HEAD_ROWS), p.model.vocab_size
+    return p.bf16(rows, vocabulary), torch.randint(vocabulary, (rows,), generator=p.generator, device=p.device)
+
+
+def cross_entropy(p: Problem) -> Call:
+    return "cross_entropy", [*_logits(p), 0.0]
+
+
+def cross_entropy_short(p: Problem) -> Call:
+    vocabulary = LADDER_VOCAB
+    targets = torch.randint(vocabulary, (HEAD_ROWS,), generator=p.generator, device=p.device)
+    return "cross_entropy", [p.bf16(HEAD_ROWS, vocabulary), targets, 0.0]
+
+
+def cross_entropy_alone(p: Problem) -> Call:
+    return "cross_entropy_alone", [*_logits(p)]
+
+
+def cross_entropy_quantised(p: Problem) -> Call:
+    return "cross_entropy_quantised", [*_logits(p), 0.0, p.slot(torch.float8_e5m2, 2.0**15)]
+
+
+def outputs(result: Any) -> tuple[Any, ...]:
+    """What an operation returns, as a tuple."""
+    return result if isinstance(result, tuple) else (result,)
+
+
+def disagreement(name: str, arguments: list[Any]) -> str | None:
+    """What is wrong with the kernel's result, None if it is the reference's."""
+    for_reference, for_kernel = _copies(arguments), _copies(arguments)
+    expected = outputs(getattr(reference, name)(*for_reference))
+    actual = outputs(getattr(triton_ops, name)(*for_kernel))
+    for position, (got, wanted) in enumerate(zip(actual, expected, strict=True)):
+        if got is None or wanted is None:
+            continue
+        difference = (got.float() - wanted.float()).norm() / wanted.float().norm()
+        # A rounding boundary crossed here and there, but no tile in a wrong place.
+        if not difference < 0.01:
+            return f"output {position} differs by {difference:.3f}"
+    for got, wanted in zip(for_kernel, for_reference, strict=True):
+        if isinstance(got, Slot) and not torch.allclose(got.amax, wanted.amax, rtol=1e-4):
+            return f"amax {got.amax[0]:.6g}, should be {wanted.amax[0]:.6g}"
+    return None
+
+
+def _copies(arguments: list[Any]) -> list[Any]:
+    """Arguments whose logits may be overwritten, and whose amax is fresh."""
+    return [
+        argument.clone()
+        if isinstance(argument, Tensor)
+        else argument._replace(amax=torch.zeros_like(argument.amax))
+        if isinstance(argument, Slot)
+        else argument
+        for argument in arguments
+    ]
+
+
+OF_BLOCKS = (
+    quantise, quantise_both, quantise_weight, quantise_transposed, rms_norm, rms_norm_alone, rms_norm_backward, swiglu,
+    swiglu_backward, norm_rotate, norm_rotate_backward,
+)  # fmt: skip
+OF_THE_FP8_HEAD = (quantise, quantise_weight, quantise_transposed, cross_entropy_quantised)
+
+
+@functools.cache
+def check_kernels(model: ModelConfig, device: torch.device, *, head: bool) -> None:
+    """Hold the blocks' kernels, or the FP8 head's, against their references at the widths of `model`.
+
+    Once a process. What a GPU takes for it is the time of compiling, which training would take otherwise.
+
+    Raises:
+        UserError: a kernel computes something else; says which, and with which version of Triton.
+    """
+    for call in OF_THE_FP8_HEAD if head else OF_BLOCKS:
+        name, arguments = call(Problem(model, CHECKED_SEQUENCES, CHECKED_SEQ, device))
+        wrong = disagreement(name, arguments)
+        if wrong is not None:
+            raise UserError(
+                f"Triton {triton.__version__} compiles the kernel {name} wrongly for this GPU: {wrong}; use another "
+                f"version of Triton, or {'head: bf16' if head else 'another recipe than fused'}"
+            )
