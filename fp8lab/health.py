@@ -86,17 +86,12 @@ class Rounding(NamedTuple):
     """Multiplies the tensor before it is rounded: a scalar, or (rows, 1)."""
     dtype: torch.dtype
     """FP8 format."""
-    through_bfloat16: bool = False
-    """Rounded to BF16 on the way (`fp8lab.kernels.reference`)."""
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x` (rows, features) FP32 after scaling, before and after rounding; both FP32."""
         limit = torch.finfo(self.dtype).max
         scaled = x * self.scale
-        stored = scaled.clamp(-limit, limit)
-        if self.through_bfloat16:
-            stored = stored.bfloat16()
-        return scaled, stored.to(self.dtype).float()
+        return scaled, scaled.clamp(-limit, limit).to(self.dtype).float()
 
 
 def dynamic_rounding(recipe: Recipe, tensor: TensorName, x: Tensor) -> Rounding:
@@ -228,7 +223,7 @@ class HealthProbe:
     def _fused_roundings(self) -> dict[tuple[str, str], Rounding]:
         """How each tensor of a fused block is rounded in this step."""
         return {
-            (f"blocks.{index}.{linear}", tensor): Rounding(slot.scale[QUANTISE], slot.dtype, through_bfloat16=True)
+            (f"blocks.{index}.{linear}", tensor): Rounding(slot.scale[QUANTISE], slot.dtype)
             for index, block in enumerate(self._model.blocks)
             if isinstance(block, FusedBlock)
             for (linear, tensor), slot in zip(SLOT_ROLES, block.slots(record=False), strict=True)
