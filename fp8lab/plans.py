@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,7 +117,7 @@ def run_plan(plan: Plan, workspace: Workspace, options: Options, console: Consol
     with _stage(workspace, console, machine) as stage:
         with ThreadPoolExecutor(options.jobs) as pool:
             futures: dict[str, Future[int]] = {}
-            for series in _series(plan.runs, options):
+            for series in _series(plan.runs, options, lambda config: _is_finished(config, workspace)):
                 first = series[0]
                 if first.compact and options.nproc == 1:
                     future = pool.submit(_run_series, series, plan, options, stage, labels)
@@ -180,6 +180,10 @@ def finished_record(folder: Path) -> records.TrainRecord | None:
     return record if isinstance(record, records.TrainRecord) and record.status == "finished" else None
 
 
+def _is_finished(config: RunConfig, workspace: Workspace) -> bool:
+    return finished_record(workspace.record(config)) is not None
+
+
 def status_rows(plan: Plan | None, records_dir: Path, checkpoints_dir: Path) -> list[tuple[str, ...]]:
     """A row a run: plan, run, status, step, loss, tokens/s, detail."""
     planned = [(config.plan, config.run) for config in plan.runs] if plan else []
@@ -229,7 +233,9 @@ def _status_in_progress(progress: Progress, work: Path) -> tuple[str, str]:
     return "silent", f"{heard}; if it has stopped, the same command resumes it"
 
 
-def _series(runs: Sequence[RunConfig], options: Options) -> list[tuple[RunConfig, ...]]:
+def _series(
+    runs: Sequence[RunConfig], options: Options, is_finished: Callable[[RunConfig], bool]
+) -> list[tuple[RunConfig, ...]]:
     """Runs that share a process: neighbours in the plan that are compact and alike but for recipe and seed.
 
     Neighbours go to as many processes as there are jobs. A run that takes several processes shares none of them.
@@ -240,13 +246,21 @@ def _series(runs: Sequence[RunConfig], options: Options) -> list[tuple[RunConfig
         return config.model_dump_json(exclude={"run", "recipe", "seed"}) if is_sharing else config.run
 
     neighbours = [tuple(group) for _, group in itertools.groupby(runs, alike)]
-    return [series for group in neighbours for series in _split(group, min(options.jobs, len(group)))]
+    return [series for group in neighbours for series in _split(group, options.jobs, is_finished)]
 
 
-def _split(runs: tuple[RunConfig, ...], parts: int) -> list[tuple[RunConfig, ...]]:
-    """`parts` of `runs`, in order, none longer than another by more than one."""
-    bounds = [len(runs) * part // parts for part in range(parts + 1)]
-    return [runs[start:end] for start, end in itertools.pairwise(bounds)]
+def _split(
+    runs: tuple[RunConfig, ...], parts: int, is_finished: Callable[[RunConfig], bool]
+) -> list[tuple[RunConfig, ...]]:
+    """At most `parts` of `runs`, in order, with equally many that are not finished, to within one."""
+    before = list(itertools.accumulate((not is_finished(config) for config in runs), initial=0))
+    waiting = before[-1]
+    parts = min(parts, waiting)
+    if parts < 2:
+        return [runs]
+    places = [min(count, waiting - 1) * parts // waiting for count in before[:-1]]
+    grouped = itertools.groupby(zip(places, runs, strict=True), key=lambda pair: pair[0])
+    return [tuple(config for _, config in group) for _, group in grouped]
 
 
 def _run_series(

@@ -136,12 +136,22 @@ def test_runs_at_once_each_see_a_gpu_of_their_own(tmp_path: Path, monkeypatch: p
     assert {provenance.concurrent_runs for provenance in provenances} == {1}
 
 
-@pytest.mark.parametrize(("jobs", "sizes"), [(1, [5]), (2, [2, 3]), (4, [1, 1, 1, 2]), (8, [1] * 5)])
-def test_a_series_is_shared_among_the_jobs_in_order(tmp_path: Path, jobs: int, sizes: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("jobs", "finished", "seeds"),
+    [
+        (1, {}, [[1, 2, 3, 4, 5]]),
+        (2, {}, [[1, 2, 3], [4, 5]]),
+        (4, {}, [[1, 2], [3], [4], [5]]),
+        (8, {}, [[1], [2], [3], [4], [5]]),
+        (2, {1, 2, 3}, [[1, 2, 3, 4], [5]]),
+        (2, {2, 4}, [[1, 2, 3], [4, 5]]),
+        (3, {1, 2, 3, 4, 5}, [[1, 2, 3, 4, 5]]),
+    ],
+)
+def test_what_is_to_do_of_a_series_is_shared_among_the_jobs(tmp_path: Path, jobs: int, finished, seeds) -> None:
     plan, _ = make_project(tmp_path, FINISH, seeds=[1, 2, 3, 4, 5], compact=True)
-    series = plans._series(plan.runs, Options(jobs=jobs))
-    assert [len(part) for part in series] == sizes
-    assert tuple(config for part in series for config in part) == plan.runs
+    series = plans._series(plan.runs, Options(jobs=jobs), lambda config: config.seed in finished)
+    assert [[config.seed for config in part] for part in series] == seeds
 
 
 def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
