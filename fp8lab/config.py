@@ -257,7 +257,7 @@ class RunConfig(Config):
     """For plans of many short runs: keep a finished run's record alone, without weights, samples and notebook.
 
     Its tables go into those that the plan's runs share. Of one GPU each, an entry's compact runs train one after
-    another in one process (`fp8lab.series`), so that its start and compilation are paid once.
+    another in one process a job (`fp8lab.series`), so that its start and compilation are paid once.
     """
 
     @model_validator(mode="after")

@@ -1,8 +1,8 @@
 """Which GPUs each of several runs at once takes.
 
-Runs by themselves, each on GPUs of its own, share nothing and measure what they would measure alone. With more
-runs at once than GPUs, some share: small models leave a GPU idle for part of the time, but their speeds are then
-not those of a run alone, and records say how many shared.
+Runs with GPUs of their own share the machine's cores, memory and cooling, which a step that waits for its GPU
+hardly notices, and a small model's may. With more runs at once than GPUs, some share a GPU: small models leave it
+idle for part of the time, but their speeds are then not those of a run alone. Records say how many shared.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Executing a plan: every run through papermill, finished ones skipped, interrupted ones resumed.
 
 Each run is one execution of ``runs/train.ipynb`` and, where its plan asks for scores, one of
-``runs/evaluate.ipynb``, in a process of its own; an entry's compact runs are one execution of
-``runs/series.ipynb`` together. This module trains nothing: it starts the notebooks, each on GPUs
+``runs/evaluate.ipynb``, in a process of its own; an entry's compact runs are as many executions of
+``runs/series.ipynb`` as there are jobs. This module trains nothing: it starts the notebooks, each on GPUs
 of its own while there are enough (`fp8lab.gpus`), draws progress from the file that each worker
 keeps (`fp8lab.progress`), passes SIGINT and SIGTERM on as requests to checkpoint and stop, and makes
 sure that however a notebook dies, a record says so.
@@ -113,11 +113,13 @@ def run_plan(plan: Plan, workspace: Workspace, options: Options, console: Consol
         config.run: f"{plan.name} {number}/{len(plan.runs)} {config.run}"
         for number, config in enumerate(plan.runs, start=1)
     }
-    machine = shares(options.jobs, options.nproc, visible_gpus()) if options.jobs > 1 else ALONE
-    with _stage(workspace, console, machine) as stage:
-        with ThreadPoolExecutor(options.jobs) as pool:
+    all_series = _series(plan.runs, options, lambda config: _is_finished(config, workspace))
+    jobs = min(options.jobs, len(all_series))
+    machine = shares(jobs, options.nproc, visible_gpus()) if jobs > 1 else ALONE
+    with _stage(workspace, console, machine, options.nproc) as stage:
+        with ThreadPoolExecutor(jobs) as pool:
             futures: dict[str, Future[int]] = {}
-            for series in _series(plan.runs, options, lambda config: _is_finished(config, workspace)):
+            for series in all_series:
                 first = series[0]
                 if first.compact and options.nproc == 1:
                     future = pool.submit(_run_series, series, plan, options, stage, labels)
@@ -382,11 +384,12 @@ def _check_unchanged(config: RunConfig, workspace: Workspace, *, replace: bool) 
 
 
 @contextmanager
-def _stage(workspace: Workspace, console: Console, machine: Sequence[Share]) -> Iterator[_Stage]:
+def _stage(workspace: Workspace, console: Console, machine: Sequence[Share], processes: int = 1) -> Iterator[_Stage]:
     """A `_Stage` that receives this process's SIGINT and SIGTERM.
 
     Args:
         machine: what each of the notebooks at once has of it.
+        processes: of each notebook.
 
     Raises:
         Interrupted: on leaving, if a signal arrived.
@@ -394,7 +397,7 @@ def _stage(workspace: Workspace, console: Console, machine: Sequence[Share]) -> 
     text, state = (TextColumn(field, markup=False) for field in ("{task.description}", "{task.fields[state]}"))
     columns = (text, BarColumn(), state, TimeElapsedColumn())
     with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        stage = _Stage(workspace, console, bars, machine)
+        stage = _Stage(workspace, console, bars, machine, processes)
         previous = {number: signal.signal(number, stage.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield stage
@@ -440,10 +443,13 @@ class _Worker:
 class _Stage:
     """Where notebooks execute: starts them, shows their progress, stops them on a signal."""
 
-    def __init__(self, workspace: Workspace, console: Console, bars: Bars, machine: Sequence[Share]) -> None:
+    def __init__(
+        self, workspace: Workspace, console: Console, bars: Bars, machine: Sequence[Share], processes: int
+    ) -> None:
         self.workspace = workspace
         self.received: int | None = None
-        self._console, self._bars, self._jobs = console, bars, len(machine)
+        self._console, self._bars = console, bars
+        self._jobs, self._processes = len(machine), processes
         self._free: SimpleQueue[Share] = SimpleQueue()
         for share in machine:
             self._free.put(share)
@@ -543,7 +549,7 @@ class _Stage:
             **share.environment,
         }
         if self._jobs > 1:
-            threads = max(1, (os.cpu_count() or 1) // self._jobs)
+            threads = max(1, (os.cpu_count() or 1) // (self._jobs * self._processes))
             environment.setdefault("OMP_NUM_THREADS", str(threads))
         with log.open("wb") as output:
             # A session of its own, so that a terminal's Ctrl-C reaches the worker once, through `stop`.

@@ -41,7 +41,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from fp8lab.config import RECIPES, Head, Recipe
+from fp8lab.config import RECIPES, Head, ModelConfig, Recipe
 from fp8lab.errors import UserError
 from fp8lab.kernels import Fp8TiedHead, convert_blocks
 from fp8lab.model import GPT
@@ -88,8 +88,7 @@ def convert(
         One row a Linear, and one for the head: name, shape ('out x in'), precision, reason.
 
     Raises:
-        UserError: unknown recipe, a pattern that matches nothing, a recipe that converts nothing, or kernels of this
-            project that this machine's Triton compiles wrongly.
+        UserError: unknown recipe, a pattern that matches nothing, or a recipe that converts nothing.
     """
     if recipe not in RECIPES:
         raise UserError(f"recipe: {recipe!r} does not exist; accepted: {', '.join(RECIPES)}")
@@ -110,9 +109,24 @@ def convert(
     elif recipe != "bf16":
         _convert_torchao(model, recipe, converted, emulate)
     rows.append(_convert_head(model, head, emulate))
-    if not emulate:
-        _check_kernels(model, recipe, head)
     return rows
+
+
+def check_kernels(model: ModelConfig, recipe: Recipe, head: Head, device: torch.device) -> None:
+    """Hold this project's FP8 kernels against their references, if training with `recipe` and `head` runs on them.
+
+    Raises:
+        fp8lab.kernels.check.WrongKernel: this machine's Triton compiles one of them wrongly.
+    """
+    if device.type != "cuda" or not fp8_tensor_cores():
+        return
+    # Triton comes with torch's CUDA build alone.
+    from fp8lab.kernels import check
+
+    if recipe == "fused":
+        check.check_blocks(model, device)
+    if head == "fp8":
+        check.check_head(model, device)
 
 
 def conversion_table(rows: Sequence[dict[str, str]]) -> Table:
@@ -184,19 +198,6 @@ def _convert_fused(model: GPT, names: set[str], emulate: bool) -> None:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     left_out = sorted(set(linears) - names)
     convert_blocks(model, emulate=emulate, high_precision=left_out)
-
-
-def _check_kernels(model: GPT, recipe: Recipe, head: Head) -> None:
-    if recipe != "fused" and head != "fp8":
-        return
-    # Triton comes with torch's CUDA build alone.
-    from fp8lab.kernels.problems import check_kernels
-
-    device = model.embedding.weight.device
-    if recipe == "fused":
-        check_kernels(model.config, device, head=False)
-    if head == "fp8":
-        check_kernels(model.config, device, head=True)
 
 
 def _convert_head(model: GPT, head: Head, emulate: bool) -> dict[str, str]:

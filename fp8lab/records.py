@@ -186,7 +186,7 @@ class Provenance(_Part):
     epochs: dict[str, float] | None = None
     """Passes over each domain's training text."""
     concurrent_runs: int = 1
-    """Runs that shared the machine: above 1, their speeds say little."""
+    """Runs at once on the same GPUs (on the machine, where it has none): above 1, their speeds say little."""
 
 
 class Parent(_Part):
@@ -295,7 +295,7 @@ def collect_provenance(device_name: str, device_count: int = 1, host_count: int 
     """Where and with what a result is being made; `ended_utc` is for the writer to update.
 
     The commit is the environment's FP8LAB_COMMIT where the machine that runs has no repository. What started this
-    process leaves its own command line in FP8LAB_COMMAND and the number of runs at once in FP8LAB_CONCURRENT_RUNS.
+    process leaves its own command line in FP8LAB_COMMAND, and in FP8LAB_CONCURRENT_RUNS how many share its GPUs.
     """
     commit, dirty = _git_state()
     now = utc_now()

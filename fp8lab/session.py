@@ -39,7 +39,7 @@ from fp8lab.kernels import end_step
 from fp8lab.loss import total_nats, training_loss
 from fp8lab.metrics import Arrivals, MetricsLog, Stopwatch
 from fp8lab.model import GPT
-from fp8lab.precision import convert, fp8_tensor_cores, uses_fp8
+from fp8lab.precision import check_kernels, convert, fp8_tensor_cores, uses_fp8
 from fp8lab.records import DomainLoss
 from fp8lab.schedule import decay_start, learning_rate_fraction, warmup_steps
 from fp8lab.spikes import SpikeCount
@@ -186,6 +186,7 @@ class Session:
             # This process may have trained another run before.
             torch.cuda.reset_peak_memory_stats()
         self.emulated = uses_fp8(config.recipe, config.head) and not fp8_tensor_cores()
+        check_kernels(config.model, config.recipe, config.head, self.device)
         self.model = GPT(config.model)
         self.model.initialise(config.seed)
         self.model.to(self.device)

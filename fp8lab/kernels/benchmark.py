@@ -18,7 +18,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -64,7 +64,7 @@ LOGITS = [
 class Candidates(NamedTuple):
     """What one measurement compares."""
 
-    call: Callable[[Problem], problems.Call]
+    call: problems.MakeCall
     constant: str
     """Name of the tile in `triton_ops`."""
     tiles: list[Tile]

@@ -1,37 +1,41 @@
 """Calls of every kernel at a model's shapes, and whether a kernel computes what its reference does.
 
-Triton compiles each kernel anew on every machine, by whatever version is there, and has compiled transposed copies
-wrong without a word: the forward pass is right, and so is the first loss. So before a model is trained on
-a GPU, its kernels are held against their references there (`check_kernels`).
+The benchmark times them (`fp8lab.kernels.benchmark`), and before a model is trained they are held against
+their references (`fp8lab.kernels.check`).
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from fp8lab.config import LADDER_VOCAB, ModelConfig
-from fp8lab.errors import UserError
 from fp8lab.kernels import reference, triton_ops
 from fp8lab.kernels.scaling import Slot
 
 HEAD_ROWS = 16_384
 """Rows of logits a chunk of the head."""
 EPSILON = 1e-6
-CHECKED_SEQUENCES, CHECKED_SEQ = 2, 96
-"""Tokens of a check: more than a tile of rows, and no multiple of one."""
+TOLERATED_SHARE = 0.01
+"""Of an output's elements that may differ: rounding boundaries crossed by sums in another order, but no tile."""
 
 
 class Problem:
     """Random tensors of one model's shapes."""
 
-    def __init__(self, model: ModelConfig, sequences: int, seq: int, device: torch.device) -> None:
+    def __init__(
+        self, model: ModelConfig, sequences: int, seq: int, device: torch.device, *, nasty: bool = False
+    ) -> None:
+        """
+        Args:
+            nasty: with a NaN, an infinity and a number that saturates in every BF16 tensor.
+        """
         self.model, self.rows, self.sequences, self.seq, self.device = model, sequences * seq, sequences, seq, device
         self.generator = torch.Generator(device).manual_seed(1)
+        self._nasty = nasty
 
     def slot(self, dtype: torch.dtype = torch.float8_e4m3fn, scale: float = 64.0) -> Slot:
         return Slot(
@@ -39,7 +43,11 @@ class Problem:
         )
 
     def bf16(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, device=self.device, dtype=torch.bfloat16)
+        x = torch.randn(shape, generator=self.generator, device=self.device, dtype=torch.bfloat16)
+        if self._nasty:
+            for part, value in enumerate((torch.nan, torch.inf, 3e4)):
+                x.view(-1)[x.numel() * part // 3 + 7] = value
+        return x
 
     def fp32(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self.generator, device=self.device) + 0.5
@@ -47,6 +55,7 @@ class Problem:
 
 Call = tuple[str, list[Any]]
 """Name of an operation, and its arguments."""
+MakeCall = Callable[[Problem], Call]
 
 
 def quantise(p: Problem) -> Call:
@@ -59,6 +68,11 @@ def quantise_both(p: Problem) -> Call:
 
 def quantise_weight(p: Problem) -> Call:
     return "quantise_both", [p.fp32(2 * p.model.d_ff, p.model.d_model), p.slot()]
+
+
+def quantise_embedding(p: Problem) -> Call:
+    """The tied head's weight."""
+    return "quantise_both", [p.fp32(p.model.vocab_size, p.model.d_model), p.slot()]
 
 
 def quantise_transposed(p: Problem) -> Call:
@@ -76,11 +90,24 @@ def rms_norm_alone(p: Problem) -> Call:
 
 
 def rms_norm_backward(p: Problem) -> Call:
+    return _rms_norm_backward(p, p.slot(scale=16.0), transposed=True)
+
+
+def rms_norm_backward_rows_alone(p: Problem) -> Call:
+    """Where the weight gradient below stays in BF16."""
+    return _rms_norm_backward(p, p.slot(scale=16.0), transposed=False)
+
+
+def rms_norm_backward_of_the_first_block(p: Problem) -> Call:
+    return _rms_norm_backward(p, None, transposed=False)
+
+
+def _rms_norm_backward(p: Problem, grad_slot: Slot | None, *, transposed: bool) -> Call:
     d = p.model.d_model
     x = p.bf16(p.rows, d)
     rstd = torch.rsqrt(x.float().square().mean(-1) + EPSILON)
     arguments = [p.bf16(p.rows, d), x, rstd, p.fp32(d), p.fp32(p.rows), p.bf16(p.rows, d)]
-    return "rms_norm_backward", [*arguments, p.slot(), p.slot(), True]
+    return "rms_norm_backward", [*arguments, p.slot(), grad_slot, transposed]
 
 
 def swiglu(p: Problem) -> Call:
@@ -88,7 +115,8 @@ def swiglu(p: Problem) -> Call:
 
 
 def swiglu_backward(p: Problem) -> Call:
-    return "swiglu_backward", [p.bf16(p.rows, 2 * p.model.d_ff), p.bf16(p.rows, p.model.d_ff), p.slot(), p.slot()]
+    slots = [p.slot(), p.slot(scale=16.0)]
+    return "swiglu_backward", [p.bf16(p.rows, 2 * p.model.d_ff), p.bf16(p.rows, p.model.d_ff), *slots]
 
 
 def _angles(p: Problem) -> tuple[Tensor, Tensor]:
@@ -144,14 +172,26 @@ def disagreement(name: str, arguments: list[Any]) -> str | None:
     for position, (got, wanted) in enumerate(zip(actual, expected, strict=True)):
         if got is None or wanted is None:
             continue
-        difference = (got.float() - wanted.float()).norm() / wanted.float().norm()
-        # A rounding boundary crossed here and there, but no tile in a wrong place.
-        if not difference < 0.01:
-            return f"output {position} differs by {difference:.3f}"
+        share = _share_off(got, wanted)
+        if share > TOLERATED_SHARE:
+            return f"{share:.1%} of output {position} is off"
     for got, wanted in zip(for_kernel, for_reference, strict=True):
         if isinstance(got, Slot) and not torch.allclose(got.amax, wanted.amax, rtol=1e-4):
             return f"amax {got.amax[0]:.6g}, should be {wanted.amax[0]:.6g}"
     return None
+
+
+def _share_off(got: Tensor, wanted: Tensor) -> float:
+    """Share of elements that are not the reference's, but for rounding; of FP8, that are not equal."""
+    finite = wanted.isfinite() if wanted.dtype.itemsize > 1 else wanted.float().isfinite()
+    values, right = got.float(), wanted.float()
+    if got.dtype.itemsize == 1:
+        off = values != right
+    else:
+        typical = right[finite].square().mean().sqrt()
+        off = (values - right).abs() > 2**-6 * right.abs() + 1e-4 * typical
+    # An infinity in one and a NaN in the other depends on the order of a sum: that neither is a number does not.
+    return float(torch.where(finite, off | ~values.isfinite(), values.isfinite()).float().mean())
 
 
 def _copies(arguments: list[Any]) -> list[Any]:
@@ -164,29 +204,3 @@ def _copies(arguments: list[Any]) -> list[Any]:
         else argument
         for argument in arguments
     ]
-
-
-OF_BLOCKS = (
-    quantise, quantise_both, quantise_weight, quantise_transposed, rms_norm, rms_norm_alone, rms_norm_backward, swiglu,
-    swiglu_backward, norm_rotate, norm_rotate_backward,
-)  # fmt: skip
-OF_THE_FP8_HEAD = (quantise, quantise_weight, quantise_transposed, cross_entropy_quantised)
-
-
-@functools.cache
-def check_kernels(model: ModelConfig, device: torch.device, *, head: bool) -> None:
-    """Hold the blocks' kernels, or the FP8 head's, against their references at the widths of `model`.
-
-    Once a process. What a GPU takes for it is the time of compiling, which training would take otherwise.
-
-    Raises:
-        UserError: a kernel computes something else; says which, and with which version of Triton.
-    """
-    for call in OF_THE_FP8_HEAD if head else OF_BLOCKS:
-        name, arguments = call(Problem(model, CHECKED_SEQUENCES, CHECKED_SEQ, device))
-        wrong = disagreement(name, arguments)
-        if wrong is not None:
-            raise UserError(
-                f"Triton {triton.__version__} compiles the kernel {name} wrongly for this GPU: {wrong}; use another "
-                f"version of Triton, or {'head: bf16' if head else 'another recipe than fused'}"
-            )

@@ -6,7 +6,8 @@ copy, (features, rows) in memory.
 
 Quantising: multiply by the slot's scale, saturate finite values at the format's largest, and round to FP8, to
 nearest even. Both copies of a tensor agree bit for bit. A NaN or an infinity becomes NaN, never a number:
-E4M3 has no infinity, and a saturated one would hide a diverged run.
+E4M3 has no infinity, and a saturated one would hide a diverged run. The kernels hold rows in pairs: where they
+write a transposed copy, rows are an even number, and so are the tokens of a sequence.
 """
 
 from __future__ import annotations

@@ -1,16 +1,18 @@
 """The Triton kernels; `fp8lab.kernels.reference` says what each computes.
 
-All are limited by memory bandwidth, so each reads its inputs once where it can. Three shapes of kernel:
+Each reads its inputs once where it can. Three shapes of kernel:
 
 - *rows*: a program holds whole rows in registers and reduces along them (RMSNorm);
 - *tiles*: a program holds a tile of rows x columns and writes it in one layout or both;
 - *heads*: a tile of tokens of one attention head, whose dimension is reduced (QK-norm).
 
-Memory bandwidth is not all that limits them: of a kernel's instructions many turned numbers into FP8 and
-exchanged them between threads, most of those at half rate. So a kernel that writes a transposed copy holds its
-rows in pairs. The conversion takes two numbers at a time and saturates by itself (PTX ISA,
+What a kernel that only moves bytes costs beside them is instructions: turning numbers into FP8 and exchanging them
+between threads are among those that a GPU issues at half rate. So a kernel that writes a transposed copy holds
+its rows in pairs. The conversion takes two numbers at a time and saturates by itself (PTX ISA,
 cvt.rn.satfinite), the two neighbours in a column are then one 16-bit integer, and those are what threads
-exchange: half the bytes of BF16. Never FP8 bytes, of which Triton 3.6 stores a wrong transposed copy.
+exchange. Never FP8 bytes, of which Triton 3.6 stores a wrong transposed copy.
+
+Raises (all that write a transposed copy): ValueError where rows, or tokens of a sequence, are an odd number.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ def _largest(first, second):
 
 
 @triton.jit
-def _raise(amax_ptr, amax):
+def _raise_amax(amax_ptr, amax):
     # Most tiles do not raise it: reading is cheaper than a contended atomic.
     tl.atomic_max(amax_ptr, amax, mask=amax > tl.load(amax_ptr))
 
@@ -111,7 +113,7 @@ def _observe(amax_ptr, value):
     amax = tl.max(magnitude)
     if amax == float("inf"):
         amax = tl.max(_finite_magnitude(value))
-    _raise(amax_ptr, amax)
+    _raise_amax(amax_ptr, amax)
 
 
 @triton.jit
@@ -120,7 +122,7 @@ def _observe_two(amax_ptr, first, second):
     amax = tl.max(_largest(first, second))
     if amax == float("inf"):
         amax = tl.max(_largest(_finite_magnitude(first), _finite_magnitude(second)))
-    _raise(amax_ptr, amax)
+    _raise_amax(amax_ptr, amax)
 
 
 @triton.jit
@@ -130,7 +132,7 @@ def _observe_four(amax_ptr, a, b, c, d):
     if amax == float("inf"):
         first = _largest(_finite_magnitude(a), _finite_magnitude(b))
         amax = tl.max(tl.maximum(first, _largest(_finite_magnitude(c), _finite_magnitude(d))))
-    _raise(amax_ptr, amax)
+    _raise_amax(amax_ptr, amax)
 
 
 @triton.jit
@@ -391,9 +393,9 @@ def _swiglu_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     mask = (row < rows)[:, None] & (column < d_ff)[None, :]
-    pair = row[:, None] * (2 * d_ff) + column[None, :]
-    gate = tl.load(gate_up_ptr + pair, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + pair + d_ff, mask=mask, other=0.0).to(tl.float32)
+    source = row[:, None] * (2 * d_ff) + column[None, :]
+    gate = tl.load(gate_up_ptr + source, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + source + d_ff, mask=mask, other=0.0).to(tl.float32)
     activated = gate * _sigmoid(gate) * up
     _observe(amax_ptr, activated)
     value = _scaled(activated, tl.load(scale_ptr + 1))
@@ -482,12 +484,11 @@ def swiglu_backward(
 
 
 @triton.jit
-def _tokens(seq, BLOCK_TOKENS: tl.constexpr):
-    """Sequence of this program and its tokens in it: a block lies within one, or each row would cost a division."""
+def _block_of_tokens(seq, BLOCK_TOKENS: tl.constexpr):
+    """Sequence of this program and the first of its tokens in it: a block lies within one, or each row would divide."""
     blocks = tl.cdiv(seq, BLOCK_TOKENS)
     sequence = tl.program_id(0) // blocks
-    token = (tl.program_id(0) - sequence * blocks) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    return sequence.to(tl.int64), token.to(tl.int64)
+    return sequence.to(tl.int64), (tl.program_id(0) - sequence * blocks) * BLOCK_TOKENS
 
 
 @triton.jit
@@ -495,7 +496,8 @@ def _norm_rotate_kernel(
     qkv_ptr, q_gain_ptr, k_gain_ptr, cos_ptr, sin_ptr, out_ptr, seq, n_heads, epsilon,
     HALF: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    sequence, token = _tokens(seq, BLOCK_TOKENS)
+    sequence, first_token = _block_of_tokens(seq, BLOCK_TOKENS)
+    token = (first_token + tl.arange(0, BLOCK_TOKENS)).to(tl.int64)
     row = sequence * seq + token
     head = tl.program_id(1)  # q's heads, then k's
     lane = tl.arange(0, BLOCK)
@@ -577,9 +579,7 @@ def _norm_rotate_backward_kernel(
     FORMAT: tl.constexpr, NORMED: tl.constexpr, HALF: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(seq, BLOCK_TOKENS)
-    sequence = (tl.program_id(0) // blocks).to(tl.int64)
-    first_token = (tl.program_id(0) % blocks) * BLOCK_TOKENS
+    sequence, first_token = _block_of_tokens(seq, BLOCK_TOKENS)
     first_row = sequence * seq + first_token
     pair = tl.arange(0, BLOCK_TOKENS // 2)
     lane = tl.arange(0, BLOCK)

@@ -16,7 +16,7 @@ import torch
 from fp8lab.config import ModelConfig
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
-from fp8lab.precision import convert, fp8_tensor_cores
+from fp8lab.precision import check_kernels, convert, fp8_tensor_cores
 from fp8lab.speed.plan import Contestant
 
 PEERS = {
@@ -39,6 +39,8 @@ def build(weights: GPT, contestant: Contestant) -> tuple[GPT, str | None]:
     if contestant.recipe == "tensorwise_fast":
         _convert_tensorwise_fast(model)
     else:
+        device = weights.embedding.weight.device
+        check_kernels(weights.config, contestant.recipe, contestant.head, device)  # type: ignore[arg-type]
         convert(model, contestant.recipe, contestant.head)  # type: ignore[arg-type]
     return model, None
 

@@ -205,6 +205,21 @@ def assert_close(got: Tensor, wanted: Tensor, dtype: torch.dtype, what: str) -> 
         assert (got != wanted).float().mean() < 0.01, f"{what}: too many differ"
 
 
+@pytest.mark.parametrize("rows", [1, 95])
+def test_an_odd_number_of_rows_is_refused_before_it_is_half_written(rows, device) -> None:
+    ops, x = operations(emulate=False), torch.ones(rows, D_MODEL, dtype=torch.bfloat16, device=device)
+    for transposing in (ops.quantise_both, ops.quantise_transposed):
+        with pytest.raises(ValueError, match=f"{rows} rows: a transposed copy holds pairs"):
+            transposing(x, slot(device))
+
+
+def test_an_odd_context_is_refused_though_its_rows_are_even(device, monkeypatch) -> None:
+    monkeypatch.setitem(globals(), "SEQ", 47)
+    monkeypatch.setitem(globals(), "ROWS", 2 * 47)
+    with pytest.raises(ValueError, match="context of 47 tokens"):
+        norm_rotate_backward(operations(emulate=False), "random", device)
+
+
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_programs_share_the_heads_of_a_token(heads, device, monkeypatch) -> None:
     """Three heads, in groups of one, of two and one, and all in one."""

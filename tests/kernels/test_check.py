@@ -1,0 +1,129 @@
+"""Kernels are held against their references before a model is trained with them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp8lab import precision, session
+from fp8lab.config import ModelConfig
+from tests.rule_data import tiny_config
+
+MODEL = ModelConfig(name="tiny", d_model=48, n_layers=1, n_heads=3, d_ff=112, vocab_size=304, seq_len=32)
+
+
+@pytest.fixture
+def check():
+    """The module, which remembers no check of another test."""
+    # Imports Triton, which the interpreter's switch must come before.
+    from fp8lab.kernels import check
+
+    checks = (check.check_blocks, check.check_head)
+    for function in checks:
+        function.cache_clear()
+    yield check
+    for function in checks:
+        function.cache_clear()
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_right_kernels_pass(check, device, heads: int) -> None:
+    model = MODEL.model_copy(update={"n_heads": heads, "d_model": 16 * heads})
+    check.check_blocks(model, device)
+    check.check_head(model, device)
+
+
+def swap_columns(outputs):
+    """Every fourth column of the transposed copy from its neighbour: what Triton 3.6 makes of FP8 exchanged."""
+    wrong = outputs[1].clone()
+    wrong[:, 3::4] = outputs[1][:, 2::4]
+    return (outputs[0], wrong, *outputs[2:])
+
+
+@pytest.mark.parametrize("name", ["swiglu_backward", "quantise_both", "norm_rotate_backward"])
+def test_a_kernel_that_is_compiled_wrongly_is_refused_by_name(check, device, monkeypatch, name: str) -> None:
+    right = getattr(check.problems.triton_ops, name)
+    monkeypatch.setattr(check.problems.triton_ops, name, lambda *arguments: swap_columns(right(*arguments)))
+    with pytest.raises(check.WrongKernel, match=f"kernel {name} wrongly.*of output 1 is off"):
+        check.check_blocks(MODEL, device)
+
+
+def test_an_amax_that_misses_some_of_the_tensor_is_seen(check, device, monkeypatch) -> None:
+    right = check.problems.triton_ops.quantise
+
+    def quantise(x, slot):
+        out = right(x, slot)
+        slot.amax.mul_(0.5)
+        return out
+
+    monkeypatch.setattr(check.problems.triton_ops, "quantise", quantise)
+    with pytest.raises(check.WrongKernel, match=r"kernel quantise wrongly.*amax"):
+        check.check_head(MODEL, device)
+
+
+@pytest.mark.parametrize(
+    ("value", "becomes"), [(torch.nan, 0.0), (torch.inf, 448.0), (448.0, 0.0)], ids=["nan", "infinity", "saturated"]
+)
+def test_numbers_at_the_edge_of_the_format_are_among_those_compared(check, device, monkeypatch, value, becomes) -> None:
+    """A share of one element in thousands would pass; that it is not finite where it should be does not."""
+    monkeypatch.setattr(check.problems, "TOLERATED_SHARE", 0.0)
+    right = check.problems.triton_ops.quantise
+
+    def quantise(x, slot):
+        out = right(x, slot).float()
+        wrong = out.isnan() if value != 448.0 else out.abs() == 448.0
+        return torch.where(wrong, becomes, out).to(slot.dtype)
+
+    monkeypatch.setattr(check.problems.triton_ops, "quantise", quantise)
+    with pytest.raises(check.WrongKernel, match="kernel quantise wrongly"):
+        check.check_head(MODEL, device)
+
+
+def test_a_wrong_softmax_is_seen_among_one_hot_entries_that_outweigh_it(check, device, monkeypatch) -> None:
+    model = MODEL.model_copy(update={"vocab_size": 8192})
+    right = check.problems.triton_ops.cross_entropy
+
+    def cross_entropy(logits, targets, z_loss):
+        entropy, lse, grad = right(logits, targets, z_loss)
+        return entropy, lse, torch.where(grad < 0, grad, 2 * grad)
+
+    monkeypatch.setattr(check.problems.triton_ops, "cross_entropy", cross_entropy)
+    with pytest.raises(check.WrongKernel, match=r"kernel cross_entropy wrongly.*of output 2 is off"):
+        check.check_blocks(model, device)
+
+
+def test_a_model_is_checked_once_a_process(check, device, monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr(check.problems, "disagreement", lambda name, _: calls.append(name))
+    check.check_blocks(MODEL, device)
+    once = len(calls)
+    check.check_blocks(MODEL.model_copy(), device)
+    assert len(calls) == once > 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "head", "checked"),
+    [
+        ("fused", "bf16", ["blocks"]),
+        ("fused", "fp8", ["blocks", "head"]),
+        ("tensorwise", "fp8", ["head"]),
+        ("tensorwise", "bf16", []),
+        ("bf16", "bf16", []),
+    ],
+)
+def test_what_a_training_runs_on_is_what_is_checked(check, monkeypatch, recipe, head, checked) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(check, "check_blocks", lambda *_: calls.append("blocks"))
+    monkeypatch.setattr(check, "check_head", lambda *_: calls.append("head"))
+    precision.check_kernels(MODEL, recipe, head, torch.device("cpu"))
+    assert calls == [], "emulated"
+    monkeypatch.setattr(precision, "fp8_tensor_cores", lambda: True)
+    precision.check_kernels(MODEL, recipe, head, torch.device("cuda"))
+    assert calls == checked
+
+
+@pytest.mark.parametrize(("recipe", "head"), [("fused", "bf16"), ("tensorwise", "fp8")])
+def test_a_run_is_examined_before_there_is_memory_for_it_on_a_gpu_too(monkeypatch, recipe, head) -> None:
+    """With tensor cores nothing is emulated, and what is examined lies on no device."""
+    monkeypatch.setattr(precision, "fp8_tensor_cores", lambda: True)
+    session.check_model(tiny_config(recipe=recipe, head=head))
