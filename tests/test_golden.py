@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fp8lab.config import RECIPES
-from tests.golden.curves import FOLDER, STEPS, read_curve, write_curves
+from tests.golden.curves import FOLDER, STEPS, TORCH, read_curve, write_curves
 
 # In one worker: the curves are computed once for all of them.
 pytestmark = pytest.mark.xdist_group("golden")
@@ -25,7 +26,7 @@ def computed(tmp_path_factory) -> Path:
 def test_curve(computed, recipe) -> None:
     golden, losses = (np.array(read_curve(folder, recipe)) for folder in (FOLDER, computed))
     assert len(losses) == len(golden) == STEPS
-    assert np.abs(losses - golden)[:10].max() < 1e-4
+    assert np.abs(losses - golden)[:10].max() < (1e-4 if torch.__version__.startswith(f"{TORCH}.") else 0.01)
     assert np.abs(losses - golden).max() < 0.02
 
 
