@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import typer
+
 from fp8lab import figures
 from fp8lab.records import write_atomically
 from fp8lab.results import speed_runs
@@ -22,6 +24,11 @@ def draw(records_dir: Path) -> bytes:
     return buffer.getvalue()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Draw the README's figure again, from the committed records."""
     write_atomically(FIGURE, draw(Path("runs/records")))
     print(f"wrote {FIGURE}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
