@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,24 +113,16 @@ def run_plan(plan: Plan, workspace: Workspace, options: Options, console: Consol
         config.run: f"{plan.name} {number}/{len(plan.runs)} {config.run}"
         for number, config in enumerate(plan.runs, start=1)
     }
-    all_series = _series(plan.runs, options, lambda config: _is_finished(config, workspace))
-    jobs = min(options.jobs, len(all_series))
+    errands = _errands(plan.runs, options, lambda config: _is_finished(config, workspace))
+    jobs = min(options.jobs, len(errands))
     machine = shares(jobs, options.nproc, visible_gpus()) if jobs > 1 else ALONE
     with _stage(workspace, console, machine, options.nproc) as stage:
         with ThreadPoolExecutor(jobs) as pool:
-            futures: dict[str, Future[int]] = {}
-            for series in all_series:
-                first = series[0]
-                if first.compact and options.nproc == 1:
-                    future = pool.submit(_run_series, series, plan, options, stage, labels)
-                else:
-                    parent = futures.get(first.parent.run) if first.parent else None
-                    future = pool.submit(_run_one, first, plan, options, stage, labels[first.run], parent)
-                futures[first.run] = future
+            futures = [pool.submit(_execute, errand, plan, options, stage, labels) for errand in errands]
             # Signals reach the main thread only while it is not blocked in a lock.
-            while not all(future.done() for future in futures.values()):
+            while not all(future.done() for future in futures):
                 time.sleep(POLL_SECONDS)
-        return sum(future.result() for future in futures.values())
+        return sum(future.result() for future in futures)
 
 
 def evaluate_run(
@@ -235,20 +227,37 @@ def _status_in_progress(progress: Progress, work: Path) -> tuple[str, str]:
     return "silent", f"{heard}; if it has stopped, the same command resumes it"
 
 
-def _series(
+def _errands(
     runs: Sequence[RunConfig], options: Options, is_finished: Callable[[RunConfig], bool]
 ) -> list[tuple[RunConfig, ...]]:
-    """Runs that share a process: neighbours in the plan that are compact and alike but for recipe and seed.
+    """What one job executes in order: a run and the decay branches that leave it, or a series that shares a process.
 
-    Neighbours go to as many processes as there are jobs. A run that takes several processes shares none of them.
+    A series are neighbours in the plan that are compact and alike but for recipe and seed, shared among as many
+    processes as there are jobs.
     """
+    names = {config.run for config in runs}
 
-    def alike(config: RunConfig) -> str:
-        is_sharing = config.compact and options.nproc == 1
-        return config.model_dump_json(exclude={"run", "recipe", "seed"}) if is_sharing else config.run
+    def family(config: RunConfig) -> tuple[RunConfig, ...]:
+        branches = (run for run in runs if run.parent is not None and run.parent.run == config.run)
+        return (config, *itertools.chain.from_iterable(map(family, branches)))
 
-    neighbours = [tuple(group) for _, group in itertools.groupby(runs, alike)]
-    return [series for group in neighbours for series in _split(group, options.jobs, is_finished)]
+    families = [family(config) for config in runs if config.parent is None or config.parent.run not in names]
+
+    def alike(family: tuple[RunConfig, ...]) -> str:
+        exclude = {"run", "recipe", "seed"} if _shares_process(family[0], options) else set()
+        return family[0].model_dump_json(exclude=exclude)
+
+    errands = [tuple(itertools.chain.from_iterable(group)) for _, group in itertools.groupby(families, alike)]
+    return [
+        part
+        for errand in errands
+        for part in (_split(errand, options.jobs, is_finished) if _shares_process(errand[0], options) else [errand])
+    ]
+
+
+def _shares_process(config: RunConfig, options: Options) -> bool:
+    """True for a run of a series: a run that takes several processes shares none of them."""
+    return config.compact and options.nproc == 1
 
 
 def _split(
@@ -263,6 +272,15 @@ def _split(
     places = [min(count, waiting - 1) * parts // waiting for count in before[:-1]]
     grouped = itertools.groupby(zip(places, runs, strict=True), key=lambda pair: pair[0])
     return [tuple(config for _, config in group) for _, group in grouped]
+
+
+def _execute(
+    errand: Sequence[RunConfig], plan: Plan, options: Options, stage: _Stage, labels: Mapping[str, str]
+) -> int:
+    """Execute one of `_errands`. The number of its runs that are not done."""
+    if _shares_process(errand[0], options):
+        return _run_series(errand, plan, options, stage, labels)
+    return sum(not _train_and_score(config, plan, options, stage, labels[config.run]) for config in errand)
 
 
 def _run_series(
@@ -285,19 +303,6 @@ def _run_series(
             stage.print_end(config, labels[config.run])
         waiting = waiting[done:]
     return sum(finished_record(stage.workspace.record(config)) is None for config in series)
-
-
-def _run_one(
-    config: RunConfig, plan: Plan, options: Options, stage: _Stage, label: str, parent: Future[int] | None
-) -> int:
-    """Execute one run. 0 if it is done, else 1.
-
-    Args:
-        parent: the run that a decay branch leaves, begun earlier: its checkpoint must be there first.
-    """
-    if parent is not None:
-        wait([parent])
-    return int(not _train_and_score(config, plan, options, stage, label))
 
 
 def _train_and_score(config: RunConfig, plan: Plan, options: Options, stage: _Stage, label: str) -> bool:
