@@ -200,6 +200,10 @@ def speed(
         str | None,
         typer.Option(help="Name of the record; the UTC time if left out. Of one that exists, missing cases are timed."),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only cases whose names match this shell pattern ('125M-*'); may be given several times."),
+    ] = None,
     budget_seconds: Annotated[
         float | None, typer.Option(min=1, help="Start no rounds and cases after this many seconds.")
     ] = None,
@@ -214,13 +218,14 @@ def speed(
     from fp8lab.speed import load_speed_plan, new_occasion, summary
 
     speed_plan = load_speed_plan(plan)
+    speed_plan.only(only or [])
     name, occasion = speed_plan.name, occasion or new_occasion()
     if not re.fullmatch(NAME_PATTERN, occasion):
         raise UserError(f"--occasion: {occasion!r} is no name for a folder; accepted: letters, digits, '.', '_', '-'")
     for mixture in speed_plan.mixtures:
         _build_data(mixture, data_dir, records_dir, corpus, eval_data)
     workspace = plans.Workspace(records=records_dir, data=data_dir, checkpoints=checkpoints_dir)
-    done = plans.measure_speed(plan, name, occasion, budget_seconds, workspace, console)
+    done = plans.measure_speed(plan, name, occasion, only or [], budget_seconds, workspace, console)
     folder = records.record_dir(records_dir, name, occasion)
     if done:
         record = records.read(folder)

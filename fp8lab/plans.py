@@ -152,18 +152,37 @@ def evaluate_run(
 
 
 def measure_speed(
-    plan: Path, name: str, occasion: str, budget_seconds: float | None, workspace: Workspace, console: Console
+    plan: Path,
+    name: str,
+    occasion: str,
+    only: Sequence[str],
+    budget_seconds: float | None,
+    workspace: Workspace,
+    console: Console,
 ) -> bool:
     """Time the steps of the speed plan `name` in the file `plan`. True if the notebook ran to its end.
 
     Raises:
         Interrupted: SIGINT or SIGTERM arrived; cases that were done are recorded.
     """
-    parameters = {"plan": str(plan), "occasion": occasion, "budget_seconds": budget_seconds}
+    parameters = {"plan": str(plan), "occasion": occasion, "only": list(only), "budget_seconds": budget_seconds}
     folder = records.record_dir(workspace.records, name, occasion)
     work = workspace.checkpoints / name / occasion
     with _stage(workspace, console, ALONE) as stage:
-        return stage.notebook("speed", folder, work, parameters, {work: f"{name} {occasion}"})
+        done = stage.notebook("speed", folder, work, parameters, {work: f"{name} {occasion}"})
+        if not done:
+            _end_speed_record(folder, stage.reason(work / "speed.log"), workspace.records)
+    return done
+
+
+def _end_speed_record(folder: Path, reason: str, records_dir: Path) -> None:
+    """The record of a measurement that died in the middle says no longer that it runs, and keeps the cases it has."""
+    if not (folder / "record.json").exists():
+        return
+    record = records.read(folder)
+    if record.status == "running":
+        record.status, record.reason = "interrupted", reason
+        records.write(record, records_dir)
 
 
 def finished_record(folder: Path) -> records.TrainRecord | None:
@@ -585,6 +604,13 @@ class _Stage:
                 next_line = time.monotonic() + LINE_SECONDS
         self._bars.remove_task(task)
 
+    def reason(self, log: Path) -> str:
+        """Why a notebook with this log did not run to its end."""
+        if self.received is not None:
+            return f"stopped by {signal.Signals(self.received).name}"
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1] if lines else "the notebook's process died"
+
     def _ensure_record(self, config: RunConfig, folder: Path, log: Path, before: bytes | None) -> None:
         """If the notebook died without a word (killed, out of memory, no import), write the record it could not.
 
@@ -599,10 +625,6 @@ class _Stage:
                 return
         else:
             record = records.started(config, records.collect_provenance("unknown"), emulated=False)
-        if self.received is not None:
-            record.status, record.reason = "interrupted", f"stopped by {signal.Signals(self.received).name}"
-        else:
-            lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            record.status, record.reason = "failed", lines[-1] if lines else "the notebook's process died"
+        record.status, record.reason = "failed" if self.received is None else "interrupted", self.reason(log)
         record.provenance.ended_utc = records.utc_now()
         records.write(record, self.workspace.records)

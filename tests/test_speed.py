@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -103,6 +108,43 @@ def test_an_occasion_goes_on_with_the_cases_that_are_missing(tmp_path) -> None:
     assert len(steps) == (4 + 1) * 2 * 2
     with pytest.raises(UserError, match="another plan"):
         measure(write_plan(tmp_path, seed=2), tmp_path)
+
+
+def test_chosen_cases_are_measured_and_the_rest_later_in_the_same_occasion(tmp_path) -> None:
+    path = write_plan(tmp_path)
+    some = measure(path, tmp_path, only=["tiny-T16-*"])
+    assert list(some.results["cases"]) == ["tiny-T16-B2"]
+    assert (some.status, some.reason) == ("interrupted", "the other cases were not asked for")
+    assert measure(path, tmp_path).status == "finished"
+    with pytest.raises(UserError, match=r"'7B-\*' matches no case of speed-test; it has tiny-T32-B2, tiny-T16-B2"):
+        measure(path, tmp_path, only=["7B-*"])
+
+
+def test_a_measurement_that_dies_says_no_longer_that_it_runs(tmp_path, monkeypatch, capsys) -> None:
+    """The whole command, its kernel killed while it is at the second case."""
+    path = write_plan(tmp_path, cases=PLAN["cases"][::-1], rounds=20)
+    folders = [f"--{name}-dir={tmp_path / name}" for name in ("records", "data", "checkpoints")]
+    folder = tmp_path / "records" / "speed-test" / "first"
+
+    def kill_after_the_first_case() -> None:
+        while not (folder / "steps.parquet").exists():
+            time.sleep(0.05)
+        os.kill(
+            json.loads((tmp_path / "checkpoints/speed-test/first/progress.json").read_text())["pid"], signal.SIGKILL
+        )
+
+    killer = threading.Thread(target=kill_after_the_first_case)
+    killer.start()
+    monkeypatch.setattr("sys.argv", ["fp8lab", "speed", str(path), "--occasion", "first", *folders])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    killer.join()
+    assert stop.value.code == 1
+    record = records.read(folder)
+    assert record.status == "interrupted"
+    assert "died" in (record.reason or "").lower()
+    assert list(record.results["cases"]) == ["tiny-T16-B2"]
+    assert "failed" in capsys.readouterr().out
 
 
 def test_the_command_goes_through_the_notebook(tmp_path, monkeypatch, capsys) -> None:

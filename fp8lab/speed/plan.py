@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from fp8lab.config import MODELS, Config, Head, Mixture, ModelConfig, Name, Recipe, read_yaml, validate
+from fp8lab.errors import UserError
 
 
 def _named_model(value: Any) -> Any:
@@ -88,6 +91,18 @@ class SpeedPlan(Config):
         """The mixtures that the cases use, each once."""
         names = [case.mixture or self.mixture for case in self.cases]
         return list(dict.fromkeys(name for name in names if name is not None))
+
+    def only(self, patterns: Sequence[str]) -> tuple[SpeedCase, ...]:
+        """The cases whose names match one of the shell patterns; all where there are none.
+
+        Raises:
+            UserError: a pattern matches no case.
+        """
+        for pattern in patterns:
+            if not any(fnmatchcase(case.name, pattern) for case in self.cases):
+                names = ", ".join(case.name for case in self.cases)
+                raise UserError(f"--only: {pattern!r} matches no case of {self.name}; it has {names}")
+        return tuple(case for case in self.cases if any(fnmatchcase(case.name, one) for one in patterns or "*"))
 
 
 def load_speed_plan(path: Path) -> SpeedPlan:
