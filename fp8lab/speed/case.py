@@ -40,6 +40,7 @@ class _Entrant:
     contestant: Contestant
     model: GPT
     first_step_seconds: float = 0.0
+    """From its conversion to the end of its first step: compilation, most of it."""
     warmup_losses: list[float] = field(default_factory=list)
 
 
@@ -85,8 +86,8 @@ class Measurement:
             self._optimizer.state.clear()
             release_memory(self._device)
             try:
-                entrant = _Entrant(contestant, self._build(contestant))
                 began = time.perf_counter()
+                entrant = _Entrant(contestant, self._build(contestant))
                 losses = [self._step(entrant.model, 0)]
                 self._synchronise()
                 entrant.first_step_seconds = time.perf_counter() - began
