@@ -113,8 +113,9 @@ def run_plan(plan: Plan, workspace: Workspace, options: Options, console: Consol
         config.run: f"{plan.name} {number}/{len(plan.runs)} {config.run}"
         for number, config in enumerate(plan.runs, start=1)
     }
-    errands = _errands(plan.runs, options, lambda config: _is_finished(config, workspace))
-    jobs = min(options.jobs, len(errands))
+    errands = _errands(plan.runs, options, lambda config: _is_done(config, workspace))
+    to_do = sum(not all(_is_done(config, workspace) for config in errand) for errand in errands)
+    jobs = max(1, min(options.jobs, to_do))
     machine = shares(jobs, options.nproc, visible_gpus()) if jobs > 1 else ALONE
     with _stage(workspace, console, machine, options.nproc) as stage:
         with ThreadPoolExecutor(jobs) as pool:
@@ -193,8 +194,10 @@ def finished_record(folder: Path) -> records.TrainRecord | None:
     return record if isinstance(record, records.TrainRecord) and record.status == "finished" else None
 
 
-def _is_finished(config: RunConfig, workspace: Workspace) -> bool:
-    return finished_record(workspace.record(config)) is not None
+def _is_done(config: RunConfig, workspace: Workspace) -> bool:
+    """True for a run that is trained and, where its plan asks for scores, scored."""
+    folder = workspace.record(config)
+    return finished_record(folder) is not None and (config.evaluation == "none" or (folder / "eval.json").exists())
 
 
 def status_rows(plan: Plan | None, records_dir: Path, checkpoints_dir: Path) -> list[tuple[str, ...]]:
@@ -247,7 +250,7 @@ def _status_in_progress(progress: Progress, work: Path) -> tuple[str, str]:
 
 
 def _errands(
-    runs: Sequence[RunConfig], options: Options, is_finished: Callable[[RunConfig], bool]
+    runs: Sequence[RunConfig], options: Options, is_done: Callable[[RunConfig], bool]
 ) -> list[tuple[RunConfig, ...]]:
     """What one job executes in order: a run and the decay branches that leave it, or a series that shares a process.
 
@@ -270,7 +273,7 @@ def _errands(
     return [
         part
         for errand in errands
-        for part in (_split(errand, options.jobs, is_finished) if _shares_process(errand[0], options) else [errand])
+        for part in (_split(errand, options.jobs, is_done) if _shares_process(errand[0], options) else [errand])
     ]
 
 
@@ -280,10 +283,10 @@ def _shares_process(config: RunConfig, options: Options) -> bool:
 
 
 def _split(
-    runs: tuple[RunConfig, ...], parts: int, is_finished: Callable[[RunConfig], bool]
+    runs: tuple[RunConfig, ...], parts: int, is_done: Callable[[RunConfig], bool]
 ) -> list[tuple[RunConfig, ...]]:
-    """At most `parts` of `runs`, in order, with equally many that are not finished, to within one."""
-    before = list(itertools.accumulate((not is_finished(config) for config in runs), initial=0))
+    """At most `parts` of `runs`, in order, with equally many that are not done, to within one."""
+    before = list(itertools.accumulate((not is_done(config) for config in runs), initial=0))
     waiting = before[-1]
     parts = min(parts, waiting)
     if parts < 2:

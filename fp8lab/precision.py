@@ -113,19 +113,20 @@ def convert(
 
 
 def check_kernels(model: ModelConfig, recipe: Recipe, head: Head, device: torch.device) -> None:
-    """Hold this project's FP8 kernels against their references, if training with `recipe` and `head` runs on them.
+    """Hold this project's kernels against their references, those that a model of `recipe` and `head` runs on.
 
     Raises:
         fp8lab.kernels.check.WrongKernel: this machine's Triton compiles one of them wrongly.
     """
-    if device.type != "cuda" or not fp8_tensor_cores():
+    if device.type != "cuda":
         return
     # Triton comes with torch's CUDA build alone.
     from fp8lab.kernels import check
 
-    if recipe == "fused":
+    check.check_loss(model, device)
+    if recipe == "fused" and fp8_tensor_cores():
         check.check_blocks(model, device)
-    if head == "fp8":
+    if head == "fp8" and fp8_tensor_cores():
         check.check_head(model, device)
 
 

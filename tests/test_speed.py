@@ -89,7 +89,7 @@ def test_a_budget_ends_a_plan_early_and_says_so(tmp_path) -> None:
     assert "budget" in (record.reason or "")
 
 
-def test_an_occasion_goes_on_with_the_cases_that_are_missing(tmp_path) -> None:
+def test_an_occasion_goes_on_with_the_cases_that_are_missing(tmp_path, monkeypatch) -> None:
     path = write_plan(tmp_path)
 
     def die(*_: object) -> None:
@@ -108,6 +108,9 @@ def test_an_occasion_goes_on_with_the_cases_that_are_missing(tmp_path) -> None:
     assert len(steps) == (4 + 1) * 2 * 2
     with pytest.raises(UserError, match="another plan"):
         measure(write_plan(tmp_path, seed=2), tmp_path)
+    monkeypatch.setattr(records, "_git_state", lambda: ("another", False))
+    with pytest.raises(UserError, match=r"another git_commit \(.*, now another\)"):
+        measure(write_plan(tmp_path), tmp_path)
 
 
 def test_chosen_cases_are_measured_and_the_rest_later_in_the_same_occasion(tmp_path) -> None:
@@ -127,13 +130,14 @@ def test_a_measurement_that_dies_says_no_longer_that_it_runs(tmp_path, monkeypat
     folder = tmp_path / "records" / "speed-test" / "first"
 
     def kill_after_the_first_case() -> None:
-        while not (folder / "steps.parquet").exists():
+        deadline = time.monotonic() + 120
+        while not (folder / "steps.parquet").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         os.kill(
             json.loads((tmp_path / "checkpoints/speed-test/first/progress.json").read_text())["pid"], signal.SIGKILL
         )
 
-    killer = threading.Thread(target=kill_after_the_first_case)
+    killer = threading.Thread(target=kill_after_the_first_case, daemon=True)
     killer.start()
     monkeypatch.setattr("sys.argv", ["fp8lab", "speed", str(path), "--occasion", "first", *folders])
     with pytest.raises(SystemExit) as stop:

@@ -186,6 +186,7 @@ def convert_for_scoring(model: GPT, config: RunConfig, precision: str | None) ->
     if precision is None or precision == "bf16":
         return
     recipe: Recipe = precision  # type: ignore[assignment]
+    precision_swap.check_kernels(model.config, recipe, config.head, model.embedding.weight.device)
     precision_swap.convert(model, recipe, config.head, config.high_precision)
 
 

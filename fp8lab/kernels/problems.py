@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fp8lab.config import LADDER_VOCAB, ModelConfig
@@ -19,22 +20,25 @@ from fp8lab.kernels.scaling import Slot
 HEAD_ROWS = 16_384
 """Rows of logits a chunk of the head."""
 EPSILON = 1e-6
+PATCH = 64
+"""Rows and columns of the patches of an output that are judged one by one: no larger than a kernel's tile."""
 TOLERATED_SHARE = 0.01
-"""Of an output's elements that may differ: rounding boundaries crossed by sums in another order, but no tile."""
+"""Of a patch's elements that may differ: sums in another order cross a rounding boundary here and there."""
+Z_LOSS = 1e-4
 
 
 class Problem:
     """Random tensors of one model's shapes."""
 
     def __init__(
-        self, model: ModelConfig, sequences: int, seq: int, device: torch.device, *, nasty: bool = False
+        self, model: ModelConfig, sequences: int, seq: int, device: torch.device, *, seed: int = 1, nasty: bool = False
     ) -> None:
         """
         Args:
             nasty: with a NaN, an infinity and a number that saturates in every BF16 tensor.
         """
         self.model, self.rows, self.sequences, self.seq, self.device = model, sequences * seq, sequences, seq, device
-        self.generator = torch.Generator(device).manual_seed(1)
+        self.generator = torch.Generator(device).manual_seed(seed)
         self._nasty = nasty
 
     def slot(self, dtype: torch.dtype = torch.float8_e4m3fn, scale: float = 64.0) -> Slot:
@@ -142,13 +146,13 @@ def _logits(p: Problem) -> tuple[Tensor, Tensor]:
 
 
 def cross_entropy(p: Problem) -> Call:
-    return "cross_entropy", [*_logits(p), 0.0]
+    return "cross_entropy", [*_logits(p), Z_LOSS]
 
 
 def cross_entropy_short(p: Problem) -> Call:
     vocabulary = LADDER_VOCAB
     targets = torch.randint(vocabulary, (HEAD_ROWS,), generator=p.generator, device=p.device)
-    return "cross_entropy", [p.bf16(HEAD_ROWS, vocabulary), targets, 0.0]
+    return "cross_entropy", [p.bf16(HEAD_ROWS, vocabulary), targets, Z_LOSS]
 
 
 def cross_entropy_alone(p: Problem) -> Call:
@@ -156,7 +160,7 @@ def cross_entropy_alone(p: Problem) -> Call:
 
 
 def cross_entropy_quantised(p: Problem) -> Call:
-    return "cross_entropy_quantised", [*_logits(p), 0.0, p.slot(torch.float8_e5m2, 2.0**15)]
+    return "cross_entropy_quantised", [*_logits(p), Z_LOSS, p.slot(torch.float8_e5m2, 2.0**15)]
 
 
 def outputs(result: Any) -> tuple[Any, ...]:
@@ -170,28 +174,38 @@ def disagreement(name: str, arguments: list[Any]) -> str | None:
     expected = outputs(getattr(reference, name)(*for_reference))
     actual = outputs(getattr(triton_ops, name)(*for_kernel))
     for position, (got, wanted) in enumerate(zip(actual, expected, strict=True)):
-        if got is None or wanted is None:
+        if got is None and wanted is None:
             continue
-        share = _share_off(got, wanted)
-        if share > TOLERATED_SHARE:
-            return f"{share:.1%} of output {position} is off"
+        wrong = "missing" if got is None or wanted is None else _difference(got, wanted)
+        if wrong is not None:
+            return f"output {position}: {wrong}"
     for got, wanted in zip(for_kernel, for_reference, strict=True):
-        if isinstance(got, Slot) and not torch.allclose(got.amax, wanted.amax, rtol=1e-4):
+        # Of a tensor that is rounded to BF16 first, a neighbour.
+        if isinstance(got, Slot) and not torch.allclose(got.amax, wanted.amax, rtol=2**-7):
             return f"amax {got.amax[0]:.6g}, should be {wanted.amax[0]:.6g}"
     return None
 
 
-def _share_off(got: Tensor, wanted: Tensor) -> float:
-    """Share of elements that are not the reference's, but for rounding; of FP8, that are not equal."""
-    finite = wanted.isfinite() if wanted.dtype.itemsize > 1 else wanted.float().isfinite()
+def _difference(got: Tensor, wanted: Tensor) -> str | None:
+    """What is wrong with an output, None if it is the reference's but for rounding."""
     values, right = got.float(), wanted.float()
+    finite = right.isfinite()
+    # An infinity in one and a NaN in the other depends on the order of a sum: that neither is a number does not.
+    if not torch.equal(values.isfinite(), finite):
+        return "not finite in other places"
+    typical = right[finite].square().mean().sqrt()
     if got.dtype.itemsize == 1:
         off = values != right
+        saturated = right.abs() == torch.finfo(got.dtype).max
+        if off[saturated].float().mean() > 0.5:
+            return "what saturates is off"
     else:
-        typical = right[finite].square().mean().sqrt()
-        off = (values - right).abs() > 2**-6 * right.abs() + 1e-4 * typical
-    # An infinity in one and a NaN in the other depends on the order of a sum: that neither is a number does not.
-    return float(torch.where(finite, off | ~values.isfinite(), values.isfinite()).float().mean())
+        relative, absolute = (2**-6, 1e-4) if got.dtype == torch.bfloat16 else (2**-10, 1e-3)
+        off = (values - right).abs() > relative * right.abs() + absolute * typical
+    plane = (off & finite).float().reshape(1, -1, off.shape[-1])
+    patch = (min(PATCH, plane.shape[1]), min(PATCH, plane.shape[2]))
+    share = float(F.avg_pool2d(plane, patch, ceil_mode=True).max())
+    return f"{share:.1%} of a part of it is off" if share > TOLERATED_SHARE else None
 
 
 def _copies(arguments: list[Any]) -> list[Any]:

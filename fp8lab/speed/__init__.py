@@ -11,7 +11,7 @@ case also gets a profile of one step by category, and the time of its GEMMs alon
 speed of a recipe whose casts cost nothing.
 
 A record is called an occasion. A time budget ends one after a whole round; measuring the same occasion
-again goes on with the cases that are missing.
+again, on the same device and with the same code, goes on with the cases that are missing.
 
 On a CPU the same plan runs emulated, to test this code: those times say nothing about FP8.
 """
@@ -34,7 +34,7 @@ from fp8lab.records import SpeedRecord
 from fp8lab.session import device_name, release_memory, training_device
 from fp8lab.speed.batches import batch_source
 from fp8lab.speed.case import Measurement, failure
-from fp8lab.speed.plan import SpeedPlan, load_speed_plan
+from fp8lab.speed.plan import SpeedCase, SpeedPlan, load_speed_plan
 
 __all__ = ["SpeedPlan", "load_speed_plan", "measure", "new_occasion", "summary"]
 
@@ -62,13 +62,13 @@ def measure(
         error.
 
     Raises:
-        UserError: the occasion exists with another plan, or a pattern matches no case.
+        UserError: the occasion exists with another plan, device, commit or versions, or a pattern matches no case.
     """
     chosen = plan.only(only)
     device = training_device()
     deadline = time.monotonic() + (budget_seconds or float("inf"))
     batches, source = batch_source(plan, data_dir)
-    record, rows = _occasion(plan, records_dir, occasion or new_occasion(), source, device)
+    record, rows = _occasion(plan, chosen, records_dir, occasion or new_occasion(), source, device)
     cases = record.results["cases"]
     for case in chosen:
         if case.name in cases:
@@ -99,9 +99,14 @@ def new_occasion() -> str:
 
 
 def _occasion(
-    plan: SpeedPlan, records_dir: Path, occasion: str, source: str, device: torch.device
+    plan: SpeedPlan,
+    chosen: Sequence[SpeedCase],
+    records_dir: Path,
+    occasion: str,
+    source: str,
+    device: torch.device,
 ) -> tuple[SpeedRecord, list[dict[str, Any]]]:
-    """A new record, or an old one without its failed cases; and its timed steps."""
+    """A new record, or an old one without those of the `chosen` cases that failed; and its timed steps."""
     config = plan.model_dump(mode="json")
     record = SpeedRecord(
         plan=plan.name,
@@ -118,8 +123,17 @@ def _occasion(
     assert isinstance(old, SpeedRecord)
     if old.config != config or old.provenance.device_name != record.provenance.device_name:
         raise UserError(f"{folder}: measured with another plan or device; choose another occasion")
-    cases = old.results["cases"]
-    record.results["cases"] = {name: results for name, results in cases.items() if "error" not in results}
+    # One record has one provenance.
+    for what in ("git_commit", "versions"):
+        before, now = getattr(old.provenance, what), getattr(record.provenance, what)
+        if before != now:
+            raise UserError(f"{folder}: measured with another {what} ({before}, now {now}); choose another occasion")
+    repeated = {case.name for case in chosen}
+    record.results["cases"] = {
+        name: results
+        for name, results in old.results["cases"].items()
+        if "error" not in results or name not in repeated
+    }
     steps = records.read_table(folder, "steps")
     return record, [{str(key): value for key, value in row.items()} for row in steps.to_dict("records")]
 
