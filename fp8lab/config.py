@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -361,14 +361,30 @@ class Plan(Config):
         Raises:
             UserError: a pattern matches no run.
         """
-        for pattern in patterns:
-            if not any(fnmatchcase(config.run, pattern) for config in self.runs):
-                names = ", ".join(config.run for config in self.runs)
-                raise UserError(f"--only: {pattern!r} matches no run of {self.path}; it has {names}")
-        chosen = tuple(
-            config for config in self.runs if any(fnmatchcase(config.run, pattern) for pattern in patterns or "*")
-        )
+        chosen = matching(self.runs, lambda config: config.run, patterns, f"run of {self.path}")
         return self.model_copy(update={"runs": chosen})
+
+
+ItemT = TypeVar("ItemT")
+
+
+def matching(
+    items: Iterable[ItemT], name: Callable[[ItemT], str], patterns: Sequence[str], what: str
+) -> tuple[ItemT, ...]:
+    """Those of `items` whose names match one of the shell patterns of ``--only``; all where there are none.
+
+    Args:
+        what: what they are, for the message: 'run of plan.yaml'.
+
+    Raises:
+        UserError: a pattern matches none.
+    """
+    named = [(name(item), item) for item in items]
+    for pattern in patterns:
+        if not any(fnmatchcase(own, pattern) for own, _ in named):
+            names = ", ".join(own for own, _ in named)
+            raise UserError(f"--only: {pattern!r} matches no {what}; it has {names}")
+    return tuple(item for own, item in named if any(fnmatchcase(own, pattern) for pattern in patterns or "*"))
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)

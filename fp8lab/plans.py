@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,8 +113,9 @@ def run_plan(plan: Plan, workspace: Workspace, options: Options, console: Consol
         config.run: f"{plan.name} {number}/{len(plan.runs)} {config.run}"
         for number, config in enumerate(plan.runs, start=1)
     }
-    errands = _errands(plan.runs, options, lambda config: _is_done(config, workspace))
-    to_do = sum(not all(_is_done(config, workspace) for config in errand) for errand in errands)
+    done = {config.run for config in plan.runs if _is_done(config, workspace)}
+    errands = _errands(plan.runs, options, done)
+    to_do = sum(any(config.run not in done for config in errand) for errand in errands)
     jobs = max(1, min(options.jobs, to_do))
     machine = shares(jobs, options.nproc, visible_gpus()) if jobs > 1 else ALONE
     with _stage(workspace, console, machine, options.nproc) as stage:
@@ -197,7 +198,11 @@ def finished_record(folder: Path) -> records.TrainRecord | None:
 def _is_done(config: RunConfig, workspace: Workspace) -> bool:
     """True for a run that is trained and, where its plan asks for scores, scored."""
     folder = workspace.record(config)
-    return finished_record(folder) is not None and (config.evaluation == "none" or (folder / "eval.json").exists())
+    return finished_record(folder) is not None and _is_scored(config, folder)
+
+
+def _is_scored(config: RunConfig, folder: Path) -> bool:
+    return config.evaluation == "none" or (folder / "eval.json").exists()
 
 
 def status_rows(plan: Plan | None, records_dir: Path, checkpoints_dir: Path) -> list[tuple[str, ...]]:
@@ -249,13 +254,14 @@ def _status_in_progress(progress: Progress, work: Path) -> tuple[str, str]:
     return "silent", f"{heard}; if it has stopped, the same command resumes it"
 
 
-def _errands(
-    runs: Sequence[RunConfig], options: Options, is_done: Callable[[RunConfig], bool]
-) -> list[tuple[RunConfig, ...]]:
+def _errands(runs: Sequence[RunConfig], options: Options, done: Set[str]) -> list[tuple[RunConfig, ...]]:
     """What one job executes in order: a run and the decay branches that leave it, or a series that shares a process.
 
     A series are neighbours in the plan that are compact and alike but for recipe and seed, shared among as many
     processes as there are jobs.
+
+    Args:
+        done: names of the runs that nothing is left to do for.
     """
     names = {config.run for config in runs}
 
@@ -273,7 +279,7 @@ def _errands(
     return [
         part
         for errand in errands
-        for part in (_split(errand, options.jobs, is_done) if _shares_process(errand[0], options) else [errand])
+        for part in (_split(errand, options.jobs, done) if _shares_process(errand[0], options) else [errand])
     ]
 
 
@@ -282,11 +288,9 @@ def _shares_process(config: RunConfig, options: Options) -> bool:
     return config.compact and options.nproc == 1
 
 
-def _split(
-    runs: tuple[RunConfig, ...], parts: int, is_done: Callable[[RunConfig], bool]
-) -> list[tuple[RunConfig, ...]]:
+def _split(runs: tuple[RunConfig, ...], parts: int, done: Set[str]) -> list[tuple[RunConfig, ...]]:
     """At most `parts` of `runs`, in order, with equally many that are not done, to within one."""
-    before = list(itertools.accumulate((not is_done(config) for config in runs), initial=0))
+    before = list(itertools.accumulate((config.run not in done for config in runs), initial=0))
     waiting = before[-1]
     parts = min(parts, waiting)
     if parts < 2:
@@ -333,8 +337,7 @@ def _train_and_score(config: RunConfig, plan: Plan, options: Options, stage: _St
         return False
     folder = stage.workspace.record(config)
     trained = _finished_and_shared(config, stage.workspace)
-    scored = config.evaluation == "none" or (folder / "eval.json").exists()
-    if trained is not None and scored:
+    if trained is not None and _is_scored(config, folder):
         stage.print(f"{label}: already finished, {_loss(trained)}")
         return True
     if trained is None:

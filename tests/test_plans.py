@@ -150,14 +150,15 @@ def test_runs_at_once_each_see_a_gpu_of_their_own(tmp_path: Path, monkeypatch: p
 )
 def test_what_is_to_do_of_a_series_is_shared_among_the_jobs(tmp_path: Path, jobs: int, finished, seeds) -> None:
     plan, _ = make_project(tmp_path, FINISH, seeds=[1, 2, 3, 4, 5], compact=True)
-    series = plans._errands(plan.runs, Options(jobs=jobs), lambda config: config.seed in finished)
+    done = {config.run for config in plan.runs if config.seed in finished}
+    series = plans._errands(plan.runs, Options(jobs=jobs), done)
     assert [[config.seed for config in part] for part in series] == seeds
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_job_takes_the_branches_of_a_run_after_it_and_waits_for_no_other(jobs: int) -> None:
     plan = load_plan("runs/plans/ladder-h200.yaml").only(["7M-*", "13M-bf16-s1-d5"])
-    errands = plans._errands(plan.runs, Options(jobs=jobs), lambda _: False)
+    errands = plans._errands(plan.runs, Options(jobs=jobs), set())
     assert [[config.run for config in errand] for errand in errands] == [
         *(
             [f"7M-{recipe}-s1", f"7M-{recipe}-s1-d5", f"7M-{recipe}-s1-d10"]

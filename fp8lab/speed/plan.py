@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from fp8lab.config import MODELS, Config, Head, Mixture, ModelConfig, Name, Recipe, read_yaml, validate
-from fp8lab.errors import UserError
+from fp8lab.config import MODELS, Config, Head, Mixture, ModelConfig, Name, Recipe, matching, read_yaml, validate
 
 
 def _named_model(value: Any) -> Any:
@@ -98,11 +96,7 @@ class SpeedPlan(Config):
         Raises:
             UserError: a pattern matches no case.
         """
-        for pattern in patterns:
-            if not any(fnmatchcase(case.name, pattern) for case in self.cases):
-                names = ", ".join(case.name for case in self.cases)
-                raise UserError(f"--only: {pattern!r} matches no case of {self.name}; it has {names}")
-        return tuple(case for case in self.cases if any(fnmatchcase(case.name, one) for one in patterns or "*"))
+        return matching(self.cases, lambda case: case.name, patterns, f"case of {self.name}")
 
 
 def load_speed_plan(path: Path) -> SpeedPlan:
