@@ -720,10 +720,10 @@ def _cross_entropy_kernel(
             index = (blocks - 1 - block) * (REPEAT * BLOCK) + entry
             mask = index < vocabulary
             value = tl.load(logits_ptr + index, mask=mask, other=float("-inf")).to(tl.float32)
-            grad = tl.exp2(value * LOG2_E - lse * LOG2_E) * factor
+            grad = tl.exp2((value - lse) * LOG2_E) * factor
             tl.store(logits_ptr + index, grad.to(tl.bfloat16), mask=mask)
         tl.debug_barrier()
-        grad = tl.exp2(target_logit * LOG2_E - lse * LOG2_E) * factor - 1.0
+        grad = tl.exp2((target_logit - lse) * LOG2_E) * factor - 1.0
         tl.store(logits_ptr + target, grad.to(tl.bfloat16))
 
 
@@ -757,7 +757,7 @@ def _gradients_of_logits(logits_ptr, target_ptr, lse_ptr, has_row, offset, mask,
     value = tl.load(logits_ptr + offset, mask=mask, other=float("-inf")).to(tl.float32)
     lse = tl.load(lse_ptr, mask=has_row, other=0.0)
     target = tl.load(target_ptr, mask=has_row, other=-1)
-    grad = tl.exp2(value * LOG2_E - (lse * LOG2_E)[:, None]) * (1 + 2 * z_loss * lse)[:, None]
+    grad = tl.exp2((value - lse[:, None]) * LOG2_E) * (1 + 2 * z_loss * lse)[:, None]
     return grad - tl.where(column == target[:, None], 1.0, 0.0)
 
 

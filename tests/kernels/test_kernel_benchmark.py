@@ -16,7 +16,7 @@ MODEL = ModelConfig(name="tiny", d_model=64, n_layers=1, n_heads=1, d_ff=64, voc
 
 
 @pytest.fixture
-def benchmark(monkeypatch, device):
+def kernels(monkeypatch, device):
     """The module, with two kernels of one tiny model, and a clock by which a call takes 0.1 ms."""
     # Imports Triton, which the interpreter's switch must come before.
     from fp8lab.kernels import benchmark
@@ -34,16 +34,16 @@ def benchmark(monkeypatch, device):
     return benchmark
 
 
-def run(benchmark, tmp_path: Path) -> tuple[records.BenchmarkRecord, list[str]]:
-    done = CliRunner().invoke(benchmark.app, ["--records-dir", str(tmp_path)], catch_exceptions=False)
+def run(kernels, tmp_path: Path) -> tuple[records.BenchmarkRecord, list[str]]:
+    done = CliRunner().invoke(kernels.app, ["--records-dir", str(tmp_path)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     record = records.read(tmp_path / "benchmarks" / "kernels-Toy-GPU-1-GB")
     assert isinstance(record, records.BenchmarkRecord)
     return record, done.output.splitlines()
 
 
-def test_a_record_keeps_every_tile_and_a_line_tells_of_each_kernel(benchmark, tmp_path) -> None:
-    record, lines = run(benchmark, tmp_path)
+def test_a_record_keeps_every_tile_and_a_line_tells_of_each_kernel(kernels, tmp_path) -> None:
+    record, lines = run(kernels, tmp_path)
     assert record.provenance.device_name == "Toy GPU (1 GB)"
     assert record.provenance.command.startswith("python -m fp8lab.kernels.benchmark")
     rows = record.results["rows"]
@@ -59,16 +59,16 @@ def test_a_record_keeps_every_tile_and_a_line_tells_of_each_kernel(benchmark, tm
     assert "100us 0.00" in lines[1]
 
 
-def test_a_tile_that_computes_something_else_is_not_timed(benchmark, tmp_path, monkeypatch) -> None:
-    real = benchmark.triton_ops.swiglu
+def test_a_tile_that_computes_something_else_is_not_timed(kernels, tmp_path, monkeypatch) -> None:
+    real = kernels.triton_ops.swiglu
 
     def swiglu(gate_up, slot):
         activated = real(gate_up, slot)
-        wrong = benchmark.CANDIDATES["swiglu"].tiles[1] == benchmark.triton_ops.SWIGLU
+        wrong = kernels.CANDIDATES["swiglu"].tiles[1] == kernels.triton_ops.SWIGLU
         return activated.float().mul(2).to(activated.dtype) if wrong else activated
 
-    monkeypatch.setattr(benchmark.triton_ops, "swiglu", swiglu)
-    record, lines = run(benchmark, tmp_path)
+    monkeypatch.setattr(kernels.triton_ops, "swiglu", swiglu)
+    record, lines = run(kernels, tmp_path)
     right, wrong = (row for row in record.results["rows"] if row["kernel"] == "swiglu")
     assert right["ms"] == 0.1
     assert "ms" not in wrong
@@ -76,8 +76,8 @@ def test_a_tile_that_computes_something_else_is_not_timed(benchmark, tmp_path, m
     assert wrong["error"] in lines[2]
 
 
-def test_a_share_is_a_number_below_the_number_of_shares(benchmark) -> None:
-    assert benchmark._parse_share("1/2") == (1, 2)
+def test_a_share_is_a_number_below_the_number_of_shares(kernels) -> None:
+    assert kernels._parse_share("1/2") == (1, 2)
     for text in ("2/2", "1", "-1/2", "a/b"):
         with pytest.raises(UserError, match="--compile"):
-            benchmark._parse_share(text)
+            kernels._parse_share(text)
