@@ -185,6 +185,48 @@ class ScheduleConfig(Config):
         return self
 
 
+Gemm = Literal["output", "grad_input", "grad_weight"]
+"""Of a Linear (see `fp8lab.precision`)."""
+GEMMS: tuple[Gemm, ...] = get_args(Gemm)
+Fp8Format = Literal["e4m3", "e5m2"]
+
+
+class FusedConfig(Config):
+    """How the recipe ``fused`` computes (`fp8lab.kernels`); other recipes have nothing of it."""
+
+    gradient_format: Fp8Format = "e4m3"
+    """E4M3 has a mantissa bit more than E5M2 and 2^18 between its largest and smallest numbers instead of 2^32.
+
+    Per-tensor scales follow the gradients, so precision is worth more here than range (DeepSeek-V3,
+    2412.19437, section 3.3.2, uses E4M3 throughout).
+    """
+    history: int = Field(default=16, gt=0)
+    """Steps whose largest amax sets the scale."""
+    margin: int = Field(default=1, ge=0)
+    """Powers of two left free above that amax, for a step that exceeds it. Costs range, not precision."""
+    power_of_two_scales: bool = True
+    """Round scales down to powers of two: scaling then rounds nothing."""
+    fast_accumulation: tuple[Gemm, ...] = ("output", "grad_input")
+    """GEMMs whose sums stay in the tensor cores, with about 14 bits, to the end.
+
+    A weight gradient sums over all tokens of a micro-batch, where that loses most.
+    """
+    recompute_rotated_from: int = Field(default=2048, ge=0)
+    """Width from which q and k are rotated again in backward instead of kept.
+
+    One more pass over them: under 1% of a step at width 2048, and more at smaller ones, which need the memory less.
+    """
+    bf16_output_gradient_below: int = Field(default=1024, ge=0)
+    """Width below which the output projection's weight gradient stays in BF16.
+
+    It has d_model^2 outputs: too few tiles to fill a GPU with FP8 GEMMs, and its BF16 operands exist anyway.
+    """
+
+
+EARLIER_FUSED = {"fast_accumulation": GEMMS}
+"""What `FusedConfig` was, where it differed, before configurations had it."""
+
+
 class ParentConfig(Config):
     """Where a decay branch leaves the run that it shares its warm-up and stable part with."""
 
@@ -206,6 +248,7 @@ class RunConfig(Config):
     """Precision of the linear layers' GEMMs (see `fp8lab.precision`)."""
     head: Head = "bf16"
     """Precision of the output head's GEMMs."""
+    fused: FusedConfig = FusedConfig()
     high_precision: tuple[str, ...] = ()
     """Linears to leave in BF16: shell patterns on their names ('blocks.0.*'). One that matches nothing is an error."""
     seed: int = Field(ge=0)
@@ -332,12 +375,15 @@ def changed_fields(before: RunConfig, now: RunConfig, may_change: Set[str] = MAY
 
 
 def earlier_config(values: Mapping[str, Any], where: str) -> RunConfig:
-    """The configuration that an earlier version wrote: a field newer than that then had what is now its default.
+    """The configuration that an earlier version wrote.
+
+    A field newer than that then had what is now its default, `fused` but for `EARLIER_FUSED`.
 
     Raises:
         UserError: it is no configuration of a run.
     """
     known = {field: value for field, value in values.items() if field in RunConfig.model_fields}
+    known.setdefault("fused", EARLIER_FUSED)
     return validate(RunConfig, known, where)
 
 

@@ -18,7 +18,7 @@ BF16_PEAK_FLOPS = 989.4e12
 """Dense BF16 FLOP/s of an H100 SXM or H200 (NVIDIA's data sheets): the denominator of 'BF16-MFU', also for FP8 runs."""
 FP8_OUTPUT_GRADIENT_FROM = 1024
 """Width from which `fused` computes the weight gradient of attention's output projection in FP8: below, its transposed
-copy costs more than the GEMM gains (`fp8lab.kernels.Fp8Settings`)."""
+copy costs more than the GEMM gains (`fp8lab.config.FusedConfig`)."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Training a Linear costs three GEMMs::
 In FP8 each operand is divided by a scale that maps its largest magnitude (amax) onto the largest
 number of the format (E4M3: 448; E5M2: 57,344), rounded, multiplied on tensor cores and scaled back.
 Tensor cores sum the products in FP32 or, with fast accumulation, in fewer bits: torchao in ``output``'s
-GEMM alone, ``fused`` in all three. The recipes differ in who shares a scale and what stays in BF16:
+GEMM alone, ``fused`` in ``grad_input``'s too. The recipes differ in who shares a scale and what stays in BF16:
 
 ========================  ========================================================================
 ``bf16``                  no swap: autocast's BF16 GEMMs
@@ -41,7 +41,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from fp8lab.config import RECIPES, Head, ModelConfig, Recipe
+from fp8lab.config import RECIPES, FusedConfig, Head, ModelConfig, Recipe
 from fp8lab.errors import UserError
 from fp8lab.kernels import Fp8TiedHead, convert_blocks
 from fp8lab.model import GPT
@@ -74,6 +74,7 @@ def convert(
     head: Head = "bf16",
     high_precision: Sequence[str] = (),
     emulate: bool | None = None,
+    fused: FusedConfig | None = None,
 ) -> list[dict[str, str]]:
     """Swap the Linears of `model` in place. Call it before torch.compile and before sharding.
 
@@ -83,6 +84,7 @@ def convert(
         head: precision of the output head's GEMMs.
         high_precision: shell patterns on Linears' names; the matching ones stay in BF16.
         emulate: compute FP8 by rounding operands and multiplying in FP32. None: where there are no FP8 tensor cores.
+        fused: how ``fused`` computes; as by default if None.
 
     Returns:
         One row a Linear, and one for the head: name, shape ('out x in'), precision, reason.
@@ -105,7 +107,7 @@ def convert(
         reasons = ", ".join(sorted({row["reason"] for row in rows}))
         raise UserError(f"recipe: {recipe} would convert no Linear of {model.config.name} ({reasons})")
     if recipe == "fused":
-        _convert_fused(model, converted, emulate)
+        _convert_fused(model, converted, emulate, fused)
     elif recipe != "bf16":
         _convert_torchao(model, recipe, converted, emulate)
     rows.append(_convert_head(model, head, emulate))
@@ -195,10 +197,10 @@ def _convert_torchao(model: GPT, recipe: Recipe, names: set[str], emulate: bool)
     convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: name in names)
 
 
-def _convert_fused(model: GPT, names: set[str], emulate: bool) -> None:
+def _convert_fused(model: GPT, names: set[str], emulate: bool, settings: FusedConfig | None) -> None:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     left_out = sorted(set(linears) - names)
-    convert_blocks(model, emulate=emulate, high_precision=left_out)
+    convert_blocks(model, emulate=emulate, high_precision=left_out, settings=settings)
 
 
 def _convert_head(model: GPT, head: Head, emulate: bool) -> dict[str, str]:

@@ -76,7 +76,7 @@ OPTIMIZER_BYTES = 32
 RECIPES = ("bf16", "tensorwise", "fused")
 """What the model covers."""
 RECOMPUTE_FROM = 2048
-"""Width (`fp8lab.kernels.Fp8Settings`) from which `fused` rotates q and k again."""
+"""Width (`fp8lab.config.FusedConfig`) from which `fused` rotates q and k again."""
 
 
 def fused_traffic(d: int, f: int) -> dict[str, int]:

@@ -89,7 +89,7 @@ def drop_other_graphs(config: RunConfig) -> None:
     recompilations.
     """
     global _compiled_for
-    shape = {"model", "recipe", "head", "high_precision", "micro_batch", "activation_checkpointing"}
+    shape = {"model", "recipe", "head", "fused", "high_precision", "micro_batch", "activation_checkpointing"}
     graphs = config.model_dump_json(include=shape)
     if graphs != _compiled_for:
         torch.compiler.reset()
@@ -152,7 +152,7 @@ def check_model(config: RunConfig) -> None:
     """
     with torch.device("meta"):
         model, plain = GPT(config.model), GPT(config.model)
-    conversion = convert(model, config.recipe, config.head, config.high_precision)
+    conversion = convert(model, config.recipe, config.head, config.high_precision, fused=config.fused)
     HealthProbe(config, model, plain, conversion)
 
 
@@ -192,7 +192,7 @@ class Session:
         self.model.to(self.device)
         # The weights' BF16 view of themselves: validation measures weights, whatever the recipe computes in.
         self.bf16_model = _share_weights(self.model)
-        self.conversion = convert(self.model, config.recipe, config.head, config.high_precision)
+        self.conversion = convert(self.model, config.recipe, config.head, config.high_precision, fused=config.fused)
         self.model.train()
         self.model.checkpoint_activations = config.activation_checkpointing
         self._objective = distributed.share(

@@ -115,7 +115,8 @@ def _diverged(run: Run) -> bool:
 
 def training_key(run: Run) -> str:
     """The same for runs that trained the same."""
-    precision = [run.recipe, run.record.head, run.record.config.get("high_precision", [])]
+    config = run.record.config
+    precision = [run.recipe, run.record.head, config.get("high_precision", []), config.get("fused")]
     return json.dumps([run.design_settings, precision, run.record.seed], sort_keys=True)
 
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fp8lab import records, roofline
-from fp8lab.config import MODELS
+from fp8lab.config import MODELS, FusedConfig
 from fp8lab.errors import UserError
 from fp8lab.flops import linear_weights
-from fp8lab.kernels import Fp8Settings, reference
+from fp8lab.kernels import reference
 from fp8lab.kernels.scaling import Slot
 from fp8lab.speed import load_speed_plan
 
@@ -74,7 +74,7 @@ def test_the_bytes_are_those_of_the_kernels_tensors(monkeypatch) -> None:
 
 
 def test_narrow_models_keep_what_they_do_not_compute_again() -> None:
-    settings_ = Fp8Settings()
+    settings_ = FusedConfig()
     assert settings_.recompute_rotated_from == roofline.RECOMPUTE_FROM
     assert settings_.bf16_output_gradient_below == roofline.FP8_OUTPUT_GRADIENT_FROM
     narrow, wide = roofline.fused_traffic(512, 1408), roofline.fused_traffic(2048, 5632)

@@ -28,7 +28,7 @@ class _BareStep:
         self._model = GPT(config.model)
         self._model.initialise(config.seed)
         self._model.to(session.device)
-        convert(self._model, config.recipe, config.head, config.high_precision)
+        convert(self._model, config.recipe, config.head, config.high_precision, fused=config.fused)
         self._model.train()
         self._model.checkpoint_activations = config.activation_checkpointing
         if config.compile:

@@ -187,7 +187,7 @@ def convert_for_scoring(model: GPT, config: RunConfig, precision: str | None) ->
         return
     recipe: Recipe = precision  # type: ignore[assignment]
     precision_swap.check_kernels(model.config, recipe, config.head, model.embedding.weight.device)
-    precision_swap.convert(model, recipe, config.head, config.high_precision)
+    precision_swap.convert(model, recipe, config.head, config.high_precision, fused=config.fused)
 
 
 def _emulated(precision: str | None, config: RunConfig) -> bool:

@@ -50,10 +50,10 @@ in backward. The map, for one block; d = d_model, f = d_ff, 8 = FP8, 16 = BF16::
 ``dot`` is each row's sum of a Linear's output times its gradient: what RMSNorm's backward would otherwise have to
 sum over whole rows of the Linear's input (`fp8lab.kernels.reference.rms_norm_backward`).
 
-All FP8 GEMMs here, those of the weight gradients too, run with fast accumulation: partial sums stay in Hopper's tensor
-cores, which keep about 14 bits of them, instead of being added up in FP32 registers every so often (DeepSeek-V3,
-2412.19437, section 3.3.2). A weight gradient sums over all tokens of a micro-batch, where that loses most. torchao
-does so in the forward GEMM alone. The reference accumulates in FP32: in this emulated runs are better than the recipe.
+With fast accumulation partial sums stay in Hopper's tensor cores, which keep about 14 bits of them, instead of being
+added up in FP32 registers every so often (DeepSeek-V3, 2412.19437, section 3.3.2). The error grows with the length of
+the sums, and a weight gradient's are as long as the micro-batch has tokens: there the blocks do without, as torchao
+does in both gradients. The reference accumulates in FP32: in this emulated runs are better than the recipe.
 
 `fp8lab.kernels.reference` specifies each kernel in plain PyTorch, `fp8lab.kernels.triton_ops` implements it, and
 where there are no FP8 tensor cores the blocks run on the reference: emulated.
@@ -66,14 +66,14 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from fp8lab.config import FusedConfig
 from fp8lab.errors import UserError
 from fp8lab.kernels.block import SLOTS, WEIGHTS, FusedBlock, slot_formats
 from fp8lab.kernels.head import Fp8TiedHead, linear_cross_entropy
-from fp8lab.kernels.scaling import Fp8Settings, Fp8State
+from fp8lab.kernels.scaling import Fp8State
 from fp8lab.model import GPT, Block
 
 __all__ = [
-    "Fp8Settings",
     "Fp8State",
     "Fp8TiedHead",
     "FusedBlock",
@@ -84,7 +84,7 @@ __all__ = [
 
 
 def convert_blocks(
-    model: GPT, *, emulate: bool, high_precision: Sequence[str] = (), settings: Fp8Settings | None = None
+    model: GPT, *, emulate: bool, high_precision: Sequence[str] = (), settings: FusedConfig | None = None
 ) -> None:
     """Replace the blocks of `model` by `FusedBlock`s that share their parameters, under the same names.
 
@@ -93,12 +93,12 @@ def convert_blocks(
     Args:
         emulate: compute by the plain-PyTorch reference.
         high_precision: names of Linears to leave in BF16: all of a block's, or none.
-        settings: numerics; the default ones if None.
+        settings: of the recipe; the default ones if None.
 
     Raises:
         UserError: only some Linears of a block are to stay in BF16.
     """
-    settings = settings or Fp8Settings()
+    settings = settings or FusedConfig()
     fused = [index for index in range(len(model.blocks)) if not _stays_bf16(index, high_precision)]
     model.fp8_state = Fp8State(slot_formats(settings) * len(fused), settings).to(model.embedding.weight.device)
     for position, index in enumerate(fused):

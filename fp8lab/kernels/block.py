@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fp8lab.config import Fp8Format, FusedConfig
 from fp8lab.kernels import attention
 from fp8lab.kernels.operations import bf16_grad_weight, operations
-from fp8lab.kernels.scaling import Format, Fp8Settings, Fp8State, Slot
+from fp8lab.kernels.scaling import Fp8State, Slot
 from fp8lab.model import Block
 
 WEIGHTS = ("qkv", "output", "gate_up", "down")
@@ -26,7 +27,7 @@ SLOT_ROLES = tuple(
 """The Linear that each of `SLOTS` belongs to, and what it is there."""
 
 
-def slot_formats(settings: Fp8Settings) -> list[Format]:
+def slot_formats(settings: FusedConfig) -> list[Fp8Format]:
     """Format of each of a block's `SLOTS`."""
     return [settings.gradient_format if name in GRADIENTS else "e4m3" for name in SLOTS]
 
@@ -186,14 +187,15 @@ class _FusedBlock(torch.autograd.Function):
         block: FusedBlock,
         slots: dict[str, Slot],
     ) -> Tensor:
-        operations, quantise = block.operations, block.state.quantise
+        operations, quantise, settings = block.operations, block.state.quantise, block.state.settings
+        fast = "output" in settings.fast_accumulation
         shape = x.shape
         x = x.contiguous().flatten(0, 1)
 
         def linear(inputs: Tensor, input_name: str, weight_name: str, weight: Tensor) -> Tensor:
             slot = slots[weight_name]
             quantised = block.quantised_weight(weight_name, weight, slot)
-            return operations.matmul(inputs, quantised.forward, slots[input_name], slot, torch.bfloat16)
+            return operations.matmul(inputs, quantised.forward, slots[input_name], slot, torch.bfloat16, fast)
 
         slot = slots["attention_input"]
         epsilon = block.attention_norm.epsilon
@@ -217,7 +219,7 @@ class _FusedBlock(torch.autograd.Function):
         out = linear(activated, "activated", "down", down_weight)
         out += middle
 
-        keep_rotated = x.shape[1] < block.state.settings.recompute_rotated_from
+        keep_rotated = x.shape[1] < settings.recompute_rotated_from
         ctx.save_for_backward(
             x, attention_rstd, qkv, attended, attention_saved.logsumexp, middle, mlp_rstd, gate_up,
             cos, sin, attention_gain, q_gain, k_gain, mlp_gain,
@@ -241,10 +243,12 @@ class _FusedBlock(torch.autograd.Function):
         def grad_input(grad: Tensor, grad_name: str, weight_name: str, weight: Tensor) -> Tensor:
             slot = slots[weight_name]
             quantised = block.quantised_weight(weight_name, weight, slot)
-            return operations.matmul(grad, quantised.backward, slots[grad_name], slot, torch.bfloat16)
+            fast = "grad_input" in settings.fast_accumulation
+            return operations.matmul(grad, quantised.backward, slots[grad_name], slot, torch.bfloat16, fast)
 
         def grad_weight(grad_t: Tensor, grad_name: str, inputs_t: Tensor, input_name: str) -> Tensor:
-            return operations.matmul(grad_t, inputs_t, slots[grad_name], slots[input_name], torch.float32)
+            fast = "grad_weight" in settings.fast_accumulation
+            return operations.matmul(grad_t, inputs_t, slots[grad_name], slots[input_name], torch.float32, fast)
 
         # MLP
         grad = grad_out.contiguous().view(x.shape)

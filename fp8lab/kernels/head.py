@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fp8lab.config import FusedConfig
 from fp8lab.kernels.operations import bf16_grad_weight, operations
-from fp8lab.kernels.scaling import DEQUANTISE, DTYPES, QUANTISE, Fp8Settings, Slot, set_current_scale
+from fp8lab.kernels.scaling import DEQUANTISE, DTYPES, QUANTISE, Slot, set_current_scale
 
 CHUNK_LOGITS = 2**30
 """Logits held at once on a GPU: 2 GiB in BF16."""
@@ -28,7 +29,7 @@ EMULATED_CHUNK_LOGITS = 2**26
 """On a CPU, where the reference also makes FP32 copies."""
 ROW_MULTIPLE = 128
 LOGITS_GRADIENT_SCALE = 2.0**15
-_CURRENT = Fp8Settings(margin=0)
+_CURRENT = FusedConfig(margin=0)
 
 
 class Fp8TiedHead(nn.Module):
@@ -47,7 +48,7 @@ class Fp8TiedHead(nn.Module):
             hidden_slot, weight_slot = _slot(hidden), _slot(weight)
             rows = _current(self.operations.quantise, hidden.detach().flatten(0, -2).contiguous(), hidden_slot)
             quantised = _current(self.operations.quantise, weight.detach(), weight_slot)
-            logits = self.operations.matmul(rows, quantised, hidden_slot, weight_slot, torch.bfloat16)
+            logits = self.operations.matmul(rows, quantised, hidden_slot, weight_slot, torch.bfloat16, fast=True)
         return logits.view(*hidden.shape[:-1], -1).to(hidden.dtype)
 
 
@@ -148,13 +149,13 @@ class _Fp8Head:
     def chunk(self, chunk: slice, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `_Bf16Head.chunk`."""
         matmul, hidden_slot, weight_slot = self._operations.matmul, self._hidden_slot, self._weight_slot
-        logits = matmul(self._hidden[chunk], self._weight, hidden_slot, weight_slot, torch.bfloat16)
+        logits = matmul(self._hidden[chunk], self._weight, hidden_slot, weight_slot, torch.bfloat16, fast=True)
         entropy, lse, grad, grad_t = self._operations.cross_entropy_quantised(logits, targets, z_loss, self._grad_slot)
         del logits
         hidden_t = self._operations.quantise_transposed(self._source[chunk], hidden_slot)
         return (
             entropy,
             lse,
-            matmul(grad, self._weight_t, self._grad_slot, weight_slot, torch.bfloat16),
-            matmul(grad_t, hidden_t, self._grad_slot, hidden_slot, torch.float32),
+            matmul(grad, self._weight_t, self._grad_slot, weight_slot, torch.bfloat16, fast=False),
+            matmul(grad_t, hidden_t, self._grad_slot, hidden_slot, torch.float32, fast=False),
         )

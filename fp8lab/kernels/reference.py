@@ -214,10 +214,10 @@ def norm_rotate_backward(
     return quantised, quantised_t, gain_grads[0], gain_grads[1], (grad_qkv * qkv.float()).sum(-1)
 
 
-def matmul(a: Tensor, b: Tensor, a_slot: Slot, b_slot: Slot, dtype: torch.dtype) -> Tensor:
+def matmul(a: Tensor, b: Tensor, a_slot: Slot, b_slot: Slot, dtype: torch.dtype, fast: bool) -> Tensor:
     """``a @ b.T`` of FP8 matrices (m, k) and (n, k), each divided by its scale.
 
-    Accumulated in FP32, where the tensor cores keep fewer bits (see `fp8lab.kernels`).
+    Accumulated in FP32. Where `fast`, tensor cores keep fewer bits (see `fp8lab.kernels`).
     """
     product = a.float() @ b.float().t()
     return (product * (a_slot.dequantise * b_slot.dequantise)).to(dtype)

@@ -12,7 +12,7 @@ micro-steps or recomputations it had: until `Fp8State.end_step` an amax only gro
 maximum changes nothing. Of several ranks it takes the largest, so that all scale alike.
 
 A step that the guard skips is forgotten here too. Its gradients may be finite and huge, and one such amax
-would set the scale of the next `Fp8Settings.history` steps, under which everything in that slot is zero.
+would set the scale of the next `FusedConfig.history` steps, under which everything in that slot is zero.
 
 The first step has no history. While `Fp8State.calibrating`, each quantising kernel runs twice, the
 first time only for its amax, so that the first step is scaled by its own tensors.
@@ -21,47 +21,18 @@ first time only for its amax, so that the first step is scaled by its own tensor
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-Format = Literal["e4m3", "e5m2"]
+from fp8lab.config import Fp8Format, FusedConfig
 
-DTYPES: dict[Format, torch.dtype] = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+DTYPES: dict[Fp8Format, torch.dtype] = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 SCALE_STRIDE = 4
 """Floats a slot: cuBLASLt reads scales at addresses that are multiples of 16 bytes."""
 DEQUANTISE, QUANTISE = 0, 1
 """Places of the two scales in a slot."""
-
-
-@dataclass(frozen=True)
-class Fp8Settings:
-    """Numerics of the fused path."""
-
-    gradient_format: Format = "e4m3"
-    """E4M3 has a mantissa bit more than E5M2 and 2^18 between its largest and smallest numbers instead of 2^32.
-
-    Per-tensor scales follow the gradients, so precision is worth more here than range (DeepSeek-V3,
-    2412.19437, section 3.3.2, uses E4M3 throughout).
-    """
-    history: int = 16
-    """Steps whose largest amax sets the scale."""
-    margin: int = 1
-    """Powers of two left free above that amax, for a step that exceeds it. Costs range, not precision."""
-    power_of_two_scales: bool = True
-    """Round scales down to powers of two: scaling then rounds nothing."""
-    recompute_rotated_from: int = 2048
-    """Width from which q and k are rotated again in backward instead of kept.
-
-    One more pass over them: under 1% of a step at width 2048, and more at smaller ones, which need the memory less.
-    """
-    bf16_output_gradient_below: int = 1024
-    """Width below which the output projection's weight gradient stays in BF16.
-
-    It has d_model^2 outputs: too few tiles to fill a GPU with FP8 GEMMs, and its BF16 operands exist anyway.
-    """
 
 
 class Slot(NamedTuple):
@@ -85,7 +56,7 @@ class Slot(NamedTuple):
         return torch.finfo(self.dtype).max
 
 
-def scales_for(amax: Tensor, limit: Tensor | float, settings: Fp8Settings, previous: Tensor) -> Tensor:
+def scales_for(amax: Tensor, limit: Tensor | float, settings: FusedConfig, previous: Tensor) -> Tensor:
     """Quantise scales that map `amax` onto `limit` less the margin; `previous` where amax says nothing (0)."""
     # A tensor of denormals would want a scale that overflows.
     scale = (limit * 2.0**-settings.margin / amax).clamp(max=2.0**100)
@@ -96,7 +67,7 @@ def scales_for(amax: Tensor, limit: Tensor | float, settings: Fp8Settings, previ
     return torch.where(amax > 0, scale, previous)
 
 
-def set_current_scale(slot: Slot, settings: Fp8Settings) -> None:
+def set_current_scale(slot: Slot, settings: FusedConfig) -> None:
     """Scale `slot` by the amax gathered so far."""
     quantise = scales_for(slot.amax[0], slot.limit, settings, slot.scale[QUANTISE])
     slot.scale[QUANTISE] = quantise
@@ -116,11 +87,11 @@ class Fp8State(nn.Module):
     smallest_normal: Tensor
     _places: Tensor
 
-    def __init__(self, formats: list[Format], settings: Fp8Settings) -> None:
+    def __init__(self, formats: list[Fp8Format], settings: FusedConfig) -> None:
         """
         Args:
             formats: the format of each slot.
-            settings: numerics.
+            settings: of the recipe.
         """
         super().__init__()
         self.settings = settings

@@ -676,10 +676,9 @@ def norm_rotate_backward(
     return out, out_t, q_gain_grad, k_gain_grad, dot.sum(1)
 
 
-def matmul(a: Tensor, b: Tensor, a_slot: Slot, b_slot: Slot, dtype: torch.dtype) -> Tensor:
-    # Fast accumulation: what the tensor cores sum stays in them, with fewer bits than FP32 (see `fp8lab.kernels`).
+def matmul(a: Tensor, b: Tensor, a_slot: Slot, b_slot: Slot, dtype: torch.dtype, fast: bool) -> Tensor:
     return torch._scaled_mm(
-        a, b.t(), scale_a=a_slot.dequantise, scale_b=b_slot.dequantise, out_dtype=dtype, use_fast_accum=True
+        a, b.t(), scale_a=a_slot.dequantise, scale_b=b_slot.dequantise, out_dtype=dtype, use_fast_accum=fast
     )
 
 

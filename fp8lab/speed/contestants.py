@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from fp8lab.config import ModelConfig
+from fp8lab.config import GEMMS, FusedConfig, ModelConfig, Recipe
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
 from fp8lab.precision import check_kernels, convert, fp8_tensor_cores
@@ -38,10 +38,11 @@ def build(weights: GPT, contestant: Contestant) -> tuple[GPT, str | None]:
         return model, peer.version()
     if contestant.recipe == "tensorwise_fast":
         _convert_tensorwise_fast(model)
-    else:
-        device = weights.embedding.weight.device
-        check_kernels(weights.config, contestant.recipe, contestant.head, device)  # type: ignore[arg-type]
-        convert(model, contestant.recipe, contestant.head)  # type: ignore[arg-type]
+        return model, None
+    fast = contestant.recipe == "fused_fast"
+    recipe: Recipe = "fused" if fast else contestant.recipe  # type: ignore[assignment]
+    check_kernels(weights.config, recipe, contestant.head, weights.embedding.weight.device)
+    convert(model, recipe, contestant.head, fused=FusedConfig(fast_accumulation=GEMMS) if fast else None)
     return model, None
 
 
@@ -91,8 +92,7 @@ def _convert_tensorwise_fast(model: GPT) -> None:
 
     config = Float8LinearConfig.from_recipe_name("tensorwise")
     fast = {
-        name: replace(getattr(config, name), use_fast_accum=True)
-        for name in ("gemm_config_output", "gemm_config_grad_input", "gemm_config_grad_weight")
+        name: replace(getattr(config, name), use_fast_accum=True) for name in (f"gemm_config_{gemm}" for gemm in GEMMS)
     }
     config = replace(config, emulate=not fp8_tensor_cores(), **fast)
     convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: name.startswith("blocks."))

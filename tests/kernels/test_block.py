@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fp8lab.config import ModelConfig
+from fp8lab.config import FusedConfig, ModelConfig
 from fp8lab.cpu import bf16_autocast
 from fp8lab.errors import UserError
-from fp8lab.kernels import Fp8Settings, convert_blocks, end_step, linear_cross_entropy, reference
+from fp8lab.kernels import convert_blocks, end_step, linear_cross_entropy, reference
 from fp8lab.kernels.block import SLOTS
 from fp8lab.model import GPT
 
 CONFIG = ModelConfig(name="tiny", d_model=64, n_layers=2, n_heads=2, d_ff=160, vocab_size=256, seq_len=32)
 
 
-def model(*, fused: bool, settings: Fp8Settings | None = None, device: str = "cpu") -> GPT:
+def model(*, fused: bool, settings: FusedConfig | None = None, device: str = "cpu") -> GPT:
     gpt = GPT(CONFIG)
     gpt.initialise(seed=1)
     gpt.to(device)
@@ -55,9 +55,9 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize(
     "settings",
     [
-        Fp8Settings(),
-        Fp8Settings(gradient_format="e5m2", recompute_rotated_from=0),
-        Fp8Settings(bf16_output_gradient_below=0, power_of_two_scales=False),
+        FusedConfig(),
+        FusedConfig(gradient_format="e5m2", recompute_rotated_from=0),
+        FusedConfig(bf16_output_gradient_below=0, power_of_two_scales=False),
     ],
 )
 def test_gradients_are_those_of_bf16_within_fp8_rounding(settings) -> None:
@@ -75,7 +75,7 @@ def test_without_rounding_the_block_is_the_bf16_block(monkeypatch) -> None:
     monkeypatch.setattr(reference, "_round", lambda value, slot: (value.float() * slot.scale[1]).bfloat16())
     monkeypatch.setattr(reference, "_transposed", lambda matrix: matrix.t().contiguous())
     exact = gradients(model(fused=False), batch())
-    for settings in (Fp8Settings(), Fp8Settings(bf16_output_gradient_below=0, recompute_rotated_from=0)):
+    for settings in (FusedConfig(), FusedConfig(bf16_output_gradient_below=0, recompute_rotated_from=0)):
         for name, gradient in gradients(model(fused=True, settings=settings), batch()).items():
             assert relative_error(gradient, exact[name]) < 0.03, name
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fp8lab.config import FusedConfig
 from fp8lab.kernels import reference
 from fp8lab.kernels.operations import operations
-from fp8lab.kernels.scaling import Fp8Settings, Slot, set_current_scale
+from fp8lab.kernels.scaling import Slot, set_current_scale
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 BATCH, SEQ, HEADS, HEAD_DIM, D_FF, VOCABULARY = 2, 48, 3, 16, 112, 304
@@ -295,7 +296,7 @@ def test_current_scale_uses_the_format_without_saturating(device) -> None:
     s = slot(device, scale=1.0)
     ops = operations(emulate=False)
     ops.quantise(x, s)
-    set_current_scale(s, Fp8Settings(margin=0))
+    set_current_scale(s, FusedConfig(margin=0))
     quantised = ops.quantise(x, s).float()
     assert 224 < quantised.abs().max() <= 448
     assert s.scale[0] * s.scale[1] == 1
@@ -305,7 +306,7 @@ def test_current_scale_uses_the_format_without_saturating(device) -> None:
 def test_scales_are_powers_of_two_that_fit_the_format(amax, device) -> None:
     s = slot(device, scale=1.0)
     s.amax[0] = amax
-    set_current_scale(s, Fp8Settings(margin=1))
+    set_current_scale(s, FusedConfig(margin=1))
     scale = float(s.scale[1])
     assert math.frexp(scale)[0] == 0.5, "a power of two"
     assert scale * amax <= 448 / 2
