@@ -206,10 +206,11 @@ class FusedConfig(Config):
     """Powers of two left free above that amax, for a step that exceeds it. Costs range, not precision."""
     power_of_two_scales: bool = True
     """Round scales down to powers of two: scaling then rounds nothing."""
-    fast_accumulation: tuple[Gemm, ...] = ("output", "grad_input")
-    """GEMMs whose sums stay in the tensor cores, with about 14 bits, to the end.
+    fast_accumulation: tuple[Gemm, ...] = GEMMS
+    """GEMMs whose sums stay in the tensor cores to the end, instead of being added up in FP32 every so often.
 
-    A weight gradient sums over all tokens of a micro-batch, where that loses most.
+    What that loses grows with the length of the sums, and a weight gradient's have as many terms as a micro-batch has
+    tokens (see `fp8lab.kernels`).
     """
     recompute_rotated_from: int = Field(default=2048, ge=0)
     """Width from which q and k are rotated again in backward instead of kept.
@@ -221,10 +222,6 @@ class FusedConfig(Config):
 
     It has d_model^2 outputs: too few tiles to fill a GPU with FP8 GEMMs, and its BF16 operands exist anyway.
     """
-
-
-EARLIER_FUSED = {"fast_accumulation": GEMMS}
-"""What `FusedConfig` was, where it differed, before configurations had it."""
 
 
 class ParentConfig(Config):
@@ -375,15 +372,12 @@ def changed_fields(before: RunConfig, now: RunConfig, may_change: Set[str] = MAY
 
 
 def earlier_config(values: Mapping[str, Any], where: str) -> RunConfig:
-    """The configuration that an earlier version wrote.
-
-    A field newer than that then had what is now its default, `fused` but for `EARLIER_FUSED`.
+    """The configuration that an earlier version wrote: a field newer than that then had what is now its default.
 
     Raises:
         UserError: it is no configuration of a run.
     """
     known = {field: value for field, value in values.items() if field in RunConfig.model_fields}
-    known.setdefault("fused", EARLIER_FUSED)
     return validate(RunConfig, known, where)
 
 

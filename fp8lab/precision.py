@@ -9,7 +9,7 @@ Training a Linear costs three GEMMs::
 In FP8 each operand is divided by a scale that maps its largest magnitude (amax) onto the largest
 number of the format (E4M3: 448; E5M2: 57,344), rounded, multiplied on tensor cores and scaled back.
 Tensor cores sum the products in FP32 or, with fast accumulation, in fewer bits: torchao in ``output``'s
-GEMM alone, ``fused`` in ``grad_input``'s too. The recipes differ in who shares a scale and what stays in BF16:
+GEMM alone, ``fused`` in all three. The recipes differ in who shares a scale and what stays in BF16:
 
 ========================  ========================================================================
 ``bf16``                  no swap: autocast's BF16 GEMMs

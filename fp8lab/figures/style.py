@@ -26,7 +26,7 @@ RECIPE_COLOURS: dict[str, str] = {
     "rowwise_with_gw_hp": "#CC79A7",
     "fused": "#009E73",
     "tensorwise_fast": "#8C3B00",
-    "fused_fast": "#00664D",
+    "fused_precise": "#00664D",
     "te_bf16": "#56B4E9",
     "te_current": "#7A7A7A",
     "te_delayed": "#000000",

@@ -1,5 +1,9 @@
 """Each contestant's model: one set of weights, converted to its recipe.
 
+Two recipes have a variant that differs in how GEMMs add up (see `fp8lab.precision`), to tell what that is worth:
+``tensorwise_fast`` keeps the sums of all three in the tensor cores, as ``fused`` does, and ``fused_precise`` adds up
+those of weight gradients in FP32.
+
 Peers are other projects' FP8 (Transformer Engine, nanochat), swapped into the same model by a module in
 ``runs/peers/``. Such a module is loaded only when a plan names its recipe.
 """
@@ -26,6 +30,7 @@ PEERS = {
     "nanochat": "nanochat_adapter",
 }
 """Names of peers in plans and records, and the module in ``runs/peers/`` that converts a model to each."""
+_PRECISE = FusedConfig(fast_accumulation=("output", "grad_input"))
 PEERS_DIR = Path(__file__).parents[2] / "runs" / "peers"
 
 
@@ -39,10 +44,10 @@ def build(weights: GPT, contestant: Contestant) -> tuple[GPT, str | None]:
     if contestant.recipe == "tensorwise_fast":
         _convert_tensorwise_fast(model)
         return model, None
-    fast = contestant.recipe == "fused_fast"
-    recipe: Recipe = "fused" if fast else contestant.recipe  # type: ignore[assignment]
+    precise = contestant.recipe == "fused_precise"
+    recipe: Recipe = "fused" if precise else contestant.recipe  # type: ignore[assignment]
     check_kernels(weights.config, recipe, contestant.head, weights.embedding.weight.device)
-    convert(model, recipe, contestant.head, fused=FusedConfig(fast_accumulation=GEMMS) if fast else None)
+    convert(model, recipe, contestant.head, fused=_PRECISE if precise else None)
     return model, None
 
 

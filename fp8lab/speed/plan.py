@@ -22,8 +22,8 @@ def _named_model(value: Any) -> Any:
 class Contestant(Config):
     """One recipe in the comparison."""
 
-    recipe: Recipe | Literal["tensorwise_fast", "fused_fast", "te_bf16", "te_current", "te_delayed", "nanochat"]
-    """A recipe of `fp8lab.precision`; one with fast accumulation in all three GEMMs (`_fast`); or one of `PEERS`."""
+    recipe: Recipe | Literal["tensorwise_fast", "fused_precise", "te_bf16", "te_current", "te_delayed", "nanochat"]
+    """A recipe of `fp8lab.precision`; or a variant of one or a peer (`fp8lab.speed.contestants`)."""
     head: Head = "bf16"
     """Precision of the output head's GEMMs."""
 
