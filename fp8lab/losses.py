@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from fp8lab import variance
+from fp8lab import numerics, variance
 from fp8lab.comparison import Deviation, Gap
 from fp8lab.config import RECIPES
 from fp8lab.results import (
@@ -114,10 +114,14 @@ GAP_PLANS = (SEEDS_PLAN, *MEASURED_PLANS, LARGER_PLAN)
 
 
 def measured_sets(records_dir: Path) -> list[RunSet]:
-    """The plans of `GAP_PLANS` that were trained on a GPU, their gaps in pairs where those are known to help."""
+    """The plans of `GAP_PLANS` that were trained on a GPU, their gaps in pairs where those are known to help.
+
+    After them the quietest design of the variance study, whose own gaps are never taken in pairs: it chose.
+    """
     study = variance.study(records_dir)
-    plans = [plan_runs(records_dir, plan) for plan in GAP_PLANS]
-    return [variance.with_pairs(runs, study) for runs in plans if runs and not runs.toy]
+    plans = [variance.with_pairs(plan_runs(records_dir, plan), study) for plan in GAP_PLANS]
+    quietest = [numerics.quietest(records_dir, study)] if study else []
+    return [runs for runs in (*plans, *quietest) if runs and not runs.toy]
 
 
 @dataclass(frozen=True)

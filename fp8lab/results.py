@@ -210,7 +210,7 @@ class RunSet:
         """
         value = value or (lambda run: run.validation_loss)
         ours, baseline = (self.where(size=size, recipe=name) for name in (recipe, "bf16"))
-        if ours[0].kind[3:] != baseline[0].kind[3:]:
+        if ours[0].design_settings != baseline[0].design_settings:
             raise UserError(f"{_name(ours[0])} and {_name(baseline[0])} differ in tokens or design")
         return Gap.by_seed(by_seed(ours, value), by_seed(baseline, value), paired=size in self.paired_sizes)
 

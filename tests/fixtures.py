@@ -647,6 +647,8 @@ def write_map_records(records_dir: Path, *, measured: Measured = DEFAULT) -> Non
         records.write_table(records.write(record, records_dir), "steps", pd.DataFrame(rows))
 
 
+DESIGN_LEARNING_RATE = 3e-3
+"""Of the variance study's first design; each further one has half of it."""
 VARIANCE_DESIGNS: dict[str, tuple[float, float, float]] = {
     "base": (0.008, 0.0, 0.0),
     "low-rate": (0.004, 0.012, 0.0),
@@ -658,8 +660,8 @@ VARIANCE_DESIGNS: dict[str, tuple[float, float, float]] = {
 def write_variance_records(
     records_dir: Path, model: ModelConfig = SIZES[0], *, measured: Measured = DEFAULT, device_name: str = "NVIDIA H200"
 ) -> None:
-    """The variance study: several seeds of three designs in two recipes, records alone beside two shared tables."""
-    for design, (deviation, cost, move_together) in VARIANCE_DESIGNS.items():
+    """The variance study: several seeds of three designs in two recipes."""
+    for index, (design, (deviation, cost, move_together)) in enumerate(VARIANCE_DESIGNS.items()):
         shared = move_together**measured.scatter_factor
         for recipe in ("bf16", "fused"):
             for seed in range(11, 11 + measured.seeds):
@@ -679,8 +681,40 @@ def write_variance_records(
                     record.final, 3 + measured.loss_shift + shift, averaging=0.4 * float(own) - 0.001
                 )
                 record.run += f"-{design}"
-                shutil.rmtree(folder)
+                record.config["optimizer"]["peak_learning_rate"] = DESIGN_LEARNING_RATE / 2**index
+                folder.rename(folder.with_name(record.run))
                 records.write(record, records_dir)
+
+
+NUMERICS_VARIANTS: dict[str, tuple[Recipe, dict[str, Any], float]] = {
+    "slow-weights": ("fused", {"fast_accumulation": ["output", "grad_input"]}, -0.003),
+    "e5m2": ("fused", {"gradient_format": "e5m2"}, 0.004),
+    "stock": ("tensorwise", {}, 0.0),
+}
+"""Recipe, what of `fused` is changed, and what it does to the loss (nats)."""
+
+
+def write_numerics_records(
+    records_dir: Path, model: ModelConfig = SIZES[0], *, measured: Measured = DEFAULT, device_name: str = "NVIDIA H200"
+) -> None:
+    """Variants of `fused`, and torchao's recipe, in the variance study's design ``low-rate`` and on its seeds."""
+    index = list(VARIANCE_DESIGNS).index("low-rate")
+    for variant, (recipe, changed, cost) in NUMERICS_VARIANTS.items():
+        for seed in range(11, 11 + measured.seeds):
+            folder = write_run(
+                records_dir, "numerics-h200", model, recipe, seed=seed, measured=measured, device_name=device_name
+            )
+            record = records.read(folder)
+            assert isinstance(record, TrainRecord)
+            assert record.final is not None
+            scatter = np.random.default_rng([seed, *map(ord, variant)]).normal(0, 0.004 * measured.scatter_factor)
+            loss = 3.012 + measured.loss_shift + cost + RECIPE_GAP[recipe] + measured.gap_shift + float(scatter)
+            record.final = _shifted(record.final, loss, averaging=-0.001)
+            record.run += f"-{variant}"
+            record.config["optimizer"]["peak_learning_rate"] = DESIGN_LEARNING_RATE / 2**index
+            record.config["fused"] |= changed
+            folder.rename(folder.with_name(record.run))
+            records.write(record, records_dir)
 
 
 def _shifted(final: FinalLosses, loss: float, averaging: float) -> FinalLosses:

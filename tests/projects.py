@@ -14,6 +14,7 @@ from tests.fixtures import (
     write_demo_records,
     write_gpu_records,
     write_map_records,
+    write_numerics_records,
     write_reliability_records,
     write_speed_records,
     write_variance_records,
@@ -39,6 +40,7 @@ def write_every_kind(records_dir: Path, measured: Measured = DEFAULT, sizes: tup
     write_map_records(records_dir, measured=measured)
     write_benchmark_records(records_dir, measured=measured)
     write_variance_records(records_dir, sizes[0], measured=measured)
+    write_numerics_records(records_dir, sizes[0], measured=measured)
     write_reliability_records(records_dir, measured=measured)
     return records_dir
 

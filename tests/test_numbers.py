@@ -60,7 +60,7 @@ DISPLAYS: dict[str, tuple[str, str]] = {
     "fig-switch": ("steps train", ""),
     "index 4": ("speed steps train", ""),
     "tbl-switch": ("steps", "1 20"),
-    "index 6": ("steps train", "2 256 512"),
+    "index 6": ("steps train", "2 256 512 768,"),
     "tbl-scoreboard": ("eval steps train", "0 2 20 3 4 5 8"),
     "tbl-conversion": ("", "1 4"),
     "approach 3": ("", "16"),
@@ -81,6 +81,8 @@ DISPLAYS: dict[str, tuple[str, str]] = {
     "stability variance": ("train", "6"),
     "tbl-variance": ("train", ""),
     "tbl-variance-gaps": ("train", ""),
+    "stability numerics": ("train", ""),
+    "tbl-numerics-h200": ("train", "2"),
     "fig-domains": ("train", ""),
     "fig-gradients": ("metrics", ""),
     "tbl-spikes": ("metrics train", "0 120 2"),
@@ -210,7 +212,7 @@ def with_one_kind(kind: str, records_dir: Path, others: Path, folder: Path) -> P
 def with_fewer(records_dir: Path, folder: Path) -> Path:
     """A copy of `records_dir` with some runs, a setting, a round and a report less."""
     shutil.copytree(records_dir, folder)
-    for runs in ("pilot-h200/*-fused-s2", "demo/*-rowwise-s1", "variance-h200/*-s15-*"):
+    for runs in ("pilot-h200/*-fused-s2", "demo/*-rowwise-s1", "variance-h200/*-s15-*", "numerics-h200/*-s15-*"):
         for path in folder.glob(runs):
             shutil.rmtree(path)
     for path in folder.glob("speed-*/*/steps.parquet"):

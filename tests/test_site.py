@@ -208,7 +208,7 @@ def test_measurements_on_a_gpu_take_the_demos_place(site: Path, tmp_path: Path) 
     measured = text(records_dir)
     assert "Measured on NVIDIA H200" in measured
     assert not re.search("toy scale|demo's numbers", measured, re.IGNORECASE)
-    for plan in ("pilot-h200", "variance-h200", "speed-h200", "speed-map"):
+    for plan in ("pilot-h200", "variance-h200", "numerics-h200", "speed-h200", "speed-map"):
         shutil.rmtree(records_dir / plan)
     toy = text(records_dir)
     assert "Toy scale, CPU" in toy

@@ -56,6 +56,7 @@ class Evidence:
         laws = slopes.known_laws(sets)
         matched = decision.loss_matched(sets, laws, timings)
         plans = [plan_runs(records_dir, plan) for plan in losses.GAP_PLANS]
+        plans += [runs for runs in sets if runs.plan not in losses.GAP_PLANS]
         ladder = training_runs(records_dir, suits=has_ladder) or runs
         scored = scored_runs(records_dir)
         return cls(

@@ -9,6 +9,7 @@ import pandas as pd
 
 from fp8lab.comparison import EQUIVALENCE_MARGIN, LEVEL, TARGET_HALF_WIDTH, Deviation, Gap
 from fp8lab.losses import MeasuredGap
+from fp8lab.numerics import Variant
 from fp8lab.units import number, p_value, signed, signed_percent
 from fp8lab.variance import Study
 
@@ -36,7 +37,8 @@ def _measured_row(measured: MeasuredGap) -> dict[str, object]:
     columns = _gap_columns(measured.gap, measured.assumed)
     if sides:
         columns["so"] = f"{columns['so']}, of those that finished"
-    return {"model": measured.size, "recipe": measured.recipe, "diverged": ", ".join(sides) or "none"} | columns
+    named = {"model": measured.size, "recipe": measured.recipe, "plan": measured.runs.plan}
+    return named | {"diverged": ", ".join(sides) or "none"} | columns
 
 
 def _gap_columns(gap: Gap, assumed: bool = False) -> dict[str, object]:
@@ -103,6 +105,37 @@ def _deviation(deviation: Deviation) -> str:
 
 def _with_reach(gap: Gap) -> str:
     return signed(gap.mean) + (f" ± {gap.half_width:.4f}" if gap.half_width is not None else "")
+
+
+def numerics(variants: Sequence[Variant]) -> pd.DataFrame:
+    """What each variant of `fp8lab.numerics` ends at, and its differences to BF16 and ``tensorwise`` by default."""
+    references = {
+        recipe: next((one for one in variants if (one.recipe, one.head) == (recipe, "bf16")), None)
+        for recipe in ("bf16", "tensorwise")
+    }
+    rows = []
+    for variant in variants:
+        losses = list(variant.losses.values())
+        row = {
+            "recipe": variant.recipe,
+            "head": variant.head,
+            "changed": variant.changes or "–",
+            "seeds": len(losses),
+            "loss (nats/token)": f"{np.mean(losses):.4f}",
+            "sd": f"{np.std(losses, ddof=1):.4f}" if len(losses) > 1 else "–",
+        }
+        for recipe, reference in references.items():
+            if reference is not None:
+                difference = "–" if reference is variant else _with_interval(variant.minus(reference))
+                row[f"− {recipe} (95% interval)"] = difference
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _with_interval(gap: Gap) -> str:
+    if gap.interval is None:
+        return f"{signed(gap.mean)} (one seed)"
+    return f"{signed(gap.mean)} ({signed(gap.interval[0])} to {signed(gap.interval[1])})"
 
 
 def variance_gaps(study: Study) -> pd.DataFrame:

@@ -1,0 +1,91 @@
+"""What of ``fused`` costs loss: variants that change one thing of it, in the design that the variance study found quietest.
+
+``runs/plans/numerics-h200.yaml`` trains them on the study's seeds, so that the study's runs of the same design are the
+other side of every difference: BF16, and ``fused`` as it is by default. torchao's ``tensorwise`` is among the variants,
+since a loss that any FP8 recipe has is not for ``fused`` to win back. Every variant is a comparison more, and the best
+of several differs from the rest by chance more easily than one alone: it is a candidate.
+``runs/plans/candidates-h200.yaml`` trains candidates on seeds that did not choose them, beside those of ``seeds-h200``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fp8lab.comparison import Gap
+from fp8lab.config import FusedConfig
+from fp8lab.results import SEEDS_PLAN, Run, RunSet, by_seed, plan_runs
+from fp8lab.variance import VARIANCE_PLAN, Study
+
+NUMERICS_PLAN = "numerics-h200"
+REFERENCES = {NUMERICS_PLAN: VARIANCE_PLAN, "candidates-h200": SEEDS_PLAN}
+"""Plans of variants, and those whose runs of the same design and seeds are the other side of their differences."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Runs that differ in their seed alone."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def recipe(self) -> str:
+        return self.runs[0].recipe
+
+    @property
+    def head(self) -> str:
+        return self.runs[0].record.head
+
+    @property
+    def size(self) -> str:
+        return self.runs[0].size
+
+    @property
+    def changes(self) -> str:
+        """In what ``fused`` differs from its defaults ('gradient_format: e5m2'); empty where in nothing."""
+        return _changes(self.runs[0])
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Validation loss (nats/token) by seed."""
+        return by_seed(self.runs, lambda run: run.validation_loss)
+
+    def minus(self, other: Variant) -> Gap:
+        """Difference in loss to `other`, by Welch's interval."""
+        return Gap.by_seed(self.losses, other.losses)
+
+
+def variants(records_dir: Path, plan: str) -> list[Variant]:
+    """BF16 and the FP8 recipes by their defaults, then what `plan` changes; empty where it or its BF16 side has no run."""
+    tried = plan_runs(records_dir, plan).runs
+    if not tried:
+        return []
+    kinds: dict[tuple[str, str, str], list[Run]] = {}
+    for run in _of_design((*plan_runs(records_dir, REFERENCES[plan]).runs, *tried), tried[0]):
+        kinds.setdefault((run.recipe, run.record.head, _changes(run)), []).append(run)
+    found = [Variant(tuple(runs)) for runs in kinds.values()]
+    return found if found[0].recipe == "bf16" else []
+
+
+def quietest(records_dir: Path, study: Study) -> RunSet:
+    """Every recipe by its defaults in the design that the study found cheapest, its last weights compared."""
+    chosen = study.cheapest.runs
+    tried = [run for run in plan_runs(records_dir, NUMERICS_PLAN).runs if not _changes(run)]
+    return RunSet(VARIANCE_PLAN, (*chosen, *_of_design(tried, chosen[0])))
+
+
+def _changes(run: Run) -> str:
+    if run.recipe != "fused":
+        return ""
+    settings, defaults = FusedConfig.model_validate(run.record.config.get("fused", {})), FusedConfig()
+    values = {name: getattr(settings, name) for name in FusedConfig.model_fields}
+    return "; ".join(f"{name}: {_text(value)}" for name, value in values.items() if value != getattr(defaults, name))
+
+
+def _text(value: object) -> str:
+    return (", ".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
+
+
+def _of_design(runs: Sequence[Run], like: Run) -> list[Run]:
+    return [run for run in runs if run.design_settings == like.design_settings]

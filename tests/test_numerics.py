@@ -1,0 +1,98 @@
+"""Variants of fused: what each is compared with, and what they leave the quietest design to say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fp8lab import losses, numerics, tables, variance
+from fp8lab.comparison import Gap
+from fp8lab.config import load_plan
+from tests.fixtures import NUMERICS_VARIANTS, Measured, write_numerics_records, write_variance_records
+
+PLANS = Path(__file__).parents[1] / "runs" / "plans"
+
+
+@pytest.fixture
+def records_dir(tmp_path: Path) -> Path:
+    write_variance_records(tmp_path, measured=Measured(seeds=8))
+    write_numerics_records(tmp_path, measured=Measured(seeds=8))
+    return tmp_path
+
+
+def named(variants: list[numerics.Variant]) -> dict[tuple[str, str], numerics.Variant]:
+    return {(variant.recipe, variant.changes): variant for variant in variants}
+
+
+def test_variants_stand_beside_the_studys_runs_of_their_design_alone(records_dir: Path) -> None:
+    found = named(numerics.variants(records_dir, "numerics-h200"))
+    assert set(found) == {
+        ("bf16", ""),
+        ("fused", ""),
+        ("tensorwise", ""),
+        ("fused", "fast_accumulation: output, grad_input"),
+        ("fused", "gradient_format: e5m2"),
+    }
+    study = variance.study(records_dir)
+    low_rate = next(cell for cell in study.cells if (cell.design, cell.averaged) == ("low-rate", False))
+    for recipe in ("bf16", "fused"):
+        assert found[recipe, ""].losses == low_rate.losses(recipe)
+    stock = found["tensorwise", ""]
+    assert found["fused", ""].minus(stock) == Gap.by_seed(low_rate.losses("fused"), stock.losses)
+
+
+def test_the_table_has_each_difference_with_its_interval(records_dir: Path) -> None:
+    variants = numerics.variants(records_dir, "numerics-h200")
+    table = tables.losses.numerics(variants)
+    assert len(table) == len(variants) == 2 + len(NUMERICS_VARIANTS)
+    for (_, row), variant in zip(table.iterrows(), variants, strict=True):
+        assert row["loss (nats/token)"] == f"{np.mean(list(variant.losses.values())):.4f}"
+        assert (row["− bf16 (95% interval)"] == "–") == (variant.recipe == "bf16")
+        assert (row["− tensorwise (95% interval)"] == "–") == (variant.recipe == "tensorwise")
+
+
+def test_a_plan_without_its_bf16_side_is_not_shown(tmp_path: Path) -> None:
+    write_numerics_records(tmp_path)
+    assert numerics.variants(tmp_path, "numerics-h200") == []
+    assert numerics.variants(tmp_path, "candidates-h200") == []
+
+
+def test_the_quietest_design_tells_what_each_recipe_costs_until_more_seeds_do(records_dir: Path) -> None:
+    study = variance.study(records_dir)
+    assert study.cheapest.design in ("low-rate", "long-decay")
+    for path in records_dir.glob("variance-h200/*-long-decay/record.json"):
+        path.unlink()
+    gaps = {gap.recipe: gap for gap in losses.measured_gaps(losses.measured_sets(records_dir))}
+    assert set(gaps) == {"tensorwise", "fused"}
+    found = named(numerics.variants(records_dir, "numerics-h200"))
+    for recipe, measured in gaps.items():
+        assert measured.gap.seeds == 8
+        # A variant is not what the recipe costs.
+        assert measured.gap.mean == found[recipe, ""].minus(found["bf16", ""]).mean
+
+
+def test_a_record_from_before_fused_had_settings_is_fused_by_default(records_dir: Path) -> None:
+    for path in records_dir.glob("variance-h200/*-fused-*/record.json"):
+        values = json.loads(path.read_text())
+        del values["config"]["fused"]
+        path.write_text(json.dumps(values))
+    assert ("fused", "") in named(numerics.variants(records_dir, "numerics-h200"))
+
+
+def test_the_plans_train_in_one_design_and_candidates_on_seeds_that_did_not_choose_them() -> None:
+    trained = {
+        name: load_plan(PLANS / f"{name}.yaml").runs for name in (*numerics.REFERENCES, "variance-h200", "seeds-h200")
+    }
+    low_rate = [run for run in trained["variance-h200"] if run.run.endswith("-low-rate")]
+    seeds = [run for run in trained["seeds-h200"] if run.model.name == "7M"]
+    design = ("model", "tokens", "optimizer", "schedule", "global_batch_tokens", "mixture")
+    for ours, references in (("numerics-h200", low_rate), ("candidates-h200", seeds)):
+        assert {run.seed for run in trained[ours]} == {run.seed for run in references}
+        for field in design:
+            assert {repr(getattr(run, field)) for run in (*trained[ours], *references)} == {
+                repr(getattr(seeds[0], field))
+            }
+    assert not {run.seed for run in trained["candidates-h200"]} & {run.seed for run in trained["numerics-h200"]}
