@@ -1,4 +1,4 @@
-"""What of ``fused`` costs loss: variants that change one thing of it, in the design that the variance study found quietest.
+"""What of ``fused`` costs loss: variants that change one thing of it, in the quietest design of the variance study.
 
 ``runs/plans/numerics-h200.yaml`` trains them on the study's seeds, so that the study's runs of the same design are the
 other side of every difference: BF16, and ``fused`` as it is by default. torchao's ``tensorwise`` is among the variants,
@@ -57,7 +57,7 @@ class Variant:
 
 
 def variants(records_dir: Path, plan: str) -> list[Variant]:
-    """BF16 and the FP8 recipes by their defaults, then what `plan` changes; empty where it or its BF16 side has no run."""
+    """BF16 and `fused` by default, then the runs of `plan` by what they change; empty where one side has no run."""
     tried = plan_runs(records_dir, plan).runs
     if not tried:
         return []

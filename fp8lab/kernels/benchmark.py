@@ -46,7 +46,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__d
 
 BOTH = [
     Tile(64, 64, 4), Tile(64, 64, 8), Tile(64, 64, 4, 128), Tile(64, 64, 8, 80), Tile(64, 128, 8), Tile(128, 64, 8),
-    Tile(32, 64, 4), Tile(128, 64, 16),
+    Tile(32, 64, 4), Tile(128, 64, 16), Tile(64, 64, 4, None, 4), Tile(64, 64, 4, None, 16), Tile(64, 64, 4, 128, 4),
+    Tile(64, 128, 8, None, 4),
 ]  # fmt: skip
 FLAT = [Tile(4, 512, 4), Tile(1, 2048, 4), Tile(4, 512, 8), Tile(8, 512, 8), Tile(2, 512, 2), Tile(8, 512, 16)]
 ROWS = [Tile(4096, 0, 4), Tile(1024, 0, 1), Tile(2048, 0, 2), Tile(2048, 0, 1), Tile(2048, 0, 4), Tile(4096, 0, 8)]
@@ -74,7 +75,9 @@ CANDIDATES = {
     "quantise": Candidates(problems.quantise, "FLAT", FLAT),
     "quantise_both": Candidates(problems.quantise_both, "BOTH", BOTH),
     "quantise_both, weight": Candidates(problems.quantise_weight, "BOTH", BOTH),
-    "quantise_transposed": Candidates(problems.quantise_transposed, "TRANSPOSED", [Tile(64, 128, 8), *BOTH[:3]]),
+    "quantise_transposed": Candidates(
+        problems.quantise_transposed, "TRANSPOSED", [Tile(64, 128, 8), *BOTH[:3], BOTH[8], BOTH[11]]
+    ),
     "rms_norm": Candidates(problems.rms_norm, "ROWS", ROWS),
     "rms_norm, no branch": Candidates(problems.rms_norm_alone, "ROWS", ROWS),
     "rms_norm_backward": Candidates(problems.rms_norm_backward, "NORM_BACKWARD", BOTH),
@@ -85,7 +88,9 @@ CANDIDATES = {
     "cross_entropy": Candidates(problems.cross_entropy, "CROSS_ENTROPY", LOGITS),
     "cross_entropy, short rows": Candidates(problems.cross_entropy_short, "CROSS_ENTROPY_SHORT", LOGITS),
     "cross_entropy_alone": Candidates(problems.cross_entropy_alone, "LOGSUMEXP", LOGITS),
-    "cross_entropy_quantised": Candidates(problems.cross_entropy_quantised, "LOGITS_GRADIENT", [*BOTH[:2], *BOTH[3:6]]),
+    "cross_entropy_quantised": Candidates(
+        problems.cross_entropy_quantised, "LOGITS_GRADIENT", [*BOTH[:2], *BOTH[3:6], BOTH[8], BOTH[11]]
+    ),
 }
 
 
@@ -204,7 +209,9 @@ def _line(rows: list[dict[str, Any]], bandwidth: float) -> str:
     for row in sorted(rows, key=lambda row: row.get("ms", float("inf"))):
         share = row["bytes"] / (row["ms"] * 1e-3) / bandwidth if "ms" in row else 0.0
         result = f"{row['ms'] * 1e3:.0f}us {share:.2f}" if "ms" in row else row["error"]
-        parts.append(f"{'x'.join(map(str, filter(None, row['tile'])))} {result}")
+        *sides, group = row["tile"]
+        grouped = f" by {group}" if group > 1 else ""
+        parts.append(f"{'x'.join(map(str, filter(None, sides)))}{grouped} {result}")
     return f"{rows[0]['size']:>5} {rows[0]['kernel']:<34} " + " | ".join(parts)
 
 

@@ -38,6 +38,8 @@ class Tile(NamedTuple):
     warps: int
     registers: int | None = None
     """At most so many a thread, the rest in memory; None: as the compiler chooses."""
+    group: int = 1
+    """Tiles side by side that neighbouring programs take before those below: see `_block`."""
 
     @property
     def launch(self) -> dict[str, int | None]:
@@ -157,17 +159,32 @@ def _quantise_kernel(
 
 
 @triton.jit
-def _row_pairs(rows, BLOCK_ROWS: tl.constexpr):
-    """The first of this program's pairs of rows, the pairs after it, and which of them exist."""
-    first = tl.program_id(0).to(tl.int64) * (BLOCK_ROWS // 2)
+def _block(GROUP: tl.constexpr):
+    """This program's block of rows and of columns, by the order in which programs start.
+
+    What runs at the same time should read and write memory that lies together. Down a column, the transposed copy
+    does and rows are read in scraps; along a row it is the reverse. GROUP blocks of columns in turn are between them.
+    """
+    row_blocks, column_blocks = tl.num_programs(0), tl.num_programs(1)
+    program = tl.program_id(1) * row_blocks + tl.program_id(0)
+    first = program // (GROUP * row_blocks) * GROUP
+    columns = tl.minimum(column_blocks - first, GROUP)
+    inside = program - first * row_blocks
+    return inside // columns, first + inside % columns
+
+
+@triton.jit
+def _row_pairs(block, rows, BLOCK_ROWS: tl.constexpr):
+    """The first of a block's pairs of rows, the pairs after it, and which of them exist."""
+    first = block.to(tl.int64) * (BLOCK_ROWS // 2)
     pair = tl.arange(0, BLOCK_ROWS // 2)
     return first, pair, pair < rows // 2 - first
 
 
 @triton.jit
-def _columns(columns, BLOCK_COLUMNS: tl.constexpr):
-    """The first of this program's columns, the columns after it, and which of them exist."""
-    first = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS
+def _columns(block, columns, BLOCK_COLUMNS: tl.constexpr):
+    """The first of a block's columns, the columns after it, and which of them exist."""
+    first = block.to(tl.int64) * BLOCK_COLUMNS
     column = tl.arange(0, BLOCK_COLUMNS)
     return first, column, column < columns - first
 
@@ -184,10 +201,12 @@ def _store_transposed(out_t_ptr, value, first_pair, pair, has_pair, first_column
 @triton.jit
 def _quantise_pairs_kernel(
     x_ptr, out_ptr, out_t_ptr, scale_ptr, amax_ptr, rows, columns,
-    FORMAT: tl.constexpr, ROW_MAJOR: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    FORMAT: tl.constexpr, ROW_MAJOR: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    first_pair, pair, has_pair = _row_pairs(rows, BLOCK_ROWS)
-    first_column, column, has_column = _columns(columns, BLOCK_COLUMNS)
+    row_block, column_block = _block(GROUP)
+    first_pair, pair, has_pair = _row_pairs(row_block, rows, BLOCK_ROWS)
+    first_column, column, has_column = _columns(column_block, columns, BLOCK_COLUMNS)
     mask = has_pair[:, None] & has_column[None, :]
     start = 2 * first_pair * columns + first_column
     offset = pair[:, None] * (2 * columns) + column[None, :]
@@ -246,7 +265,7 @@ def _quantise_pairs(x: Tensor, slot: Slot, tile: Tile, *, row_major: bool) -> tu
     out_t, pairs = _transposed(rows, columns, slot)
     _quantise_pairs_kernel[_grid(rows, columns, tile)](
         x, out, pairs, slot.scale, slot.amax, rows, columns, FORMAT=_format(slot), ROW_MAJOR=row_major,
-        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, **tile.launch,
+        GROUP=tile.group, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, **tile.launch,
     )  # fmt: skip
     return out, out_t
 
@@ -313,10 +332,12 @@ def _norm_gradients(grad_ptr, x_ptr, residual_ptr, rstd_ptr, dot_ptr, gain, has_
 def _rms_norm_backward_kernel(
     grad_ptr, x_ptr, rstd_ptr, gain_ptr, dot_ptr, residual_ptr, grad_x_ptr, normed_t_ptr, out_ptr, out_t_ptr,
     partial_ptr, scale_ptr, grad_scale_ptr, amax_ptr, rows, d, FORMAT: tl.constexpr, GRAD_FORMAT: tl.constexpr,
-    QUANTISE: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    QUANTISE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    first_pair, pair, has_pair = _row_pairs(rows, BLOCK_ROWS)
-    first_column, column, has_column = _columns(d, BLOCK_COLUMNS)
+    row_block, column_block = _block(GROUP)
+    first_pair, pair, has_pair = _row_pairs(row_block, rows, BLOCK_ROWS)
+    first_column, column, has_column = _columns(column_block, d, BLOCK_COLUMNS)
     mask = has_pair[:, None] & has_column[None, :]
     even = 2 * first_pair * d + first_column + (pair[:, None] * (2 * d) + column[None, :])
     row = 2 * first_pair + 2 * pair
@@ -330,7 +351,7 @@ def _rms_norm_backward_kernel(
     tl.store(grad_x_ptr + even, grad_0, mask=mask)
     tl.store(grad_x_ptr + even + d, grad_1, mask=mask)
     gain_grad = tl.sum(gain_grad_0 + gain_grad_1, axis=0)
-    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * d + first_column + column, gain_grad, mask=has_column)
+    tl.store(partial_ptr + row_block.to(tl.int64) * d + first_column + column, gain_grad, mask=has_column)
     scale = tl.load(scale_ptr + 1)
     normed = _pairs(_scaled(normed_0, scale), _scaled(normed_1, scale), FORMAT)
     _store_transposed(normed_t_ptr, normed, first_pair, pair, has_pair, first_column, column, has_column, rows)
@@ -375,7 +396,7 @@ def rms_norm_backward(
         grad_normed, x, rstd, gain, dot, grad_residual, grad_x, normed_pairs, normed_t if out is None else out, pairs,
         partial, slot.scale, target.scale, target.amax, rows, d, FORMAT=_format(slot), GRAD_FORMAT=_format(target),
         QUANTISE=out is not None, TRANSPOSED=out_t is not None,
-        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, **tile.launch,
+        GROUP=tile.group, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, **tile.launch,
     )  # fmt: skip
     return grad_x, partial.sum(0), normed_t, out, out_t
 
@@ -429,10 +450,12 @@ def _swiglu_gradients(gate_up_ptr, grad_ptr, mask, d_ff):
 @triton.jit
 def _swiglu_backward_kernel(
     gate_up_ptr, grad_ptr, out_ptr, out_t_ptr, activated_t_ptr, dot_ptr, grad_scale_ptr, amax_ptr, scale_ptr,
-    rows, d_ff, FORMAT: tl.constexpr, GRAD_FORMAT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    rows, d_ff, FORMAT: tl.constexpr, GRAD_FORMAT: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    first_pair, pair, has_pair = _row_pairs(rows, BLOCK_ROWS)
-    first_column, column, has_column = _columns(d_ff, BLOCK_COLUMNS)
+    row_block, column_block = _block(GROUP)
+    first_pair, pair, has_pair = _row_pairs(row_block, rows, BLOCK_ROWS)
+    first_column, column, has_column = _columns(column_block, d_ff, BLOCK_COLUMNS)
     mask = has_pair[:, None] & has_column[None, :]
     start = 2 * first_pair * d_ff
     gate_up = 2 * start + first_column + (pair[:, None] * (4 * d_ff) + column[None, :])
@@ -442,7 +465,7 @@ def _swiglu_backward_kernel(
         gate_up_ptr + gate_up + 2 * d_ff, grad_ptr + grad + d_ff, mask, d_ff
     )
     programs = tl.num_programs(1)
-    dot_ptr += 2 * (first_pair + pair) * programs + tl.program_id(1)
+    dot_ptr += 2 * (first_pair + pair) * programs + column_block
     tl.store(dot_ptr, dot_0, mask=has_pair)
     tl.store(dot_ptr + programs, dot_1, mask=has_pair)
     _observe_four(amax_ptr, gate_0, up_0, gate_1, up_1)
@@ -478,7 +501,7 @@ def swiglu_backward(
     _swiglu_backward_kernel[grid](
         gate_up, grad, out, pairs, activated_pairs, dot, grad_slot.scale, grad_slot.amax, slot.scale, rows, d_ff,
         FORMAT=_format(slot), GRAD_FORMAT=_format(grad_slot),
-        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, **tile.launch,
+        GROUP=tile.group, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, **tile.launch,
     )  # fmt: skip
     return out, out_t, activated_t, dot.sum(1)
 
@@ -763,10 +786,11 @@ def _gradients_of_logits(logits_ptr, target_ptr, lse_ptr, has_row, offset, mask,
 @triton.jit
 def _logits_gradient_kernel(
     logits_ptr, target_ptr, lse_ptr, out_ptr, out_t_ptr, scale_ptr, rows, vocabulary, z_loss,
-    FORMAT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    first_pair, pair, has_pair = _row_pairs(rows, BLOCK_ROWS)
-    first_column, column, has_column = _columns(vocabulary, BLOCK_COLUMNS)
+    row_block, column_block = _block(GROUP)
+    first_pair, pair, has_pair = _row_pairs(row_block, rows, BLOCK_ROWS)
+    first_column, column, has_column = _columns(column_block, vocabulary, BLOCK_COLUMNS)
     mask = has_pair[:, None] & has_column[None, :]
     even = 2 * first_pair * vocabulary + first_column + (pair[:, None] * (2 * vocabulary) + column[None, :])
     row = 2 * first_pair + 2 * pair
@@ -794,6 +818,6 @@ def cross_entropy_quantised(
     tile = LOGITS_GRADIENT
     _logits_gradient_kernel[_grid(rows, vocabulary, tile)](
         logits, targets, lse, out, pairs, slot.scale, rows, vocabulary, z_loss, FORMAT=_format(slot),
-        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, **tile.launch,
+        GROUP=tile.group, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, **tile.launch,
     )  # fmt: skip
     return entropy, lse, out, out_t

@@ -31,7 +31,7 @@ from fp8lab import records
 from fp8lab.errors import UserError
 from fp8lab.precision import fp8_tensor_cores
 from fp8lab.records import SpeedRecord
-from fp8lab.session import device_name, release_memory, training_device
+from fp8lab.session import device_name, older_objects_kept, release_memory, training_device
 from fp8lab.speed.batches import batch_source
 from fp8lab.speed.case import Measurement, failure
 from fp8lab.speed.plan import SpeedCase, SpeedPlan, load_speed_plan
@@ -76,7 +76,8 @@ def measure(
         if time.monotonic() > deadline:
             break
         try:
-            cases[case.name], case_rows = Measurement(plan, case, device, batches, deadline).run()
+            with older_objects_kept():
+                cases[case.name], case_rows = Measurement(plan, case, device, batches, deadline).run()
         except (RuntimeError, UserError) as error:
             cases[case.name], case_rows = failure(error), []
         release_memory(device)

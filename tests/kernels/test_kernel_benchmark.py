@@ -50,7 +50,7 @@ def test_a_record_keeps_every_tile_and_a_line_tells_of_each_kernel(kernels, tmp_
     assert [row["kernel"] for row in rows] == ["quantise", "quantise", "swiglu", "swiglu"]
     # 64 rows of 64 numbers, read in BF16 and written in FP8.
     assert rows[0] == {
-        "size": "tiny", "kernel": "quantise", "constant": "FLAT", "tile": [4, 512, 4, None], "bytes": 64 * 64 * 3,
+        "size": "tiny", "kernel": "quantise", "constant": "FLAT", "tile": [4, 512, 4, None, 1], "bytes": 64 * 64 * 3,
         "ms": 0.1, "sm_clock_mhz": None,
     }  # fmt: skip
     assert lines[0] == "Toy GPU (1 GB): a copy moves 1.00 TB/s"

@@ -186,6 +186,23 @@ def test_kernel_agrees_with_reference(case, kind, device) -> None:
         assert_close(got.float(), wanted.float(), wanted.dtype, f"output {position}")
 
 
+@pytest.mark.parametrize("group", [2, 3, 99])
+@pytest.mark.parametrize("case", [quantise_both, rms_norm_backward, swiglu_backward, cross_entropy_quantised])
+def test_the_order_of_tiles_changes_no_bit(case, group, device, monkeypatch) -> None:
+    """Groups that divide the columns' blocks, groups that do not, and one of them all."""
+    ops = operations(emulate=False)
+
+    def run(tile) -> Case:
+        for constant in ("BOTH", "NORM_BACKWARD", "SWIGLU_BACKWARD", "LOGITS_GRADIENT"):
+            monkeypatch.setattr(ops, constant, tile)
+        return case(ops, "random", device)
+
+    one, other = run(ops.Tile(16, 16, 4)), run(ops.Tile(16, 16, 4, group=group))
+    assert torch.equal(one.amax, other.amax)
+    for got, wanted in zip(other.outputs, one.outputs, strict=True):
+        assert torch.equal(got.view(torch.int8), wanted.view(torch.int8))
+
+
 # One rounding step of each format, relative: sums in another order may cross a rounding boundary.
 STEP = {torch.float32: 2e-5, torch.bfloat16: 2**-7, E4M3: 2**-3, E5M2: 2**-2}
 
