@@ -8,6 +8,8 @@ is compared with the plain-PyTorch reference before it is timed. A line for each
 the fastest on; all of it goes into a benchmark record (`fp8lab.measurement`),
 ``runs/records/benchmarks/kernels-<device>/``. The tiles in use are constants of `fp8lab.kernels.triton_ops`.
 
+Beside them stands what the sums of the FP8 GEMMs lose, with fast accumulation and without (`accumulation_errors`).
+
 The compiler takes longer than the measurements. ``--compile I/N`` only compiles the I-th share of the candidates, for
 N processes at once to fill Triton's cache.
 """
@@ -16,9 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -30,6 +33,7 @@ from fp8lab.config import MODELS
 from fp8lab.errors import UserError
 from fp8lab.kernels import problems, triton_ops
 from fp8lab.kernels.problems import Problem
+from fp8lab.kernels.scaling import DTYPES, Slot
 from fp8lab.kernels.triton_ops import Tile
 from fp8lab.measurement import begin_provenance, run_app, slug, write_benchmark
 from fp8lab.timing import Telemetry, gpu_milliseconds
@@ -40,6 +44,7 @@ SEQ = 1024
 COMPILING_SEQUENCES = 2
 """Of the calls that compile and check."""
 REPEATS = 12
+E4M3 = DTYPES["e4m3"]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -163,6 +168,34 @@ def measure(size: str, name: str, device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
+SHARED_MEAN = 0.3
+"""Mean of both operands, in standard deviations: gradients and activations have directions that tokens share."""
+OUTPUTS = 256
+"""Rows and columns of a product that is compared: every output is as good a sample."""
+
+
+def accumulation_errors(size: str, device: torch.device, matmul: Callable[..., Tensor]) -> list[dict[str, Any]]:
+    """How far a block's products lie from the exact sums of the same FP8 numbers, of Gaussian E4M3 operands.
+
+    Returns:
+        A row a GEMM of the qkv Linear and mean of the operands: terms (of each sum), mean (in standard deviations), and
+        the root mean square error relative to the exact product's, ``fast`` and ``precise`` (summed in FP32).
+    """
+    model = MODELS[size]
+    terms = {"output": model.d_model, "grad_input": 3 * model.d_model, "grad_weight": SIZES[size] * SEQ}
+    generator = torch.Generator(device).manual_seed(1)
+    rows = []
+    for gemm, mean in itertools.product(terms, (0.0, SHARED_MEAN)):
+        slot = Slot(torch.tensor([1.0, 1.0, 0.0, 0.0], device=device), torch.zeros(4, device=device), E4M3)
+        shape = (OUTPUTS, terms[gemm])
+        a, b = ((20 * (mean + torch.randn(shape, generator=generator, device=device))).to(E4M3) for _ in range(2))
+        exact = a.double() @ b.double().t()
+        products = {name: matmul(a, b, slot, slot, torch.float32, name == "fast") for name in ("fast", "precise")}
+        errors = {name: float((product - exact).norm() / exact.norm()) for name, product in products.items()}
+        rows.append({"size": size, "gemm": gemm, "terms": terms[gemm], "mean": mean, **errors})
+    return rows
+
+
 @app.command()
 def command(
     share: Annotated[
@@ -186,7 +219,14 @@ def command(
             measured = measure(size, kernel, device)
             print(_line(measured, bandwidth), flush=True)
             rows += measured
-    results = {"copy_bytes_per_second": bandwidth, "calls": REPEATS, "sequences": SIZES, "seq_len": SEQ, "rows": rows}
+    sums = [row for size in SIZES for row in accumulation_errors(size, device, triton_ops.matmul)]
+    for row in sums:
+        print(f"{row['size']:>5} {row['gemm']:<11} {row['terms']:>7,} terms, mean {row['mean']:g}: "
+              f"fast accumulation {row['fast']:.2%}, FP32 {row['precise']:.2%} off")  # fmt: skip
+    results = {
+        "copy_bytes_per_second": bandwidth, "calls": REPEATS, "sequences": SIZES, "seq_len": SEQ, "rows": rows,
+        "accumulation": sums,
+    }  # fmt: skip
     write_benchmark(f"kernels-{slug(name)}", results, provenance, records_dir)
 
 

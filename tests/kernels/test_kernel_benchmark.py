@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from fp8lab import records
 from fp8lab.config import ModelConfig
 from fp8lab.errors import UserError
+from fp8lab.kernels import reference
 
 MODEL = ModelConfig(name="tiny", d_model=64, n_layers=1, n_heads=1, d_ff=64, vocab_size=256, seq_len=32)
 
@@ -54,9 +55,12 @@ def test_a_record_keeps_every_tile_and_a_line_tells_of_each_kernel(kernels, tmp_
         "ms": 0.1, "sm_clock_mhz": None,
     }  # fmt: skip
     assert lines[0] == "Toy GPU (1 GB): a copy moves 1.00 TB/s"
-    assert [line.split()[:2] for line in lines[1:]] == [["tiny", "quantise"], ["tiny", "swiglu"]]
+    timed, sums = lines[1:3], lines[3:]
+    assert [line.split()[:2] for line in timed] == [["tiny", "quantise"], ["tiny", "swiglu"]]
     # 12 KiB in a tenth of a millisecond are 0.12 GB/s.
     assert "100us 0.00" in lines[1]
+    assert len(sums) == len(record.results["accumulation"]) == 6
+    assert sums[0].startswith(" tiny output           64 terms, mean 0: fast accumulation ")
 
 
 def test_a_tile_that_computes_something_else_is_not_timed(kernels, tmp_path, monkeypatch) -> None:
@@ -74,6 +78,18 @@ def test_a_tile_that_computes_something_else_is_not_timed(kernels, tmp_path, mon
     assert "ms" not in wrong
     assert "output 0: " in wrong["error"]
     assert wrong["error"] in lines[2]
+
+
+def test_sums_that_lose_nothing_are_told_from_sums_that_do(kernels, device) -> None:
+    def matmul(a, b, a_slot, b_slot, dtype, fast):
+        product = reference.matmul(a, b, a_slot, b_slot, dtype, fast)
+        return product * 1.01 if fast else product
+
+    rows = kernels.accumulation_errors("tiny", device, matmul)
+    assert {(row["gemm"], row["terms"]) for row in rows} == {("output", 64), ("grad_input", 192), ("grad_weight", 64)}
+    for row in rows:
+        assert row["fast"] == pytest.approx(0.01, rel=1e-3)
+        assert row["precise"] < 1e-5
 
 
 def test_a_share_is_a_number_below_the_number_of_shares(kernels) -> None:
