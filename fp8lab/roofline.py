@@ -57,11 +57,11 @@ Measured without a record; `fp8lab.kernels.benchmark` writes one with the copy's
 """
 COMPILED_SHARE = 0.55
 """Of a copy's bandwidth that compiled elementwise kernels reach: fitted to BF16's step at 1.5B in `SOURCE`."""
-WRITTEN_SHARE = 0.8
-"""Of a copy's bandwidth that this project's kernels reach together, alone on an H100, weighted by bytes.
+WRITTEN_SHARE = 0.72
+"""Of a copy's bandwidth that this project's kernels reach together, each as often as a block runs it, under their best
+tiles: 0.71 to 0.73 at four sizes, in ``runs/records/benchmarks/kernels-NVIDIA-H200``.
 
-From the table of 2026-11-25 in ``runs/LOG.md``. The record of that measurement was not kept: it is still to be written,
-by `fp8lab.kernels.benchmark`.
+On an H100, whose memory is slower and whose processors are not, instructions cost them less of it.
 """
 GEMM_FLOPS = {"bf16": 690e12, "fp8": 1320e12}
 """FLOP/s of large GEMMs under the power limit: the twelve of a 1.5B block alone on an H200, measured without a record.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -177,3 +178,22 @@ def test_the_gemms_of_the_record_are_a_little_faster_than_the_sustained_rate() -
         )
         flops = 6 * seq_len * sequences * weights / layers
         assert flops / (block_ms * 1e-3) == pytest.approx(1.06 * rate, rel=0.01)
+
+
+A_BLOCK = {
+    "rms_norm": 2, "norm_rotate": 1, "quantise": 1, "swiglu": 1,
+    "rms_norm_backward": 2, "norm_rotate_backward": 1, "quantise_transposed": 1, "swiglu_backward": 1,
+}  # fmt: skip
+"""Kernels of one block of `fused`, forward and backward, and how often each runs."""
+
+
+def test_the_kernels_share_of_bandwidth_is_what_their_benchmark_recorded() -> None:
+    record = records.read(Path("runs/records/benchmarks/kernels-NVIDIA-H200"))
+    assert isinstance(record, records.BenchmarkRecord)
+    rows = pd.DataFrame(record.results["rows"])
+    best = rows[rows["kernel"].isin(A_BLOCK)].sort_values("ms").groupby(["size", "kernel"], as_index=False).first()
+    times = best["kernel"].map(A_BLOCK)
+    by_size = best.assign(bytes=best["bytes"] * times, ms=best["ms"] * times).groupby("size")[["bytes", "ms"]].sum()
+    shares = by_size["bytes"] / by_size["ms"] * 1e3 / record.results["copy_bytes_per_second"]
+    assert pytest.approx(shares.mean(), abs=0.01) == roofline.WRITTEN_SHARE
+    assert shares.between(0.70, 0.74).all()
