@@ -367,13 +367,13 @@ def test_a_run_that_stays_non_finite_stops_as_diverged_and_names_the_layer(
     monkeypatch.setattr(trainer, "FLUSH_SECONDS", 0.0)
     real, seen = session.convert, []
 
-    def convert(model, *arguments):
+    def convert(model, *arguments, **options):
         def break_down(_module, _inputs, output):
             seen.append(1)
             return output if len(seen) < 14 else output * math.nan
 
         model.blocks[0].mlp.register_forward_hook(break_down)
-        return real(model, *arguments)
+        return real(model, *arguments, **options)
 
     monkeypatch.setattr(session, "convert", convert)
     with pytest.raises(Diverged, match=r"the first of them step 14: .*, in blocks\.0\.mlp$"):

@@ -26,7 +26,10 @@ def check():
         function.cache_clear()
 
 
-def test_right_kernels_pass(check, device) -> None:
+def test_right_kernels_pass(check, device, monkeypatch) -> None:
+    if device.type == "cpu":
+        # The interpreter takes half a minute for the tokens that a GPU is asked.
+        monkeypatch.setattr(check, "SEQUENCES", 1)
     check.check_blocks(MODEL, device)
     check.check_head(MODEL, device)
     check.check_loss(MODEL, device)
