@@ -27,6 +27,7 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -192,7 +193,7 @@ Fp8Format = Literal["e4m3", "e5m2"]
 
 
 class FusedConfig(Config):
-    """How the recipe ``fused`` computes (`fp8lab.kernels`); other recipes have nothing of it."""
+    """How the blocks of the recipe ``fused`` compute (`fp8lab.kernels`). Other recipes and the FP8 head ignore it."""
 
     gradient_format: Fp8Format = "e4m3"
     """E4M3 has a mantissa bit more than E5M2 and 2^18 between its largest and smallest numbers instead of 2^32.
@@ -212,6 +213,12 @@ class FusedConfig(Config):
     What that loses grows with the length of the sums, and a weight gradient's have as many terms as a micro-batch has
     tokens (see `fp8lab.kernels`).
     """
+
+    @field_validator("fast_accumulation")
+    @classmethod
+    def _in_one_order(cls, gemms: tuple[Gemm, ...]) -> tuple[Gemm, ...]:
+        return tuple(gemm for gemm in GEMMS if gemm in gemms)
+
     recompute_rotated_from: int = Field(default=2048, ge=0)
     """Width from which q and k are rotated again in backward instead of kept.
 
@@ -222,6 +229,25 @@ class FusedConfig(Config):
 
     It has d_model^2 outputs: too few tiles to fill a GPU with FP8 GEMMs, and its BF16 operands exist anyway.
     """
+
+
+UNSAID_FUSED: dict[str, Any] = {
+    "gradient_format": "e4m3",
+    "history": 16,
+    "margin": 1,
+    "power_of_two_scales": True,
+    "fast_accumulation": ("output", "grad_input", "grad_weight"),
+    "recompute_rotated_from": 2048,
+    "bf16_output_gradient_below": 1024,
+}
+"""How ``fused`` computed in records whose configuration does not say so."""
+
+
+def recorded_fused(config: Mapping[str, Any]) -> FusedConfig | None:
+    """How the blocks of a recorded run computed, by its configuration; None for another recipe than ``fused``."""
+    if config["recipe"] != "fused":
+        return None
+    return FusedConfig.model_validate(UNSAID_FUSED | config.get("fused", {}))
 
 
 class ParentConfig(Config):
@@ -246,6 +272,7 @@ class RunConfig(Config):
     head: Head = "bf16"
     """Precision of the output head's GEMMs."""
     fused: FusedConfig = FusedConfig()
+    """How the recipe ``fused`` computes; an error beside another recipe, which would ignore it."""
     high_precision: tuple[str, ...] = ()
     """Linears to leave in BF16: shell patterns on their names ('blocks.0.*'). One that matches nothing is an error."""
     seed: int = Field(ge=0)
@@ -299,6 +326,12 @@ class RunConfig(Config):
     Its tables go into those that the plan's runs share. Of one GPU each, an entry's compact runs train one after
     another in one process a job (`fp8lab.series`), so that its start and compilation are paid once.
     """
+
+    @model_validator(mode="after")
+    def _fused_is_for_fused(self) -> RunConfig:
+        if self.recipe != "fused" and self.fused != FusedConfig():
+            raise ValueError(f"fused: recipe {self.recipe} would ignore it")
+        return self
 
     @model_validator(mode="after")
     def _batch_is_whole_sequences(self) -> RunConfig:
@@ -372,12 +405,16 @@ def changed_fields(before: RunConfig, now: RunConfig, may_change: Set[str] = MAY
 
 
 def earlier_config(values: Mapping[str, Any], where: str) -> RunConfig:
-    """The configuration that an earlier version wrote: a field newer than that then had what is now its default.
+    """The configuration that an earlier version wrote.
+
+    A field newer than that then had what is now its default, `fused` what `recorded_fused` says.
 
     Raises:
         UserError: it is no configuration of a run.
     """
-    known = {field: value for field, value in values.items() if field in RunConfig.model_fields}
+    known = {field: value for field, value in values.items() if field in RunConfig.model_fields and field != "fused"}
+    if known.get("recipe") == "fused":
+        known["fused"] = UNSAID_FUSED | values.get("fused", {})
     return validate(RunConfig, known, where)
 
 

@@ -116,12 +116,11 @@ GAP_PLANS = (SEEDS_PLAN, *MEASURED_PLANS, LARGER_PLAN)
 def measured_sets(records_dir: Path) -> list[RunSet]:
     """The plans of `GAP_PLANS` that were trained on a GPU, their gaps in pairs where those are known to help.
 
-    After them the quietest design of the variance study, whose own gaps are never taken in pairs: it chose.
+    After them the designs of the variance study, whose own gaps are never taken in pairs: it chose.
     """
     study = variance.study(records_dir)
     plans = [variance.with_pairs(plan_runs(records_dir, plan), study) for plan in GAP_PLANS]
-    quietest = [numerics.quietest(records_dir, study)] if study else []
-    return [runs for runs in (*plans, *quietest) if runs and not runs.toy]
+    return [runs for runs in (*plans, *numerics.designs(records_dir, study)) if runs and not runs.toy]
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,8 @@ def measured_gaps(sets: Sequence[RunSet]) -> list[MeasuredGap]:
     best: dict[tuple[str, str], RunSet] = {}
     for runs in sets:
         for key, gap in runs.gaps().items():
-            if key not in best or gap.seeds > best[key].gap(*key).seeds:
+            # Of one plan's designs the first counts.
+            if key not in best or (runs.plan != best[key].plan and gap.seeds > best[key].gap(*key).seeds):
                 best[key] = runs
     found = [_measured_gap(sets, runs, *key) for key, runs in best.items()]
     return sorted(found, key=lambda one: (one.runs.where(size=one.size)[0].parameters, RECIPES.index(one.recipe)))
@@ -174,7 +174,7 @@ def left_out(gaps: Sequence[MeasuredGap]) -> str:
 
 def _measured_gap(sets: Sequence[RunSet], runs: RunSet, size: str, recipe: str) -> MeasuredGap:
     gap, bf16 = runs.gap(size, recipe), runs.where(size=size, recipe="bf16")[0]
-    smaller = seed_deviation(sets, below=bf16.parameters) if gap.interval is None else None
+    smaller = seed_deviation(sets, bf16, below=bf16.parameters) if gap.interval is None else None
     diverged, bf16_diverged = (_diverged(sets, size, name) for name in (recipe, "bf16"))
     measured = MeasuredGap(size, recipe, gap, runs, diverged=diverged, bf16_diverged=bf16_diverged)
     if smaller is None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp8lab.comparison import Gap
-from fp8lab.config import FusedConfig
+from fp8lab.config import FusedConfig, recorded_fused
 from fp8lab.results import SEEDS_PLAN, Run, RunSet, by_seed, plan_runs
 from fp8lab.variance import VARIANCE_PLAN, Study
 
@@ -68,19 +68,30 @@ def variants(records_dir: Path, plan: str) -> list[Variant]:
     return found if found[0].recipe == "bf16" else []
 
 
-def quietest(records_dir: Path, study: Study) -> RunSet:
-    """Every recipe by its defaults in the design that the study found cheapest, its last weights compared."""
-    chosen = study.cheapest.runs
-    tried = [run for run in plan_runs(records_dir, NUMERICS_PLAN).runs if not _changes(run)]
-    return RunSet(VARIANCE_PLAN, (*chosen, *_of_design(tried, chosen[0])))
+def designs(records_dir: Path, study: Study) -> list[RunSet]:
+    """Every recipe by its defaults in each design of the study, the one that it found cheapest first."""
+    tried = plan_runs(records_dir, NUMERICS_PLAN)
+    cells = sorted(study.cells, key=lambda cell: (cell.design != study.cheapest.design, cell.averaged))
+    return [
+        RunSet(
+            VARIANCE_PLAN,
+            runs=_by_default(cell.runs[0], study.runs.runs, tried.runs),
+            unfinished=_by_default(cell.runs[0], study.runs.unfinished, tried.unfinished),
+        )
+        for cell in cells
+        if not cell.averaged
+    ]
+
+
+def _by_default(like: Run, *groups: Sequence[Run]) -> tuple[Run, ...]:
+    return tuple(run for run in _of_design([run for group in groups for run in group], like) if not _changes(run))
 
 
 def _changes(run: Run) -> str:
-    if run.recipe != "fused":
+    settings, defaults = recorded_fused(run.record.config), FusedConfig()
+    if settings is None:
         return ""
-    settings, defaults = FusedConfig.model_validate(run.record.config.get("fused", {})), FusedConfig()
-    values = {name: getattr(settings, name) for name in FusedConfig.model_fields}
-    return "; ".join(f"{name}: {_text(value)}" for name, value in values.items() if value != getattr(defaults, name))
+    return "; ".join(f"{name}: {_text(value)}" for name, value in settings if value != getattr(defaults, name))
 
 
 def _text(value: object) -> str:

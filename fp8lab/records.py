@@ -24,6 +24,7 @@ article shows through `article.literal` alone.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shlex
@@ -291,6 +292,18 @@ VERSIONED_PACKAGES = (
 )
 
 
+KERNELS = "fused kernels"
+"""Among a record's versions: what `fused` ran on. Two commits with the same can be measured together."""
+_KERNEL_MODULES = ("attention", "block", "head", "operations", "scaling", "triton_ops")
+
+
+def _kernels_version() -> str:
+    """A hash of the sources of what `fused` and the FP8 head run."""
+    folder = Path(__file__).parent / "kernels"
+    sources = b"".join((folder / f"{module}.py").read_bytes() for module in _KERNEL_MODULES)
+    return hashlib.sha256(sources).hexdigest()[:12]
+
+
 def collect_provenance(device_name: str, device_count: int = 1, host_count: int = 1) -> Provenance:
     """Where and with what a result is being made; `ended_utc` is for the writer to update.
 
@@ -305,6 +318,7 @@ def collect_provenance(device_name: str, device_count: int = 1, host_count: int 
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    versions[KERNELS] = _kernels_version()
     return Provenance(
         git_commit=commit,
         git_dirty=dirty,

@@ -28,7 +28,7 @@ from fp8lab.records import BENCHMARK_PLAN, BenchmarkRecord, DataRecord, SpeedRec
 MEASURED_PLANS = ("article", "ladder-h200", "pilot-h200")
 """Plans trained on GPUs that the article draws, the most complete first."""
 SEEDS_PLAN = "seeds-h200"
-"""Many seeds of the ladder's smallest sizes."""
+"""Many seeds of the ladder's smallest sizes, at half its learning rate."""
 LARGER_PLAN = "125m-h200"
 """A size above the ladder, in another vocabulary."""
 DEMO_PLAN = "demo"
@@ -84,8 +84,16 @@ class Run:
     @property
     def design_settings(self) -> dict[str, Any]:
         """What makes runs of several plans one design; with precision and seed, one training."""
-        names = ("model", "tokens", "optimizer", "schedule", "global_batch_tokens", "mixture")
+        names = ("model", "tokens", "optimizer", "schedule", "global_batch_tokens", "micro_batch", "mixture")
         return {name: self.record.config[name] for name in names}
+
+    @property
+    def tuning(self) -> dict[str, Any]:
+        """Optimizer, schedule and batch, the learning rate at width 1 by the rule that carries it from size to size."""
+        config = self.record.config
+        rate = float(config["optimizer"]["peak_learning_rate"]) * self.record.model.d_model
+        optimizer = config["optimizer"] | {"peak_learning_rate": float(f"{rate:.6g}")}
+        return {"optimizer": optimizer} | {name: config[name] for name in ("schedule", "global_batch_tokens")}
 
     @property
     def validation_loss(self) -> float:
@@ -245,22 +253,26 @@ def _name(run: Run) -> str:
     return f"{run.record.plan}/{run.record.run}"
 
 
-def seed_deviation(sets: Iterable[RunSet], *, size: str | None = None, below: int | None = None) -> Deviation | None:
-    """Scatter of validation losses between runs alike but for their seed, pooled over plans and kinds.
+def seed_deviation(
+    sets: Iterable[RunSet], like: Run, *, size: str | None = None, below: int | None = None
+) -> Deviation | None:
+    """Scatter of validation losses between runs alike but for their seed, pooled over plans, sizes and recipes.
 
     Args:
+        sets: where to look; a run that is in several counts once.
+        like: only runs tuned as this one, since runs scatter less where the learning rate is lower.
         size: only this model.
         below: only models with fewer parameters.
 
     Returns:
         None where no such runs have two seeds.
     """
-    groups: dict[tuple[object, ...], list[float]] = {}
-    for index, runs in enumerate(sets):
-        for run in runs.runs:
-            if size in (None, run.size) and (below is None or run.parameters < below):
-                groups.setdefault((index, *run.kind), []).append(run.validation_loss)
-    return Deviation.pooled(groups.values())
+    groups: dict[tuple[object, ...], dict[str, float]] = {}
+    for run in (run for runs in sets for run in runs.runs):
+        wanted = size in (None, run.size) and (below is None or run.parameters < below)
+        if wanted and run.tuning == like.tuning:
+            groups.setdefault((run.record.plan, *run.kind), {})[run.record.run] = run.validation_loss
+    return Deviation.pooled([list(losses.values()) for losses in groups.values()])
 
 
 def training_runs(
@@ -419,6 +431,12 @@ class SpeedRun:
     @property
     def device(self) -> str:
         return self.record.provenance.device_name
+
+    @property
+    def kernels(self) -> str:
+        """Version of this project's kernels: of records that do not say it, the commit."""
+        provenance = self.record.provenance
+        return provenance.versions.get(records.KERNELS, provenance.git_commit)
 
     @cached_property
     def steps(self) -> pd.DataFrame:

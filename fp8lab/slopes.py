@@ -98,7 +98,7 @@ def ladder_law(sets: Sequence[RunSet]) -> FittedLaw | None:
         bf16 = points[points["recipe"] == "bf16"]
         if scaling.unidentified(bf16["parameters"], bf16["tokens"]):
             continue
-        noise = seed_deviation(sets)
+        noise = seed_deviation(sets, runs.runs[0])
         law, draws = scaling.fit_with_draws(bf16, noise=noise.value if noise else 0.0, samples=REFITS)
         n, d = bf16["parameters"], bf16["tokens"]
         return FittedLaw(
@@ -133,7 +133,7 @@ def slope_at(sets: Sequence[RunSet], run: Run, laws: Sequence[FittedLaw]) -> Slo
         ends = [end for end in (*runs.runs, *runs.branches) if (end.size, end.recipe) == (run.size, run.recipe)]
         tokens, losses = [end.record.tokens for end in ends], [end.validation_loss for end in ends]
         if len(set(tokens)) > 1 and max(tokens) == run.record.tokens:
-            noise = seed_deviation(sets, size=run.size) or seed_deviation(sets, below=run.parameters)
+            noise = seed_deviation(sets, run, size=run.size) or seed_deviation(sets, run, below=run.parameters)
             return _if_falling(measured_slope(tokens, losses, noise))
     return _if_falling(by_law(laws, run.parameters, run.record.tokens))
 

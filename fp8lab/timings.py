@@ -19,6 +19,8 @@ from fp8lab.rounds import Occasion, SpeedRatio, settled_count, side
 
 BF16_CONTESTANTS = ("bf16", "te_bf16")
 """What is timed in BF16: ours, and Transformer Engine's. FP8 is held against the faster of the two."""
+ON_OUR_KERNELS = ("fused", "fused_precise")
+"""Recipes that run on this project's kernels, which change: an occasion with older ones tells nothing of them now."""
 SETTING = ["device", "model", "seq_len", "micro_batch"]
 
 
@@ -61,8 +63,8 @@ def _occasion(speed: SpeedRun) -> str:
 def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     """Speed of each recipe against the fastest BF16 timed in the same process, each device apart.
 
-    Ratio and interval are those of `fp8lab.rounds`: of the settled rounds, and of several occasions together. Settings
-    that an occasion did not time in BF16 are left out.
+    Ratio and interval are those of `fp8lab.rounds`: of the settled rounds, and of several occasions together, of what
+    is `ON_OUR_KERNELS` those with the latest kernels. Settings that an occasion did not time in BF16 are left out.
 
     Returns:
         A row a device, setting (model, context, micro-batch) and recipe. Columns: device, model, case, seq_len,
@@ -83,6 +85,7 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     )
     rounds = rounds.merge(_baselines(rounds), on=[*SETTING, "occasion", "round"])
     rounds["ratio"] = rounds["bf16_ms"] / rounds["step_ms"]
+    rounds = _with_latest_kernels(rounds, speeds)
     several = rounds["device"].nunique() > 1
     table = pd.DataFrame(
         [
@@ -92,6 +95,16 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     )
     order = table["setting"].map({setting: index for index, setting in enumerate(_by_speed(table))})
     return table.assign(order=order).sort_values("order", kind="stable").drop(columns="order").reset_index(drop=True)
+
+
+def _with_latest_kernels(rounds: pd.DataFrame, speeds: Sequence[SpeedRun]) -> pd.DataFrame:
+    """`rounds` without those of `ON_OUR_KERNELS` whose setting and head were timed with later kernels too."""
+    in_time = sorted(speeds, key=lambda speed: speed.record.provenance.started_utc)
+    when = rounds["occasion"].map({_occasion(speed): index for index, speed in enumerate(in_time)})
+    kernels = rounds["occasion"].map({_occasion(speed): speed.kernels for speed in speeds})
+    last = when.groupby([rounds[name] for name in (*SETTING, "recipe", "head")]).transform("max")
+    latest = last.map({index: speed.kernels for index, speed in enumerate(in_time)})
+    return rounds[(kernels == latest) | ~rounds["recipe"].isin(ON_OUR_KERNELS)]
 
 
 def _baselines(rounds: pd.DataFrame) -> pd.DataFrame:

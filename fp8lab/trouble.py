@@ -18,7 +18,7 @@ import numpy as np
 from scipy import stats
 
 from fp8lab.comparison import LEVEL
-from fp8lab.config import RECIPES
+from fp8lab.config import RECIPES, recorded_fused
 from fp8lab.results import Run, RunSet
 from fp8lab.spikes import spikes
 
@@ -116,7 +116,8 @@ def _diverged(run: Run) -> bool:
 def training_key(run: Run) -> str:
     """The same for runs that trained the same."""
     config = run.record.config
-    precision = [run.recipe, run.record.head, config.get("high_precision", []), config.get("fused")]
+    fused = recorded_fused(config)
+    precision = [run.recipe, run.record.head, config.get("high_precision", []), fused and fused.model_dump()]
     return json.dumps([run.design_settings, precision, run.record.seed], sort_keys=True)
 
 

@@ -172,21 +172,28 @@ class Line:
 
 
 def lines(sets: Sequence[RunSet], study: Study) -> dict[str, Line]:
-    """By label: every size that has seeds, as `sets` trained it, then every design of the study by its last weights.
+    """By label: every size that has seeds, as the first of `sets` tuned it, then the study's designs by last weights.
 
     The cheapest cell is among them, also where that is an average.
     """
     found = {}
-    for size in unique(size for runs in sets for size in runs.sizes):
-        deviation = seed_deviation(sets, size=size)
+    trained = [runs for runs in sets if runs.plan != study.runs.plan]
+    for size in unique(size for runs in trained for size in runs.sizes):
+        first = next(runs.where(size=size)[0] for runs in trained if runs.where(size=size))
+        alike = [replace(runs, runs=_tuned_as(first, runs.runs)) for runs in trained]
+        deviation = seed_deviation(alike, first, size=size)
         if deviation is not None:
-            seeds = max(len(runs.where(size=size, recipe="bf16")) for runs in sets)
-            found[size] = Line(Design(deviation, paired=False), seeds, _devices_of(_repeated(sets, size)))
+            seeds = max(len(runs.where(size=size, recipe="bf16")) for runs in alike)
+            found[size] = Line(Design(deviation, paired=False), seeds, _devices_of(_repeated(alike, size)))
     for cell in study.cells:
         if not cell.averaged or cell is study.cheapest:
             name = f"{cell.size}, {cell.design}{', averaged' if cell.averaged else ''}"
             found[name] = Line(cell.comparison, cell.seeds, _devices_of(cell.runs))
     return found
+
+
+def _tuned_as(like: Run, runs: Sequence[Run]) -> tuple[Run, ...]:
+    return tuple(run for run in runs if run.tuning == like.tuning)
 
 
 def _repeated(sets: Sequence[RunSet], size: str) -> list[Run]:

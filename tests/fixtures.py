@@ -46,6 +46,8 @@ from fp8lab.records import (
 from fp8lab.scaling import Chinchilla, JointLaw
 
 DOMAINS = ("prose", "python", "c", "science")
+DESIGN_LEARNING_RATE = 3e-3
+"""At the smallest size. Of the variance study's designs, each after the first has half the rate of the one before."""
 SIZES = (
     ModelConfig(name="0.4M", d_model=64, n_layers=4, n_heads=2, d_ff=192, vocab_size=2048, seq_len=256),
     ModelConfig(name="0.9M", d_model=112, n_layers=4, n_heads=2, d_ff=320, vocab_size=2048, seq_len=256),
@@ -151,7 +153,7 @@ def provenance(device_name: str = "CPU (2 cores)", measured: Measured = DEFAULT)
         device_name=device_name,
         device_count=1,
         host_count=1,
-        versions={"python": "3.11.2", "torch": "2.13.0", "torchao": measured.torchao},
+        versions={"python": "3.11.2", "torch": "2.13.0", "torchao": measured.torchao, records.KERNELS: "ab12"},
         data_sha256=measured.hash_digit * 64,
         tokenizer_sha256=measured.hash_digit * 64,
         epochs=dict.fromkeys(DOMAINS, measured.epochs),
@@ -226,7 +228,8 @@ def write_run(
         tokens=tokens,
         global_batch_tokens=global_batch_tokens,
         micro_batch=8,
-        optimizer=OptimizerConfig(peak_learning_rate=3e-3),
+        # One rule for all sizes.
+        optimizer=OptimizerConfig(peak_learning_rate=DESIGN_LEARNING_RATE * SIZES[0].d_model / model.d_model),
     )
     weights = dict(zip(DOMAINS, measured.weights, strict=True))
     loss = _final_loss(config, measured) if final_loss is None else final_loss
@@ -646,8 +649,6 @@ def write_map_records(records_dir: Path, *, measured: Measured = DEFAULT) -> Non
         records.write_table(records.write(record, records_dir), "steps", pd.DataFrame(rows))
 
 
-DESIGN_LEARNING_RATE = 3e-3
-"""Of the variance study's first design; each further one has half of it."""
 VARIANCE_DESIGNS: dict[str, tuple[float, float, float]] = {
     "base": (0.008, 0.0, 0.0),
     "low-rate": (0.004, 0.012, 0.0),

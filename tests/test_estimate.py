@@ -29,7 +29,7 @@ def test_memory_is_what_was_measured() -> None:
         measured |= steps.groupby(["model", "seq_len", "micro_batch"])["peak_memory_bytes"].max().to_dict()
     assert len(measured) >= 3
     for (model, seq_len, micro_batch), peak in measured.items():
-        assert estimate.memory_bytes(config(model, seq_len, micro_batch)) == pytest.approx(peak, rel=0.05), model
+        assert estimate.memory_bytes(config(model, seq_len, micro_batch)) == pytest.approx(peak, rel=0.07), model
 
 
 def test_a_branch_costs_its_own_steps() -> None:

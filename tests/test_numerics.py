@@ -10,7 +10,8 @@ import pytest
 
 from fp8lab import losses, numerics, tables, variance
 from fp8lab.comparison import Gap
-from fp8lab.config import load_plan
+from fp8lab.config import FusedConfig, load_plan
+from fp8lab.units import signed
 from tests.fixtures import NUMERICS_VARIANTS, Measured, write_numerics_records, write_variance_records
 
 PLANS = Path(__file__).parents[1] / "runs" / "plans"
@@ -50,8 +51,14 @@ def test_the_table_has_each_difference_with_its_interval(records_dir: Path) -> N
     assert len(table) == len(variants) == 2 + len(NUMERICS_VARIANTS)
     for (_, row), variant in zip(table.iterrows(), variants, strict=True):
         assert row["loss (nats/token)"] == f"{np.mean(list(variant.losses.values())):.4f}"
-        assert (row["− bf16 (95% interval)"] == "–") == (variant.recipe == "bf16")
-        assert (row["− tensorwise (95% interval)"] == "–") == (variant.recipe == "tensorwise")
+        for recipe in ("bf16", "tensorwise"):
+            shown = row[f"− {recipe} (95% interval)"]
+            if variant.recipe == recipe:
+                assert shown == "–"
+                continue
+            gap = variant.minus(named(variants)[recipe, ""])
+            assert gap.interval is not None
+            assert shown == f"{signed(gap.mean)} ({signed(gap.interval[0])} to {signed(gap.interval[1])})"
 
 
 def test_a_plan_without_its_bf16_side_is_not_shown(tmp_path: Path) -> None:
@@ -61,10 +68,7 @@ def test_a_plan_without_its_bf16_side_is_not_shown(tmp_path: Path) -> None:
 
 
 def test_the_quietest_design_tells_what_each_recipe_costs_until_more_seeds_do(records_dir: Path) -> None:
-    study = variance.study(records_dir)
-    assert study.cheapest.design in ("low-rate", "long-decay")
-    for path in records_dir.glob("variance-h200/*-long-decay/record.json"):
-        path.unlink()
+    without_long_decay(records_dir)
     gaps = {gap.recipe: gap for gap in losses.measured_gaps(losses.measured_sets(records_dir))}
     assert set(gaps) == {"tensorwise", "fused"}
     found = named(numerics.variants(records_dir, "numerics-h200"))
@@ -72,14 +76,39 @@ def test_the_quietest_design_tells_what_each_recipe_costs_until_more_seeds_do(re
         assert measured.gap.seeds == 8
         # A variant is not what the recipe costs.
         assert measured.gap.mean == found[recipe, ""].minus(found["bf16", ""]).mean
+    table = tables.losses.loss_gaps(list(gaps.values())).set_index("recipe")
+    assert table["plan"].to_dict() == {"tensorwise": "numerics-h200, variance-h200", "fused": "variance-h200"}
 
 
-def test_a_record_from_before_fused_had_settings_is_fused_by_default(records_dir: Path) -> None:
+def test_runs_that_diverged_are_counted_beside_the_gap_of_the_rest(records_dir: Path) -> None:
+    without_long_decay(records_dir)
+    for run in ("variance-h200/0.4M-fused-s11-low-rate", "numerics-h200/0.4M-tensorwise-s12-stock"):
+        path = records_dir / run / "record.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "diverged"}))
+    gaps = {gap.recipe: gap for gap in losses.measured_gaps(losses.measured_sets(records_dir))}
+    assert {recipe: (gap.diverged, gap.gap.seeds) for recipe, gap in gaps.items()} == {
+        "tensorwise": (1, 7),
+        "fused": (1, 7),
+    }
+
+
+def without_long_decay(records_dir: Path) -> None:
+    """Leave the study with low-rate as its quietest design, the one of the variants."""
+    for path in records_dir.glob("variance-h200/*-long-decay/record.json"):
+        path.unlink()
+
+
+def test_what_a_record_does_not_say_is_how_fused_was_then_whatever_its_defaults_are_now(
+    records_dir: Path, monkeypatch
+) -> None:
     for path in records_dir.glob("variance-h200/*-fused-*/record.json"):
         values = json.loads(path.read_text())
         del values["config"]["fused"]
         path.write_text(json.dumps(values))
     assert ("fused", "") in named(numerics.variants(records_dir, "numerics-h200"))
+    later = FusedConfig.model_construct(**FusedConfig().model_dump() | {"history": 4})
+    monkeypatch.setattr(numerics, "FusedConfig", lambda: later)
+    assert ("fused", "history: 16") in named(numerics.variants(records_dir, "numerics-h200"))
 
 
 def test_the_plans_train_in_one_design_and_candidates_on_seeds_that_did_not_choose_them() -> None:

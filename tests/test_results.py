@@ -143,7 +143,8 @@ def test_runs_that_differ_in_more_than_their_seed_are_never_taken_for_one_anothe
     twice = with_another("0.4M-fused-s1 ", run="0.4M-fused-s1")
     with pytest.raises(UserError, match="differ in nothing but their name"):
         twice.gap("0.4M", "fused")
-    assert seed_deviation([with_another("0.4M-fused-s2-low-rate", seed=2)]) is None
+    apart = with_another("0.4M-fused-s2-low-rate", seed=2)
+    assert seed_deviation([apart], apart.runs[0]) is None
 
 
 def test_one_seed_has_no_interval() -> None:

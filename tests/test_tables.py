@@ -251,6 +251,31 @@ def test_two_devices_are_never_pooled(speeds: list[SpeedRun]) -> None:
     assert set(drift["setting"]) == set(ratios["setting"])
 
 
+def test_of_our_recipes_only_occasions_with_the_latest_kernels_count(speeds: list[SpeedRun]) -> None:
+    def of(speed: SpeedRun, kernels: str | None, started: str) -> SpeedRun:
+        provenance = speed.record.provenance
+        versions = {"torch": "2.13.0"} | ({records.KERNELS: kernels} if kernels else {})
+        changed = provenance.model_copy(update={"versions": versions, "started_utc": started})
+        return replace(speed, record=speed.record.model_copy(update={"provenance": changed}))
+
+    def occasions(*runs: SpeedRun) -> dict[str, int]:
+        table = timings.speed_ratios(runs)
+        return table[(table["model"] == "1.5B") & (table["head"] == "bf16")].set_index("recipe")["occasions"].to_dict()
+
+    one, other = speeds
+    late, early = of(one, "new", "2026-01-03"), of(other, "old", "2026-01-02")
+    assert occasions(late, early) == occasions(early, late)
+    assert (occasions(late, early)["fused"], occasions(late, early)["tensorwise"]) == (1, 2)
+    ours = timings.speed_ratios([late, early]).set_index(["model", "recipe", "head"]).loc[("1.5B", "fused", "bf16")]
+    assert (
+        ours["low"]
+        == timings.speed_ratios([late]).set_index(["model", "recipe", "head"])["low"]["1.5B", "fused", "bf16"]
+    )
+    assert occasions(late, of(other, "new", "2026-01-02"))["fused"] == 2
+    # Records that do not say are told apart by their commits, which differ here.
+    assert occasions(of(one, None, "2026-01-03"), of(other, None, "2026-01-02"))["fused"] == 1
+
+
 def test_the_interval_of_two_occasions_covers_both(speeds: list[SpeedRun]) -> None:
     both = timings.speed_ratios(speeds).set_index(["model", "recipe", "head"])
     first, second = (timings.speed_ratios([speed]).set_index(["model", "recipe", "head"]) for speed in speeds)

@@ -16,7 +16,7 @@ import pytest
 from fp8lab import tables, variance
 from fp8lab.comparison import Gap
 from fp8lab.config import load_plan
-from fp8lab.losses import GAP_PLANS, measured_gaps
+from fp8lab.losses import GAP_PLANS, measured_gaps, measured_sets
 from fp8lab.results import SEEDS_PLAN, RunSet, plan_runs, seed_deviation
 from tests.fixtures import SIZES, VARIANCE_DESIGNS, Measured, write_run, write_variance_records
 
@@ -186,8 +186,21 @@ def test_scatter_of_smaller_models_is_pooled_over_plans(tmp_path: Path) -> None:
         write_run(tmp_path, plan, SIZES[1], "bf16")
     sets: list[RunSet] = [plan_runs(tmp_path, plan) for plan in ("a", "b")]
     squares = sum(((np.array(values) - np.mean(values)) ** 2).sum() for values in losses.values())
-    deviation = seed_deviation(sets, below=sets[0].where(size="0.9M")[0].parameters)
+    small, large = (sets[0].where(size=size)[0] for size in ("0.4M", "0.9M"))
+    deviation = seed_deviation(sets, large, below=large.parameters)
     assert deviation is not None
     assert (deviation.value, deviation.degrees) == (pytest.approx(math.sqrt(squares / 3)), 3)
-    assert seed_deviation(sets, size="0.9M") is None
-    assert seed_deviation(sets, below=sets[0].where(size="0.4M")[0].parameters) is None
+    assert seed_deviation([*sets, *sets], large, below=large.parameters) == deviation, "a run counts once"
+    assert seed_deviation(sets, large, size="0.9M") is None
+    assert seed_deviation(sets, small, below=small.parameters) is None
+
+
+def test_scatter_is_that_of_runs_tuned_alike(tmp_path: Path) -> None:
+    """The ladder's is that of the study's base design, not of a quieter one at half the learning rate."""
+    write_run(tmp_path, "ladder-h200", SIZES[1], "bf16", device_name="NVIDIA H200")
+    write_variance_records(tmp_path, measured=Measured(seeds=8))
+    study = variance.study(tmp_path)
+    assert study.cheapest.design != "base"
+    sets = measured_sets(tmp_path)
+    (large,) = plan_runs(tmp_path, "ladder-h200").runs
+    assert seed_deviation(sets, large, below=large.parameters) == study.base.scatter

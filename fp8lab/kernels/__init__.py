@@ -53,8 +53,8 @@ sum over whole rows of the Linear's input (`fp8lab.kernels.reference.rms_norm_ba
 All FP8 GEMMs of the blocks run with fast accumulation: partial sums stay in Hopper's tensor cores, which keep about 14
 bits of them, instead of being added up in FP32 registers every so often (DeepSeek-V3, 2412.19437, section 3.3.2). The
 error grows with the length of the sums, and those of a weight gradient are as long as the micro-batch has tokens.
-torchao does so in the forward GEMM alone; `FusedConfig.fast_accumulation` chooses, and ``numerics-h200`` tells what it
-does to the loss. The FP8 head's gradients are added up in FP32: their sums run over its vocabulary and over a chunk of
+torchao does so in the forward GEMM alone; `FusedConfig.fast_accumulation` chooses (``runs/plans/numerics-h200.yaml``
+compares). The FP8 head's gradients are added up in FP32: their sums run over its vocabulary and over a chunk of
 tokens. The reference accumulates in FP32: in this emulated runs are better than the recipe.
 
 `fp8lab.kernels.reference` specifies each kernel in plain PyTorch, `fp8lab.kernels.triton_ops` implements it, and

@@ -168,8 +168,10 @@ def measure(size: str, name: str, device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
-SHARED_MEAN = 0.3
-"""Mean of both operands, in standard deviations: gradients and activations have directions that tokens share."""
+SUMMED = {"7M": 128 * 1024, "125M": 64 * 1024, "1.5B": 16 * 2048}
+"""Tokens of a micro-batch, as many as a weight gradient sums over, in the plans of these sizes."""
+MEANS = (0.0, 0.1, 0.3)
+"""Of both operands, in standard deviations: what tokens have in common makes sums grow with their length."""
 OUTPUTS = 256
 """Rows and columns of a product that is compared: every output is as good a sample."""
 
@@ -182,10 +184,10 @@ def accumulation_errors(size: str, device: torch.device, matmul: Callable[..., T
         the root mean square error relative to the exact product's, ``fast`` and ``precise`` (summed in FP32).
     """
     model = MODELS[size]
-    terms = {"output": model.d_model, "grad_input": 3 * model.d_model, "grad_weight": SIZES[size] * SEQ}
+    terms = {"output": model.d_model, "grad_input": 3 * model.d_model, "grad_weight": SUMMED[size]}
     generator = torch.Generator(device).manual_seed(1)
     rows = []
-    for gemm, mean in itertools.product(terms, (0.0, SHARED_MEAN)):
+    for gemm, mean in itertools.product(terms, MEANS):
         slot = Slot(torch.tensor([1.0, 1.0, 0.0, 0.0], device=device), torch.zeros(4, device=device), E4M3)
         shape = (OUTPUTS, terms[gemm])
         a, b = ((20 * (mean + torch.randn(shape, generator=generator, device=device))).to(E4M3) for _ in range(2))
@@ -219,7 +221,7 @@ def command(
             measured = measure(size, kernel, device)
             print(_line(measured, bandwidth), flush=True)
             rows += measured
-    sums = [row for size in SIZES for row in accumulation_errors(size, device, triton_ops.matmul)]
+    sums = [row for size in SUMMED for row in accumulation_errors(size, device, triton_ops.matmul)]
     for row in sums:
         print(f"{row['size']:>5} {row['gemm']:<11} {row['terms']:>7,} terms, mean {row['mean']:g}: "
               f"fast accumulation {row['fast']:.2%}, FP32 {row['precise']:.2%} off")  # fmt: skip

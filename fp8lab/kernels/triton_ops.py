@@ -165,12 +165,15 @@ def _block(GROUP: tl.constexpr):
     What runs at the same time should read and write memory that lies together. Down a column, the transposed copy
     does and rows are read in scraps; along a row it is the reverse. GROUP blocks of columns in turn are between them.
     """
-    row_blocks, column_blocks = tl.num_programs(0), tl.num_programs(1)
-    program = tl.program_id(1) * row_blocks + tl.program_id(0)
-    first = program // (GROUP * row_blocks) * GROUP
-    columns = tl.minimum(column_blocks - first, GROUP)
-    inside = program - first * row_blocks
-    return inside // columns, first + inside % columns
+    row_block, column_block = tl.program_id(0), tl.program_id(1)
+    if GROUP > 1:
+        row_blocks = tl.num_programs(0)
+        program = column_block * row_blocks + row_block
+        first = program // (GROUP * row_blocks) * GROUP
+        columns = tl.minimum(tl.num_programs(1) - first, GROUP)
+        inside = program - first * row_blocks
+        row_block, column_block = inside // columns, first + inside % columns
+    return row_block, column_block
 
 
 @triton.jit

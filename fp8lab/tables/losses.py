@@ -10,6 +10,7 @@ import pandas as pd
 from fp8lab.comparison import EQUIVALENCE_MARGIN, LEVEL, TARGET_HALF_WIDTH, Deviation, Gap
 from fp8lab.losses import MeasuredGap
 from fp8lab.numerics import Variant
+from fp8lab.results import unique
 from fp8lab.units import number, p_value, signed, signed_percent
 from fp8lab.variance import Study
 
@@ -37,8 +38,14 @@ def _measured_row(measured: MeasuredGap) -> dict[str, object]:
     columns = _gap_columns(measured.gap, measured.assumed)
     if sides:
         columns["so"] = f"{columns['so']}, of those that finished"
-    named = {"model": measured.size, "recipe": measured.recipe, "plan": measured.runs.plan}
+    named = {"model": measured.size, "recipe": measured.recipe, "plan": _plan(measured)}
     return named | {"diverged": ", ".join(sides) or "none"} | columns
+
+
+def _plan(measured: MeasuredGap) -> str:
+    """Where the FP8 runs are recorded, and the BF16 ones where that is elsewhere."""
+    sides = (measured.runs.where(size=measured.size, recipe=recipe) for recipe in (measured.recipe, "bf16"))
+    return ", ".join(unique(run.record.plan for runs in sides for run in runs))
 
 
 def _gap_columns(gap: Gap, assumed: bool = False) -> dict[str, object]:

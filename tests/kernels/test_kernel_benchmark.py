@@ -28,6 +28,7 @@ def kernels(monkeypatch, device):
     monkeypatch.setattr(benchmark, "MODELS", {"tiny": MODEL})
     monkeypatch.setattr(benchmark, "SIZES", {"tiny": 2})
     monkeypatch.setattr(benchmark, "SEQ", 32)
+    monkeypatch.setattr(benchmark, "SUMMED", {"tiny": 512})
     monkeypatch.setattr(benchmark, "gpu_milliseconds", lambda function, calls, telemetry=None: 0.1)
     monkeypatch.setattr(benchmark, "copy_bandwidth", lambda device: 1e12)
     monkeypatch.setattr(benchmark, "_gpu", lambda: device)
@@ -59,7 +60,7 @@ def test_a_record_keeps_every_tile_and_a_line_tells_of_each_kernel(kernels, tmp_
     assert [line.split()[:2] for line in timed] == [["tiny", "quantise"], ["tiny", "swiglu"]]
     # 12 KiB in a tenth of a millisecond are 0.12 GB/s.
     assert "100us 0.00" in lines[1]
-    assert len(sums) == len(record.results["accumulation"]) == 6
+    assert len(sums) == len(record.results["accumulation"]) == 9
     assert sums[0].startswith(" tiny output           64 terms, mean 0: fast accumulation ")
 
 
@@ -86,7 +87,7 @@ def test_sums_that_lose_nothing_are_told_from_sums_that_do(kernels, device) -> N
         return product * 1.01 if fast else product
 
     rows = kernels.accumulation_errors("tiny", device, matmul)
-    assert {(row["gemm"], row["terms"]) for row in rows} == {("output", 64), ("grad_input", 192), ("grad_weight", 64)}
+    assert {(row["gemm"], row["terms"]) for row in rows} == {("output", 64), ("grad_input", 192), ("grad_weight", 512)}
     for row in rows:
         assert row["fast"] == pytest.approx(0.01, rel=1e-3)
         assert row["precise"] < 1e-5

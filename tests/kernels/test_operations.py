@@ -187,13 +187,15 @@ def test_kernel_agrees_with_reference(case, kind, device) -> None:
 
 
 @pytest.mark.parametrize("group", [2, 3, 99])
-@pytest.mark.parametrize("case", [quantise_both, rms_norm_backward, swiglu_backward, cross_entropy_quantised])
+@pytest.mark.parametrize(
+    "case", [quantise_both, quantise_transposed, rms_norm_backward, swiglu_backward, cross_entropy_quantised]
+)
 def test_the_order_of_tiles_changes_no_bit(case, group, device, monkeypatch) -> None:
     """Groups that divide the columns' blocks, groups that do not, and one of them all."""
     ops = operations(emulate=False)
 
     def run(tile) -> Case:
-        for constant in ("BOTH", "NORM_BACKWARD", "SWIGLU_BACKWARD", "LOGITS_GRADIENT"):
+        for constant in ("BOTH", "TRANSPOSED", "NORM_BACKWARD", "SWIGLU_BACKWARD", "LOGITS_GRADIENT"):
             monkeypatch.setattr(ops, constant, tile)
         return case(ops, "random", device)
 
