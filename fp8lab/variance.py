@@ -98,18 +98,10 @@ class Cell:
 
     @property
     def pair_minutes(self) -> float:
-        """GPU minutes of one run in each recipe: medians of the measured wall time."""
+        """GPU minutes of one run in each recipe: medians of the wall time, shared by those that ran at once."""
         return (
             sum(
-                float(
-                    np.median(
-                        [
-                            run.record.speed.wall_seconds
-                            for run in self.runs
-                            if run.recipe == recipe and run.record.speed
-                        ]
-                    )
-                )
+                float(np.median([_gpu_seconds(run) for run in self.runs if run.recipe == recipe and run.record.speed]))
                 for recipe in ("bf16", self.fp8_recipe)
             )
             / 60
@@ -120,6 +112,11 @@ class Cell:
         low, high = self.comparison.pairs_range(half_width)
         needed = self.comparison.pairs_needed(half_width)
         return needed * self.pair_minutes, low * self.pair_minutes, high * self.pair_minutes
+
+
+def _gpu_seconds(run: Run) -> float:
+    assert run.record.speed is not None
+    return run.record.speed.wall_seconds / run.record.provenance.concurrent_runs
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,16 @@ def test_a_design_costs_its_runs_times_their_measured_time(study: variance.Study
     assert study.cheapest.minutes_needed()[0] == min(cell.minutes_needed()[0] for cell in study.cells)
 
 
+def test_runs_that_shared_a_gpu_share_its_minutes(tmp_path: Path) -> None:
+    write_variance_records(tmp_path, measured=Measured(seeds=8))
+    alone = variance.study(tmp_path).base.pair_minutes
+    for path in tmp_path.glob("variance-h200/*-fused-*/record.json"):
+        values = json.loads(path.read_text())
+        values["provenance"]["concurrent_runs"] = 2
+        path.write_text(json.dumps(values))
+    assert variance.study(tmp_path).base.pair_minutes == pytest.approx(0.75 * alone)
+
+
 def test_later_runs_are_planned_in_pairs_where_seeds_correlate_and_the_studys_own_gaps_are_welchs(
     study: variance.Study,
 ) -> None:
