@@ -186,7 +186,7 @@ def test_kernel_agrees_with_reference(case, kind, device) -> None:
         assert_close(got.float(), wanted.float(), wanted.dtype, f"output {position}")
 
 
-@pytest.mark.parametrize("group", [2, 3, 99])
+@pytest.mark.parametrize("group", [3, 99])
 @pytest.mark.parametrize(
     "case", [quantise_both, quantise_transposed, rms_norm_backward, swiglu_backward, cross_entropy_quantised]
 )
