@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from fp8lab import cli, records, speed
-from fp8lab.config import ModelConfig
+from fp8lab.config import FusedConfig, ModelConfig
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
 from fp8lab.speed import batches, breakdown, contestants
@@ -66,6 +66,9 @@ def test_a_plan_becomes_a_record_with_every_timed_step(tmp_path) -> None:
     assert record.results["emulated"] is True
     assert len(steps) == (4 + 1) * 2 * 2
     assert steps["step_ms"].gt(0).all()
+    contestants = record.results["cases"]["tiny-T32-B2"]["contestants"]
+    assert contestants["fused"]["fused"] == FusedConfig().model_dump(mode="json")
+    assert contestants["bf16"]["fused"] is None
     # Contestants take turns within a round.
     first_case = steps[steps["seq_len"] == 32]
     turns = first_case.drop_duplicates(["round", "recipe", "head"])[["round", "recipe", "head"]].to_numpy().tolist()
@@ -81,6 +84,17 @@ def test_contestants_start_from_the_same_weights_and_batches(tmp_path) -> None:
     for name in ("fused", "fused-head_fp8", "tensorwise_fast"):
         assert contestants[name]["warmup_losses"] == pytest.approx(exact, abs=0.05)
         assert contestants[name]["warmup_losses"] != exact
+
+
+def test_the_precise_variant_adds_up_its_weight_gradients_alone_in_fp32() -> None:
+    weights = GPT(ModelConfig(**TINY))
+    settings = {}
+    for recipe in ("fused", "fused_precise"):
+        model, _ = contestants.build(weights, contestants.Contestant(recipe=recipe))
+        assert model.fp8_state.settings == contestants.fused_settings(contestants.Contestant(recipe=recipe))
+        settings[recipe] = model.fp8_state.settings
+    assert settings["fused"] == FusedConfig()
+    assert settings["fused_precise"] == FusedConfig(fast_accumulation=("output", "grad_input"))
 
 
 def test_a_budget_ends_a_plan_early_and_says_so(tmp_path) -> None:

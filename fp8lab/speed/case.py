@@ -19,7 +19,7 @@ from fp8lab.precision import uses_fp8
 from fp8lab.session import compile_blocks, release_memory
 from fp8lab.speed.batches import Batches
 from fp8lab.speed.breakdown import gemm_times, profile
-from fp8lab.speed.contestants import build, initialised
+from fp8lab.speed.contestants import build, fused_settings, initialised
 from fp8lab.speed.plan import Contestant, SpeedCase, SpeedPlan
 from fp8lab.speed.step import optimizer_step
 from fp8lab.timing import Telemetry
@@ -65,7 +65,9 @@ class Measurement:
         entrants = self._warm_up()
         rows = self._rounds(entrants)
         for entrant in entrants:
+            settings = fused_settings(entrant.contestant)
             self._results["contestants"][entrant.contestant.name] = {
+                "fused": settings.model_dump(mode="json") if settings else None,
                 "first_step_seconds": entrant.first_step_seconds,
                 "warmup_losses": entrant.warmup_losses,
                 **self._speed(entrant, rows),

@@ -44,11 +44,16 @@ def build(weights: GPT, contestant: Contestant) -> tuple[GPT, str | None]:
     if contestant.recipe == "tensorwise_fast":
         _convert_tensorwise_fast(model)
         return model, None
-    precise = contestant.recipe == "fused_precise"
-    recipe: Recipe = "fused" if precise else contestant.recipe  # type: ignore[assignment]
+    settings = fused_settings(contestant)
+    recipe: Recipe = "fused" if settings else contestant.recipe  # type: ignore[assignment]
     check_kernels(weights.config, recipe, contestant.head, weights.embedding.weight.device)
-    convert(model, recipe, contestant.head, fused=_PRECISE if precise else None)
+    convert(model, recipe, contestant.head, fused=settings)
     return model, None
+
+
+def fused_settings(contestant: Contestant) -> FusedConfig | None:
+    """How this project's blocks compute in a contestant that has them: for the record, where a name may not last."""
+    return {"fused": FusedConfig(), "fused_precise": _PRECISE}.get(contestant.recipe)
 
 
 def initialised(config: ModelConfig, seed: int, device: torch.device) -> GPT:

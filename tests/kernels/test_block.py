@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -68,6 +69,24 @@ def test_gradients_are_those_of_bf16_within_fp8_rounding(settings) -> None:
         assert rounded[name].dtype == torch.float32
         # E4M3 rounds each operand by 3% on average, E5M2 by 6%; gradients pass through several GEMMs.
         assert 0.005 < relative_error(rounded[name], gradient) < 0.3, name
+
+
+GEMMS_A_BLOCK = {"output": 4, "grad_input": 4, "grad_weight": 3}
+"""In FP8 at this width, where the output projection's weight gradient stays in BF16."""
+
+
+@pytest.mark.parametrize("fast", [(), ("output",), ("grad_input",), ("grad_weight",), tuple(GEMMS_A_BLOCK)])
+def test_the_gemms_that_are_asked_for_accumulate_fast(fast, monkeypatch) -> None:
+    real, counted = reference.matmul, Counter()
+
+    def matmul(a, b, a_slot, b_slot, dtype, fast):
+        counted[fast] += 1
+        return real(a, b, a_slot, b_slot, dtype, fast)
+
+    monkeypatch.setattr(reference, "matmul", matmul)
+    gradients(model(fused=True, settings=FusedConfig(fast_accumulation=fast)), batch())
+    expected = CONFIG.n_layers * sum(GEMMS_A_BLOCK[gemm] for gemm in fast)
+    assert (counted[True], counted[True] + counted[False]) == (expected, CONFIG.n_layers * sum(GEMMS_A_BLOCK.values()))
 
 
 def test_without_rounding_the_block_is_the_bf16_block(monkeypatch) -> None:
