@@ -10,7 +10,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp8lab.config import MODELS, load_plan, load_run, parameter_count
+from fp8lab.config import (
+    MODELS,
+    UNSAID_FUSED,
+    FusedConfig,
+    earlier_config,
+    load_plan,
+    load_run,
+    parameter_count,
+    recorded_fused,
+)
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
 from fp8lab.schedule import decay_start, warmup_steps
@@ -221,3 +230,28 @@ def test_only_names_that_match_are_left(tmp_path: Path) -> None:
 def test_a_compact_run_has_nothing_to_score_or_branch_from(tmp_path: Path, change: dict) -> None:
     with pytest.raises(UserError, match="compact: keeps no weights"):
         load_plan(write_plan(tmp_path, ENTRY | {"compact": True} | change))
+
+
+def test_how_fused_computes_is_said_of_fused_alone_and_in_one_order(tmp_path: Path) -> None:
+    entry = ENTRY | {"recipes": ["fused"], "fused": {"fast_accumulation": ["grad_input", "output", "output"]}}
+    config = load_plan(write_plan(tmp_path, entry)).runs[0]
+    assert config.fused == FusedConfig(fast_accumulation=("output", "grad_input"))
+    with pytest.raises(UserError, match="fused: recipe bf16 would ignore it"):
+        load_plan(write_plan(tmp_path, entry | {"recipes": ["bf16", "fused"]}))
+    with pytest.raises(UserError, match=r"fused\.history: .*greater than 0"):
+        load_plan(write_plan(tmp_path, entry | {"fused": {"history": 0}}))
+
+
+def test_a_recorded_run_computed_as_it_did_then_whatever_the_defaults_are_now(tmp_path: Path) -> None:
+    bf16, fused = (
+        load_plan(write_plan(tmp_path, ENTRY | {"recipes": [recipe]})).runs[0].model_dump()
+        for recipe in ("bf16", "fused")
+    )
+    changed = {"fast_accumulation": ("output",), "history": 3}
+    # A default of that time, which a run that ignored it has recorded too.
+    assert earlier_config(bf16 | {"fused": changed}, "record") == earlier_config(bf16, "record")
+    assert recorded_fused(bf16 | {"fused": changed}) is None
+    del fused["fused"]
+    assert earlier_config(fused, "record").fused == recorded_fused(fused) == FusedConfig.model_validate(UNSAID_FUSED)
+    assert earlier_config(fused | {"fused": changed}, "record").fused.history == 3
+    assert recorded_fused(fused | {"fused": changed}) == FusedConfig.model_validate(UNSAID_FUSED | changed)
