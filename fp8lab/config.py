@@ -247,7 +247,7 @@ def recorded_fused(config: Mapping[str, Any]) -> FusedConfig | None:
     """How the blocks of a recorded run computed, by its configuration; None for another recipe than ``fused``."""
     if config["recipe"] != "fused":
         return None
-    return FusedConfig.model_validate(UNSAID_FUSED | config.get("fused", {}))
+    return validate(FusedConfig, UNSAID_FUSED | config.get("fused", {}), "config.fused of a record")
 
 
 class ParentConfig(Config):

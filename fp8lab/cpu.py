@@ -3,8 +3,6 @@
 A tensor core multiplies BF16 operands exactly, adds the products in FP32 and rounds the sum to BF16 once. A CPU with
 BF16 instructions does the same. On one without (no AVX-512), torch falls back on a scalar loop, more than ten times
 slower than FP32's GEMM. There the operands are widened to FP32, which is exact, and FP32's GEMM does the rest.
-Attention's backward is widened on every CPU: at a few hundred tokens FP32 takes half as long as BF16 even with such
-instructions, and rounds less often.
 """
 
 from __future__ import annotations
@@ -20,16 +18,14 @@ import torch
 from torch import Tensor
 
 CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-ATTENTION = "_scaled_dot_product_flash_attention_for_cpu_backward"
-GEMM = "mm"
+WIDENED = ("mm", "_scaled_dot_product_flash_attention_for_cpu_backward")
+"""Operators whose BF16 kernels are slow without BF16 instructions: all GEMMs, and those inside attention's backward."""
 
 
 def bf16_autocast(device: torch.device) -> torch.autocast:
     """The autocast under which every model here runs: GEMMs in BF16 on `device`."""
-    if device.type == "cpu":
-        _widen(ATTENTION)
-        if not multiplies_bf16():
-            _widen(GEMM)
+    if device.type == "cpu" and not multiplies_bf16():
+        _widen_bf16_products()
     return torch.autocast(device.type, torch.bfloat16)
 
 
@@ -39,13 +35,14 @@ def multiplies_bf16() -> bool:
 
 
 @functools.cache
-def _widen(operator: str) -> torch.library.Library:
-    """Replace the CPU's kernel of an operator, below autograd, for as long as the process lives."""
+def _widen_bf16_products() -> torch.library.Library:
+    """Replace the CPU's kernels of `WIDENED`, below autograd, for as long as the process lives."""
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         # torch warns of every kernel that replaces one of its own.
         warnings.filterwarnings("ignore", message="Warning only once for all operators", category=UserWarning)
-        library.impl(operator, _widened(torch.library.get_kernel(f"aten::{operator}", "CPU")), "CPU")
+        for name in WIDENED:
+            library.impl(name, _widened(torch.library.get_kernel(f"aten::{name}", "CPU")), "CPU")
     return library
 
 

@@ -18,6 +18,7 @@ from fp8lab.results import (
     LARGER_PLAN,
     MEASURED_PLANS,
     SEEDS_PLAN,
+    Run,
     RunSet,
     plan_runs,
     seed_deviation,
@@ -134,7 +135,7 @@ class MeasuredGap:
     assumed: bool = False
     """Whether the gap's interval is assumed: one seed, taken to scatter as smaller models do."""
     diverged: int = 0
-    """Runs of this size and recipe, of all plans, that diverged: the gap is that of the runs that are left."""
+    """Runs of this size and recipe, of all plans, tuned alike, that diverged: the gap is that of those left."""
     bf16_diverged: int = 0
 
 
@@ -147,10 +148,13 @@ def measured_gaps(sets: Sequence[RunSet]) -> list[MeasuredGap]:
         sets: `measured_sets` or, where nothing was trained on a GPU, the demo's runs alone.
     """
     best: dict[tuple[str, str], RunSet] = {}
+    seen: set[tuple[str, str, str]] = set()
     for runs in sets:
         for key, gap in runs.gaps().items():
             # Of one plan's designs the first counts.
-            if key not in best or (runs.plan != best[key].plan and gap.seeds > best[key].gap(*key).seeds):
+            is_first = (runs.plan, *key) not in seen
+            seen.add((runs.plan, *key))
+            if key not in best or (is_first and gap.seeds > best[key].gap(*key).seeds):
                 best[key] = runs
     found = [_measured_gap(sets, runs, *key) for key, runs in best.items()]
     return sorted(found, key=lambda one: (one.runs.where(size=one.size)[0].parameters, RECIPES.index(one.recipe)))
@@ -175,14 +179,15 @@ def left_out(gaps: Sequence[MeasuredGap]) -> str:
 def _measured_gap(sets: Sequence[RunSet], runs: RunSet, size: str, recipe: str) -> MeasuredGap:
     gap, bf16 = runs.gap(size, recipe), runs.where(size=size, recipe="bf16")[0]
     smaller = seed_deviation(sets, bf16, below=bf16.parameters) if gap.interval is None else None
-    diverged, bf16_diverged = (_diverged(sets, size, name) for name in (recipe, "bf16"))
+    diverged, bf16_diverged = (_diverged(sets, bf16, name) for name in (recipe, "bf16"))
     measured = MeasuredGap(size, recipe, gap, runs, diverged=diverged, bf16_diverged=bf16_diverged)
     if smaller is None:
         return measured
     return replace(measured, gap=replace(gap, interval=gap.assumed_interval(smaller)), assumed=True)
 
 
-def _diverged(sets: Sequence[RunSet], size: str, recipe: str) -> int:
-    """Trainings of a size and recipe that diverged; one that several plans have counts once."""
-    unfinished = [run for runs in sets for run in runs.unfinished if (run.size, run.recipe) == (size, recipe)]
-    return len({training_key(run) for run in unfinished if run.record.status == "diverged"})
+def _diverged(sets: Sequence[RunSet], like: Run, recipe: str) -> int:
+    """Trainings in `recipe`, otherwise like `like`, that diverged; one that several plans have counts once."""
+    unfinished = [run for runs in sets for run in runs.unfinished if (run.size, run.recipe) == (like.size, recipe)]
+    diverged = [run for run in unfinished if run.record.status == "diverged" and run.tuning == like.tuning]
+    return len({training_key(run) for run in diverged})

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from fp8lab.comparison import Gap
 from fp8lab.config import FusedConfig, recorded_fused
-from fp8lab.results import SEEDS_PLAN, Run, RunSet, by_seed, plan_runs
-from fp8lab.variance import VARIANCE_PLAN, Study
+from fp8lab.results import SEEDS_PLAN, Run, RunSet, by_seed, plan_runs, unique
+from fp8lab.variance import VARIANCE_PLAN, Study, design_of
 
 NUMERICS_PLAN = "numerics-h200"
 REFERENCES = {NUMERICS_PLAN: VARIANCE_PLAN, "candidates-h200": SEEDS_PLAN}
@@ -71,15 +71,16 @@ def variants(records_dir: Path, plan: str) -> list[Variant]:
 def designs(records_dir: Path, study: Study) -> list[RunSet]:
     """Every recipe by its defaults in each design of the study, the one that it found cheapest first."""
     tried = plan_runs(records_dir, NUMERICS_PLAN)
-    cells = sorted(study.cells, key=lambda cell: (cell.design != study.cheapest.design, cell.averaged))
+    trained = [*study.runs.runs, *study.runs.unfinished]
+    names = unique([*([study.cheapest.design] if study else []), *(design_of(run) for run in trained)])
+    likes = [next(run for run in trained if design_of(run) == name) for name in names]
     return [
         RunSet(
             VARIANCE_PLAN,
-            runs=_by_default(cell.runs[0], study.runs.runs, tried.runs),
-            unfinished=_by_default(cell.runs[0], study.runs.unfinished, tried.unfinished),
+            runs=_by_default(like, study.runs.runs, tried.runs),
+            unfinished=_by_default(like, study.runs.unfinished, tried.unfinished),
         )
-        for cell in cells
-        if not cell.averaged
+        for like in likes
     ]
 
 

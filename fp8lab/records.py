@@ -23,6 +23,7 @@ article shows through `article.literal` alone.
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import hashlib
 import json
@@ -42,7 +43,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, TypeAdapter, ValidationError
 
 from fp8lab import flops
-from fp8lab.config import MARKUP, Head, Name, Recipe, RunConfig
+from fp8lab.config import MARKUP, FusedConfig, Head, Name, Recipe, RunConfig
 from fp8lab.errors import UserError
 
 Status = Literal["running", "finished", "interrupted", "diverged", "failed"]
@@ -298,10 +299,16 @@ _KERNEL_MODULES = ("attention", "block", "head", "operations", "scaling", "trito
 
 
 def _kernels_version() -> str:
-    """A hash of the sources of what `fused` and the FP8 head run."""
+    """A hash of what `fused` and the FP8 head run by default: the code without its comments, and the numerics."""
     folder = Path(__file__).parent / "kernels"
-    sources = b"".join((folder / f"{module}.py").read_bytes() for module in _KERNEL_MODULES)
-    return hashlib.sha256(sources).hexdigest()[:12]
+    trees = [ast.parse((folder / f"{module}.py").read_bytes()) for module in _KERNEL_MODULES]
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            said = [isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) for part in body]
+            node.body = [part for part, is_text in zip(body, said, strict=True) if not is_text]  # type: ignore[attr-defined]
+    code = "".join(ast.dump(tree) for tree in trees)
+    return hashlib.sha256((code + FusedConfig().model_dump_json()).encode()).hexdigest()[:12]
 
 
 def collect_provenance(device_name: str, device_count: int = 1, host_count: int = 1) -> Provenance:

@@ -24,6 +24,7 @@ from fp8lab.comparison import Deviation, Gap
 from fp8lab.config import RECIPES, Head, Recipe
 from fp8lab.errors import UserError
 from fp8lab.records import BENCHMARK_PLAN, BenchmarkRecord, DataRecord, SpeedRecord, TestRecord, TrainRecord
+from fp8lab.units import listing
 
 MEASURED_PLANS = ("article", "ladder-h200", "pilot-h200")
 """Plans trained on GPUs that the article draws, the most complete first."""
@@ -218,8 +219,9 @@ class RunSet:
         """
         value = value or (lambda run: run.validation_loss)
         ours, baseline = (self.where(size=size, recipe=name) for name in (recipe, "bf16"))
-        if ours[0].design_settings != baseline[0].design_settings:
-            raise UserError(f"{_name(ours[0])} and {_name(baseline[0])} differ in tokens or design")
+        sides = [run.design_settings | {"micro_batch": None} for run in (ours[0], baseline[0])]
+        if differing := [name for name in sides[0] if sides[0][name] != sides[1][name]]:
+            raise UserError(f"{_name(ours[0])} and {_name(baseline[0])} differ in {listing(differing)}")
         return Gap.by_seed(by_seed(ours, value), by_seed(baseline, value), paired=size in self.paired_sizes)
 
     def gaps(self) -> dict[tuple[str, str], Gap]:
@@ -260,7 +262,8 @@ def seed_deviation(
 
     Args:
         sets: where to look; a run that is in several counts once.
-        like: only runs tuned as this one, since runs scatter less where the learning rate is lower.
+        like: only runs tuned as this one, since runs scatter less where the learning rate is lower: those of its plan
+            and design, whatever rate the plan gives each size, and those of other plans by `Run.tuning`.
         size: only this model.
         below: only models with fewer parameters.
 
@@ -270,7 +273,8 @@ def seed_deviation(
     groups: dict[tuple[object, ...], dict[str, float]] = {}
     for run in (run for runs in sets for run in runs.runs):
         wanted = size in (None, run.size) and (below is None or run.parameters < below)
-        if wanted and run.tuning == like.tuning:
+        of_one_design = (run.record.plan, run.design) == (like.record.plan, like.design)
+        if wanted and (of_one_design or run.tuning == like.tuning):
             groups.setdefault((run.record.plan, *run.kind), {})[run.record.run] = run.validation_loss
     return Deviation.pooled([list(losses.values()) for losses in groups.values()])
 
@@ -421,6 +425,10 @@ def fault_record(records_dir: Path) -> TestRecord | None:
     return record if isinstance(record, TestRecord) else None
 
 
+UNSAID_KERNELS = dict.fromkeys(("fdd9729", "33acd60"), "of 2026-11-27")
+"""Of records that do not say which kernels they timed: commits whose kernels are the same."""
+
+
 @dataclass(frozen=True)
 class SpeedRun:
     """One occasion on which speed was measured."""
@@ -434,9 +442,10 @@ class SpeedRun:
 
     @property
     def kernels(self) -> str:
-        """Version of this project's kernels: of records that do not say it, the commit."""
+        """Version of this project's kernels. Of records that do not say it, `UNSAID_KERNELS` or the commit."""
         provenance = self.record.provenance
-        return provenance.versions.get(records.KERNELS, provenance.git_commit)
+        unsaid = UNSAID_KERNELS.get(provenance.git_commit[:7], provenance.git_commit)
+        return provenance.versions.get(records.KERNELS, unsaid)
 
     @cached_property
     def steps(self) -> pd.DataFrame:

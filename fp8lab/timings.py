@@ -15,7 +15,7 @@ from fp8lab import roofline
 from fp8lab.config import MODELS, ModelConfig
 from fp8lab.errors import UserError
 from fp8lab.results import MAP_PLAN, SpeedRun, unique
-from fp8lab.rounds import Occasion, SpeedRatio, settled_count, side
+from fp8lab.rounds import MIN_ROUNDS, Occasion, SpeedRatio, settled_count, side
 
 BF16_CONTESTANTS = ("bf16", "te_bf16")
 """What is timed in BF16: ours, and Transformer Engine's. FP8 is held against the faster of the two."""
@@ -72,7 +72,8 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
         of the settled rounds), tokens_per_second, ratio, interval_low, interval_high (95%, NaN where too few rounds
         give none), low, high (smallest and largest of all rounds), first, last (rounds of the occasion that drifted
         most), drift (from the one to the other, relative), rounds (of all occasions), left_out (those of occasions too
-        short to count), occasions (those with rounds enough for an interval), peak_memory_bytes.
+        short to count), occasions (those with rounds enough for an interval), timed_on (names of all),
+        peak_memory_bytes.
     """
     steps = _compared_steps(speeds)
     if steps.empty:
@@ -98,13 +99,21 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
 
 
 def _with_latest_kernels(rounds: pd.DataFrame, speeds: Sequence[SpeedRun]) -> pd.DataFrame:
-    """`rounds` without those of `ON_OUR_KERNELS` whose setting and head were timed with later kernels too."""
+    """`rounds` without those on our kernels that were timed with later ones too, at the same setting and head.
+
+    An occasion of too few rounds for an interval does not make earlier ones out of date.
+    """
     in_time = sorted(speeds, key=lambda speed: speed.record.provenance.started_utc)
-    when = rounds["occasion"].map({_occasion(speed): index for index, speed in enumerate(in_time)})
-    kernels = rounds["occasion"].map({_occasion(speed): speed.kernels for speed in speeds})
-    last = when.groupby([rounds[name] for name in (*SETTING, "recipe", "head")]).transform("max")
-    latest = last.map({index: speed.kernels for index, speed in enumerate(in_time)})
-    return rounds[(kernels == latest) | ~rounds["recipe"].isin(ON_OUR_KERNELS)]
+    names = [_occasion(speed) for speed in in_time]
+    kernels = {_occasion(speed): speed.kernels for speed in speeds}
+    groups = [rounds[name] for name in (*SETTING, "recipe", "head")]
+    when = rounds["occasion"].map(names.index)
+    counts = rounds.groupby([*groups, rounds["occasion"]])["round"].transform("nunique")
+    last = when.where(counts >= MIN_ROUNDS).groupby(groups).transform("max")
+    last = last.fillna(when.groupby(groups).transform("max")).astype(int)
+    is_latest = rounds["occasion"].map(kernels) == last.map(lambda index: kernels[names[index]])
+    ours = rounds["recipe"].isin(ON_OUR_KERNELS) | (rounds["head"] == "fp8")
+    return rounds[is_latest | ~ours]
 
 
 def _baselines(rounds: pd.DataFrame) -> pd.DataFrame:
@@ -159,6 +168,7 @@ def _ratio_row(group: pd.DataFrame, several_devices: bool) -> dict[str, object]:
         "rounds": len(group),
         "left_out": len(group) - len(counted),
         "occasions": len(ratio.conclusive),
+        "timed_on": tuple(unique(group["occasion"])),
         "peak_memory_bytes": int(group["memory"].max()),
     }
 
@@ -314,7 +324,7 @@ def _judged(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     ratios = speed_ratios(speeds)
     bf16_memory = _bf16_by(["setting"], ratios)["peak_memory_bytes"]
     widths = {name: model.d_model for name, model in _models(speeds).items()}
-    occasions = {case: _occasions(speeds, case) for case in unique(ratios["case"])}
+    commits = {_occasion(speed): speed.record.provenance.git_commit[:7] for speed in speeds}
     verdicts = {"above": "faster", "below": "slower", "undecided": "undecided"}
     return ratios.assign(
         width=ratios["model"].map(widths),
@@ -323,10 +333,8 @@ def _judged(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
         verdict=[
             verdicts[side(low, high)] for low, high in zip(ratios["interval_low"], ratios["interval_high"], strict=True)
         ],
-        runs=[", ".join(_occasion(s) for s in occasions[case]) for case in ratios["case"]],
-        commits=[
-            ", ".join(unique(s.record.provenance.git_commit[:7] for s in occasions[case])) for case in ratios["case"]
-        ],
+        runs=ratios["timed_on"].map(", ".join),
+        commits=[", ".join(unique(commits[name] for name in names)) for names in ratios["timed_on"]],
     )
 
 
@@ -334,11 +342,6 @@ def _models(speeds: Sequence[SpeedRun]) -> dict[str, ModelConfig]:
     """Every model that was timed: named sizes, and those with dimensions of their own in the plan."""
     own = [ModelConfig(**case["model"]) for speed in speeds for case in speed.record.config.get("cases", [])]
     return MODELS | {model.name: model for model in own}
-
-
-def _occasions(speeds: Sequence[SpeedRun], case: str) -> list[SpeedRun]:
-    """The occasions that a ratio of `case` rests on."""
-    return [speed for speed in speeds if case in _cases(_compared_steps([speed]))]
 
 
 def _cases(steps: pd.DataFrame) -> list[str]:

@@ -247,6 +247,7 @@ def test_a_recorded_run_computed_as_it_did_then_whatever_the_defaults_are_now(tm
         load_plan(write_plan(tmp_path, ENTRY | {"recipes": [recipe]})).runs[0].model_dump()
         for recipe in ("bf16", "fused")
     )
+    assert UNSAID_FUSED.keys() == FusedConfig.model_fields.keys(), "no default of today stands in"
     changed = {"fast_accumulation": ("output",), "history": 3}
     # A default of that time, which a run that ignored it has recorded too.
     assert earlier_config(bf16 | {"fused": changed}, "record") == earlier_config(bf16, "record")

@@ -92,6 +92,17 @@ def test_runs_that_diverged_are_counted_beside_the_gap_of_the_rest(records_dir: 
     }
 
 
+def test_a_design_of_which_one_side_diverged_altogether_is_still_counted(records_dir: Path) -> None:
+    without_long_decay(records_dir)
+    for path in records_dir.glob("variance-h200/*-fused-*-low-rate/record.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "diverged"}))
+    sets = losses.measured_sets(records_dir)
+    assert sum(run.record.status == "diverged" for runs in sets for run in runs.unfinished) == 8
+    (fused,) = (gap for gap in losses.measured_gaps(sets) if gap.recipe == "fused")
+    # What is left is the base design, of which none did.
+    assert (fused.gap.seeds, fused.diverged) == (8, 0)
+
+
 def without_long_decay(records_dir: Path) -> None:
     """Leave the study with low-rate as its quietest design, the one of the variants."""
     for path in records_dir.glob("variance-h200/*-long-decay/record.json"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -30,6 +31,22 @@ CONFIG = RunConfig(
 
 def started() -> records.TrainRecord:
     return records.started(CONFIG, records.collect_provenance("CPU"), emulated=False)
+
+
+def test_provenance_says_which_kernels_a_commit_has_whatever_is_said_about_them(monkeypatch, tmp_path) -> None:
+    def version(changes: dict[str, str]) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir()))) / "kernels"
+        shutil.copytree(Path(records.__file__).parent / "kernels", folder)
+        for module, text in changes.items():
+            (folder / module).write_text((folder / module).read_text() + text)
+        monkeypatch.setattr(records, "__file__", str(folder.parent / "records.py"))
+        found = records.collect_provenance("CPU").versions[records.KERNELS]
+        monkeypatch.undo()
+        return found
+
+    today = records.collect_provenance("CPU").versions[records.KERNELS]
+    assert version({"triton_ops.py": '\n# A comment.\n"""And a word."""\n', "benchmark.py": "TIMED = 1\n"}) == today
+    assert version({"block.py": "\nANOTHER = 1\n"}) != today
 
 
 def metrics(rows: int = 3) -> pd.DataFrame:

@@ -272,6 +272,11 @@ def test_of_our_recipes_only_occasions_with_the_latest_kernels_count(speeds: lis
         == timings.speed_ratios([late]).set_index(["model", "recipe", "head"])["low"]["1.5B", "fused", "bf16"]
     )
     assert occasions(late, of(other, "new", "2026-01-02"))["fused"] == 2
+    short = replace(late, record=late.record)
+    short.__dict__["steps"] = late.steps[late.steps["round"] < 1]
+    assert occasions(short, early)["fused"] == 1, "too short to make another out of date"
+    row = timings.with_verdicts([late, early]).set_index(["model", "recipe", "head"]).loc[("1.5B", "fused", "bf16")]
+    assert row["runs"] == f"{late.record.plan}/{late.record.run}"
     # Records that do not say are told apart by their commits, which differ here.
     assert occasions(of(one, None, "2026-01-03"), of(other, None, "2026-01-02"))["fused"] == 1
 
