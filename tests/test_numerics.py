@@ -10,9 +10,18 @@ import pytest
 
 from fp8lab import losses, numerics, tables, variance
 from fp8lab.comparison import Gap
-from fp8lab.config import FusedConfig, load_plan
+from fp8lab.config import FusedConfig, Recipe, load_plan
+from fp8lab.results import plan_runs
+from fp8lab.trouble import training_key
 from fp8lab.units import signed
-from tests.fixtures import NUMERICS_VARIANTS, Measured, write_numerics_records, write_variance_records
+from tests.fixtures import (
+    NUMERICS_VARIANTS,
+    SIZES,
+    Measured,
+    write_numerics_records,
+    write_run,
+    write_variance_records,
+)
 
 PLANS = Path(__file__).parents[1] / "runs" / "plans"
 
@@ -120,6 +129,22 @@ def test_what_a_record_does_not_say_is_how_fused_was_then_whatever_its_defaults_
     later = FusedConfig.model_construct(**FusedConfig().model_dump() | {"history": 4})
     monkeypatch.setattr(numerics, "FusedConfig", lambda: later)
     assert ("fused", "history: 16") in named(numerics.variants(records_dir, "numerics-h200"))
+
+
+def test_a_training_is_known_again_by_what_it_computed(tmp_path: Path) -> None:
+    def key(plan: str, recipe: Recipe, fused: dict[str, object] | None) -> str:
+        path = write_run(tmp_path, plan, SIZES[0], recipe) / "record.json"
+        values = json.loads(path.read_text())
+        del values["config"]["fused"]
+        values["config"] |= {} if fused is None else {"fused": fused}
+        path.write_text(json.dumps(values))
+        (run,) = plan_runs(tmp_path, plan).runs
+        return training_key(run)
+
+    ignored = {"fast_accumulation": ["output"]}
+    assert key("a", "bf16", None) == key("b", "bf16", ignored), "BF16 has nothing of it"
+    assert key("c", "fused", None) == key("d", "fused", FusedConfig().model_dump(mode="json"))
+    assert key("e", "fused", ignored) != key("c", "fused", None)
 
 
 def test_the_plans_train_in_one_design_and_candidates_on_seeds_that_did_not_choose_them() -> None:
