@@ -23,14 +23,16 @@ article shows through `article.literal` alone.
 
 from __future__ import annotations
 
-import ast
 import fcntl
 import hashlib
+import io
+import itertools
 import json
 import os
 import shlex
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -301,14 +303,22 @@ _KERNEL_MODULES = ("attention", "block", "head", "operations", "scaling", "trito
 def _kernels_version() -> str:
     """A hash of what `fused` and the FP8 head run by default: the code without its comments, and the numerics."""
     folder = Path(__file__).parent / "kernels"
-    trees = [ast.parse((folder / f"{module}.py").read_bytes()) for module in _KERNEL_MODULES]
-    for node in (node for tree in trees for node in ast.walk(tree)):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            said = [isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) for part in body]
-            node.body = [part for part, is_text in zip(body, said, strict=True) if not is_text]  # type: ignore[attr-defined]
-    code = "".join(ast.dump(tree) for tree in trees)
+    code = "".join(_code((folder / f"{module}.py").read_bytes()) for module in _KERNEL_MODULES)
     return hashlib.sha256((code + FusedConfig().model_dump_json()).encode()).hexdigest()[:12]
+
+
+def _code(source: bytes) -> str:
+    """A module's tokens, without comments and the strings that stand for themselves: docstrings."""
+    layout = (tokenize.ENCODING, tokenize.COMMENT, tokenize.NL)
+    tokens = [token for token in tokenize.tokenize(io.BytesIO(source).readline) if token.type not in layout]
+    kept, before = [], tokenize.NEWLINE
+    for token, after in itertools.pairwise(tokens):
+        begins = before in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+        is_docstring = token.type == tokenize.STRING and begins and after.type == tokenize.NEWLINE
+        if token.type != tokenize.NEWLINE and not is_docstring:
+            kept.append(token.string)
+        before = token.type
+    return " ".join(kept)
 
 
 def collect_provenance(device_name: str, device_count: int = 1, host_count: int = 1) -> Provenance:
