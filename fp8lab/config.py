@@ -243,11 +243,11 @@ UNSAID_FUSED: dict[str, Any] = {
 """How ``fused`` computed in records whose configuration does not say so."""
 
 
-def recorded_fused(config: Mapping[str, Any]) -> FusedConfig | None:
+def recorded_fused(config: Mapping[str, Any], where: str = "a record: config") -> FusedConfig | None:
     """How the blocks of a recorded run computed, by its configuration; None for another recipe than ``fused``."""
-    if config["recipe"] != "fused":
+    if config.get("recipe") != "fused":
         return None
-    return validate(FusedConfig, UNSAID_FUSED | config.get("fused", {}), "config.fused of a record")
+    return validate(FusedConfig, UNSAID_FUSED | config.get("fused", {}), f"{where}: fused")
 
 
 class ParentConfig(Config):
@@ -412,9 +412,8 @@ def earlier_config(values: Mapping[str, Any], where: str) -> RunConfig:
     Raises:
         UserError: it is no configuration of a run.
     """
-    known = {field: value for field, value in values.items() if field in RunConfig.model_fields and field != "fused"}
-    if known.get("recipe") == "fused":
-        known["fused"] = UNSAID_FUSED | values.get("fused", {})
+    known = {field: value for field, value in values.items() if field in RunConfig.model_fields}
+    known["fused"] = recorded_fused(values, where) or FusedConfig()
     return validate(RunConfig, known, where)
 
 

@@ -24,6 +24,7 @@ article shows through `article.literal` alone.
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import io
 import itertools
@@ -300,9 +301,9 @@ KERNELS = "fused kernels"
 _KERNEL_MODULES = ("attention", "block", "head", "operations", "scaling", "triton_ops")
 
 
-def _kernels_version() -> str:
+@functools.cache
+def _kernels_version(folder: Path) -> str:
     """A hash of what `fused` and the FP8 head run by default: the code without its comments, and the numerics."""
-    folder = Path(__file__).parent / "kernels"
     code = "".join(_code((folder / f"{module}.py").read_bytes()) for module in _KERNEL_MODULES)
     return hashlib.sha256((code + FusedConfig().model_dump_json()).encode()).hexdigest()[:12]
 
@@ -335,7 +336,7 @@ def collect_provenance(device_name: str, device_count: int = 1, host_count: int 
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    versions[KERNELS] = _kernels_version()
+    versions[KERNELS] = _kernels_version(Path(__file__).parent / "kernels")
     return Provenance(
         git_commit=commit,
         git_dirty=dirty,

@@ -219,8 +219,10 @@ class RunSet:
         """
         value = value or (lambda run: run.validation_loss)
         ours, baseline = (self.where(size=size, recipe=name) for name in (recipe, "bf16"))
-        sides = [run.design_settings | {"micro_batch": None} for run in (ours[0], baseline[0])]
-        if differing := [name for name in sides[0] if sides[0][name] != sides[1][name]]:
+        other = baseline[0].design_settings
+        differing = [name for name, value in ours[0].design_settings.items() if value != other[name]]
+        # A recipe may need memory that another does without.
+        if differing := [name for name in differing if name != "micro_batch"]:
             raise UserError(f"{_name(ours[0])} and {_name(baseline[0])} differ in {listing(differing)}")
         return Gap.by_seed(by_seed(ours, value), by_seed(baseline, value), paired=size in self.paired_sizes)
 

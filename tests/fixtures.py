@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -665,25 +665,17 @@ def write_variance_records(
         shared = move_together**measured.scatter_factor
         for recipe in ("bf16", "fused"):
             for seed in range(11, 11 + measured.seeds):
-                folder = write_run(
-                    records_dir, "variance-h200", model, recipe, seed=seed, measured=measured, device_name=device_name
-                )
-                record = records.read(folder)
-                assert isinstance(record, TrainRecord)
-                assert record.final is not None
                 own, common = (
                     np.random.default_rng([seed, *map(ord, name)]).normal(0, deviation * measured.scatter_factor)
                     for name in (design + recipe, design)
                 )
                 shift = cost + float(shared * common + math.sqrt(1 - shared**2) * own) + RECIPE_GAP[recipe]
                 shift += 0 if recipe == "bf16" else measured.gap_shift
-                record.final = _shifted(
-                    record.final, 3 + measured.loss_shift + shift, averaging=0.4 * float(own) - 0.001
+                folder = write_run(
+                    records_dir, "variance-h200", model, recipe, seed=seed, measured=measured, device_name=device_name
                 )
-                record.run += f"-{design}"
-                record.config["optimizer"]["peak_learning_rate"] = DESIGN_LEARNING_RATE / 2**index
-                folder.rename(folder.with_name(record.run))
-                records.write(record, records_dir)
+                loss, averaging = 3 + measured.loss_shift + shift, 0.4 * float(own) - 0.001
+                _move_to_design(folder, design, loss, averaging, DESIGN_LEARNING_RATE / 2**index)
 
 
 NUMERICS_VARIANTS: dict[str, tuple[Recipe, dict[str, Any], float]] = {
@@ -704,17 +696,23 @@ def write_numerics_records(
             folder = write_run(
                 records_dir, "numerics-h200", model, recipe, seed=seed, measured=measured, device_name=device_name
             )
-            record = records.read(folder)
-            assert isinstance(record, TrainRecord)
-            assert record.final is not None
             scatter = np.random.default_rng([seed, *map(ord, variant)]).normal(0, 0.004 * measured.scatter_factor)
             loss = 3.012 + measured.loss_shift + cost + RECIPE_GAP[recipe] + measured.gap_shift + float(scatter)
-            record.final = _shifted(record.final, loss, averaging=-0.001)
-            record.run += f"-{variant}"
-            record.config["optimizer"]["peak_learning_rate"] = DESIGN_LEARNING_RATE / 2**index
-            record.config["fused"] |= changed
-            folder.rename(folder.with_name(record.run))
-            records.write(record, records_dir)
+            _move_to_design(folder, variant, loss, -0.001, DESIGN_LEARNING_RATE / 2**index, changed)
+
+
+def _move_to_design(
+    folder: Path, design: str, loss: float, averaging: float, learning_rate: float, fused: Mapping[str, Any] = {}
+) -> None:
+    """Make a run one of a design, which its name ends in: with its own loss, learning rate and settings of `fused`."""
+    record = records.read(folder)
+    assert isinstance(record, TrainRecord)
+    assert record.final is not None
+    record.final = _shifted(record.final, loss, averaging)
+    record.run += f"-{design}"
+    record.config["optimizer"]["peak_learning_rate"] = learning_rate
+    record.config["fused"] |= fused
+    records.write(record, folder.rename(folder.with_name(record.run)).parents[1])
 
 
 def _shifted(final: FinalLosses, loss: float, averaging: float) -> FinalLosses:
