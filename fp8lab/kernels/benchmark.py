@@ -51,9 +51,13 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__d
 
 BOTH = [
     Tile(64, 64, 4), Tile(64, 64, 8), Tile(64, 64, 4, 128), Tile(64, 64, 8, 80), Tile(64, 128, 8), Tile(128, 64, 8),
-    Tile(32, 64, 4), Tile(128, 64, 16), Tile(64, 64, 4, None, 4), Tile(64, 64, 4, None, 16), Tile(64, 64, 4, 128, 4),
-    Tile(64, 128, 8, None, 4),
+    Tile(32, 64, 4), Tile(128, 64, 16),
 ]  # fmt: skip
+IN_GROUPS = [
+    Tile(64, 64, 4, None, 2), Tile(64, 64, 4, None, 4), Tile(64, 64, 4, None, 16), Tile(64, 64, 4, 128, 4),
+    Tile(64, 128, 8, None, 2), Tile(64, 128, 8, None, 4), Tile(64, 128, 8, None, 16),
+]  # fmt: skip
+"""Tiles of `BOTH` in other orders (`triton_ops._block`)."""
 FLAT = [Tile(4, 512, 4), Tile(1, 2048, 4), Tile(4, 512, 8), Tile(8, 512, 8), Tile(2, 512, 2), Tile(8, 512, 16)]
 ROWS = [Tile(4096, 0, 4), Tile(1024, 0, 1), Tile(2048, 0, 2), Tile(2048, 0, 1), Tile(2048, 0, 4), Tile(4096, 0, 8)]
 HEADS = [Tile(64, 0, 4), Tile(32, 0, 4), Tile(64, 0, 8), Tile(128, 0, 8), Tile(32, 0, 2)]
@@ -78,23 +82,23 @@ class Candidates(NamedTuple):
 
 CANDIDATES = {
     "quantise": Candidates(problems.quantise, "FLAT", FLAT),
-    "quantise_both": Candidates(problems.quantise_both, "BOTH", BOTH),
-    "quantise_both, weight": Candidates(problems.quantise_weight, "BOTH", BOTH),
+    "quantise_both": Candidates(problems.quantise_both, "BOTH", [*BOTH, *IN_GROUPS]),
+    "quantise_both, weight": Candidates(problems.quantise_weight, "BOTH", [*BOTH, *IN_GROUPS]),
     "quantise_transposed": Candidates(
-        problems.quantise_transposed, "TRANSPOSED", [Tile(64, 128, 8), *BOTH[:3], BOTH[8], BOTH[11]]
+        problems.quantise_transposed, "TRANSPOSED", [Tile(64, 128, 8), *BOTH[:3], *IN_GROUPS]
     ),
     "rms_norm": Candidates(problems.rms_norm, "ROWS", ROWS),
     "rms_norm, no branch": Candidates(problems.rms_norm_alone, "ROWS", ROWS),
-    "rms_norm_backward": Candidates(problems.rms_norm_backward, "NORM_BACKWARD", BOTH),
+    "rms_norm_backward": Candidates(problems.rms_norm_backward, "NORM_BACKWARD", [*BOTH, *IN_GROUPS]),
     "swiglu": Candidates(problems.swiglu, "SWIGLU", FLAT),
-    "swiglu_backward": Candidates(problems.swiglu_backward, "SWIGLU_BACKWARD", BOTH),
+    "swiglu_backward": Candidates(problems.swiglu_backward, "SWIGLU_BACKWARD", [*BOTH, *IN_GROUPS]),
     "norm_rotate": Candidates(problems.norm_rotate, "HEADS", HEADS),
     "norm_rotate_backward": Candidates(problems.norm_rotate_backward, "HEADS_BACKWARD", HEADS_BACKWARD),
     "cross_entropy": Candidates(problems.cross_entropy, "CROSS_ENTROPY", LOGITS),
     "cross_entropy, short rows": Candidates(problems.cross_entropy_short, "CROSS_ENTROPY_SHORT", LOGITS),
     "cross_entropy_alone": Candidates(problems.cross_entropy_alone, "LOGSUMEXP", LOGITS),
     "cross_entropy_quantised": Candidates(
-        problems.cross_entropy_quantised, "LOGITS_GRADIENT", [*BOTH[:2], *BOTH[3:6], BOTH[8], BOTH[11]]
+        problems.cross_entropy_quantised, "LOGITS_GRADIENT", [*BOTH[:2], *BOTH[3:6], *IN_GROUPS]
     ),
 }
 
