@@ -54,8 +54,8 @@ TRANSPOSED = Tile(64, 128, 8)
 """Kernels that write a transposed copy alone."""
 BOTH = Tile(64, 128, 8)
 """Kernels that write both layouts."""
-NORM_BACKWARD = Tile(64, 64, 4, 128)
-SWIGLU_BACKWARD = Tile(64, 64, 4)
+NORM_BACKWARD = Tile(64, 64, 4, 128, 4)
+SWIGLU_BACKWARD = Tile(64, 64, 4, None, 16)
 LOGITS_GRADIENT = Tile(64, 128, 8)
 ROWS = Tile(4096, 0, 4)
 """Elements of whole rows that one program of a row kernel holds at most; columns are the tensor's own."""
@@ -65,7 +65,7 @@ HEADS_BACKWARD = Tile(32, 4, 2)
 """Tokens, and how many of their heads one program takes in turn."""
 CROSS_ENTROPY = Tile(4, 4096, 16)
 """Entries of one row of logits at a time, as so many times so many. Few programs a processor: their rows fit in L2."""
-CROSS_ENTROPY_SHORT = Tile(4, 2048, 8)
+CROSS_ENTROPY_SHORT = Tile(4, 1024, 4)
 """Rows that fit in L2 anyway."""
 SHORT_VOCABULARY = 16_384
 LOGSUMEXP = Tile(4, 1024, 4)

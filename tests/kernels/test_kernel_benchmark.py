@@ -30,6 +30,7 @@ def kernels(monkeypatch, device):
     monkeypatch.setattr(benchmark, "SEQ", 32)
     monkeypatch.setattr(benchmark, "SUMMED", {"tiny": 512})
     monkeypatch.setattr(benchmark, "gpu_milliseconds", lambda function, calls, telemetry=None: 0.1)
+    monkeypatch.setattr(benchmark, "replayed", lambda function: function)
     monkeypatch.setattr(benchmark, "copy_bandwidth", lambda device: 1e12)
     monkeypatch.setattr(benchmark, "_gpu", lambda: device)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Toy GPU (1 GB)")
