@@ -276,6 +276,20 @@ def test_a_peer_that_is_not_installed_says_what_it_needs(tmp_path, recipe, monke
     assert needed[recipe] in results["errors"][recipe]["error"]
 
 
+@pytest.mark.parametrize("chosen", [None, "/theirs"])
+def test_transformer_engine_loads_pytorchs_cudnn_unless_told_otherwise(tmp_path, monkeypatch, chosen) -> None:
+    cudnn, engine = tmp_path / "nvidia" / "cudnn", tmp_path / "transformer_engine"
+    for package, text in ((cudnn, ""), (engine, "import os; raise OSError('cuDNN of ' + os.environ['CUDNN_HOME'])")):
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("CUDNN_HOME", chosen or "")  # what the adapter sets is undone too
+    if chosen is None:
+        monkeypatch.delenv("CUDNN_HOME")
+    with pytest.raises(UserError, match=f"cuDNN of {chosen or cudnn}$"):
+        contestants.load_peer("te_current").convert(GPT(ModelConfig(**TINY)), "te_current")
+
+
 def test_nanochats_linear_is_taken_from_a_checkout(tmp_path, monkeypatch) -> None:
     (tmp_path / "nanochat").mkdir()
     (tmp_path / "nanochat" / "fp8.py").write_text(

@@ -11,6 +11,8 @@ spans the whole forward pass.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
@@ -49,6 +51,7 @@ def convert(model: GPT, recipe: str) -> None:
 
 
 def _engine() -> Any:
+    _share_cudnn()
     try:
         import transformer_engine
         import transformer_engine.common.recipe
@@ -56,6 +59,19 @@ def _engine() -> Any:
     except (ImportError, AssertionError, FileNotFoundError, OSError) as error:
         raise UserError(f"Transformer Engine is not installed, or does not load: {error}") from error
     return transformer_engine
+
+
+def _share_cudnn() -> None:
+    """Have the engine load the cuDNN that PyTorch has loaded, where that came as a package and CUDNN_HOME is not set.
+
+    It prefers the system's otherwise, and parts of two versions in one process do not resolve each other's symbols.
+    """
+    try:
+        found = importlib.util.find_spec("nvidia.cudnn")
+    except ModuleNotFoundError:
+        found = None
+    if found is not None and found.submodule_search_locations:
+        os.environ.setdefault("CUDNN_HOME", next(iter(found.submodule_search_locations)))
 
 
 def _inside(engine: Any, recipe: Any, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
