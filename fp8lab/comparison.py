@@ -24,6 +24,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
+from fp8lab.units import signed
+
 LEVEL = 0.95
 """Of every interval."""
 EQUIVALENCE_MARGIN = 0.01
@@ -191,6 +193,12 @@ class Gap:
         """95% of a gap whose own seeds tell nothing, if its runs scatter as `deviation` says."""
         reach = deviation.reach(self.seeds)
         return self.mean - reach, self.mean + reach
+
+    def text(self, unit: str = "nats") -> str:
+        """As prose has it: '+0.0041 nats (+0.0000 to +0.0082, 20 seeds)', '+0.0041 nats (one seed)'."""
+        seeds = "one seed" if self.seeds == 1 else f"{self.seeds} seeds"
+        spread = f"{signed(self.interval[0])} to {signed(self.interval[1])}, {seeds}" if self.interval else seeds
+        return f"{signed(self.mean)} {unit} ({spread})"
 
     def __str__(self) -> str:
         if self.half_width is None:

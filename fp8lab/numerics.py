@@ -56,6 +56,17 @@ class Variant:
         return Gap.by_seed(self.losses, other.losses)
 
 
+def find(variants: Sequence[Variant], recipe: str, head: str = "bf16", changes: str = "") -> Variant | None:
+    """The one of these, a recipe by its defaults if no changes are named; None where there is none."""
+    return next((one for one in variants if (one.recipe, one.head, one.changes) == (recipe, head, changes)), None)
+
+
+def head_costs(variants: Sequence[Variant]) -> dict[str, Gap]:
+    """By recipe: what its output head in FP8 as well does to its loss, where it was trained with either head."""
+    both = {one.recipe: (one, find(variants, one.recipe)) for one in variants if one.head == "fp8" and not one.changes}
+    return {recipe: fp8.minus(bf16) for recipe, (fp8, bf16) in both.items() if bf16 is not None}
+
+
 def variants(records_dir: Path, plan: str) -> list[Variant]:
     """BF16 and `fused` by default, then the runs of `plan` by what they change; empty where one side has no run."""
     tried = plan_runs(records_dir, plan).runs
@@ -85,7 +96,8 @@ def designs(records_dir: Path, study: Study) -> list[RunSet]:
 
 
 def _by_default(like: Run, *groups: Sequence[Run]) -> tuple[Run, ...]:
-    return tuple(run for run in _of_design([run for group in groups for run in group], like) if not _changes(run))
+    of_design = _of_design([run for group in groups for run in group], like)
+    return tuple(run for run in of_design if run.record.head == "bf16" and not _changes(run))
 
 
 def _changes(run: Run) -> str:

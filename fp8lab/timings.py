@@ -21,6 +21,8 @@ BF16_CONTESTANTS = ("bf16", "te_bf16")
 """What is timed in BF16: ours, and Transformer Engine's. FP8 is held against the faster of the two."""
 ON_OUR_KERNELS = ("fused", "fused_precise")
 """Recipes that run on this project's kernels, which change: an occasion with older ones tells nothing of them now."""
+BUSY = 0.9
+"""Share of a step from which on the GPU counts as working through it; below, it waits for the host to queue kernels."""
 SETTING = ["device", "model", "seq_len", "micro_batch"]
 
 
@@ -44,13 +46,16 @@ def _is_bf16(steps: pd.DataFrame) -> pd.Series:
 
 
 def not_timed(speeds: Sequence[SpeedRun]) -> list[str]:
-    """What failed, and what was timed without BF16 beside it, each with the reason: '1.5B-T2048-B16, bf16 (…)'."""
-    failures = {name: error.partition(":")[0] for speed in speeds for name, error in speed.failures().items()}
+    """What failed, and what was timed without BF16 beside it: '1.5B-T2048-B16, bf16 (…)', one for each reason."""
+    failures: dict[str, list[str]] = {}
+    for speed in speeds:
+        for name, error in speed.failures().items():
+            failures.setdefault(error.partition(":")[0], []).append(name)
     compared = {case for speed in speeds for case in _cases(_compared_steps([speed]))}
     alone = unique(case for speed in speeds for case in _cases(speed.steps) if case not in compared)
     without_steps = [_occasion(speed) for speed in speeds if speed.steps.empty and not speed.failures()]
     return [
-        *(f"{name} ({error})" for name, error in failures.items()),
+        *(f"{'; '.join(unique(names))} ({error})" for error, names in failures.items()),
         *(f"{case} (no BF16 beside it)" for case in alone),
         *(f"{occasion} (ended before its first round)" for occasion in without_steps),
     ]
@@ -389,18 +394,38 @@ def break_even(maps: Sequence[SpeedRun]) -> pd.DataFrame:
 
     Returns:
         A row a device, recipe, tokens and width. Columns: device ('H100'), recipe, tokens, width, predicted, measured
-        (NaN where there is no record).
+        (NaN where there is no record), busy (share of a step that the GPU works by its profile: BF16's step or the
+        recipe's, whichever is smaller; NaN without a profile).
     """
     frames = [roofline.map_table(device).assign(device=device.name) for device in roofline.DEVICES]
     table = pd.concat(frames, ignore_index=True).rename(columns={"ratio": "predicted"})
-    measured: dict[tuple[str, str, int, int], float] = {}
+    measured: dict[tuple[str, str, int, int], tuple[float, float]] = {}
     if maps:
-        for row in speed_ratios(maps).to_dict("records"):
+        ratios = speed_ratios(maps)
+        busy = _busy_shares(maps, ratios)
+        for row in ratios.to_dict("records"):
             device = roofline.device_of(row["device"])
             if device is None:
                 continue
             recipe = row["recipe"].removesuffix("_fast")
             width, tokens = int(row["model"].removeprefix("w")), row["seq_len"] * row["micro_batch"]
-            measured[device.name, recipe, tokens, width] = row["ratio"]
-    keys = zip(table["device"], table["recipe"], table["tokens"], table["width"], strict=True)
-    return table.assign(measured=[measured.get(key, float("nan")) for key in keys])
+            of_step, of_bf16 = (busy.get((row["device"], row["case"], name)) for name in (row["recipe"], "bf16"))
+            share = min(of_step, of_bf16) if of_step and of_bf16 else float("nan")
+            measured[device.name, recipe, tokens, width] = row["ratio"], share
+    keys = [*zip(table["device"], table["recipe"], table["tokens"], table["width"], strict=True)]
+    unknown = (float("nan"), float("nan"))
+    return table.assign(
+        measured=[measured.get(key, unknown)[0] for key in keys], busy=[measured.get(key, unknown)[1] for key in keys]
+    )
+
+
+def _busy_shares(speeds: Sequence[SpeedRun], ratios: pd.DataFrame) -> dict[tuple[str, str, str], float]:
+    """Share of the median step that the GPU works, by device, case and recipe, in the last profile of each."""
+    step_ms = ratios[ratios["head"] == "bf16"].set_index(["device", "case", "recipe"])["step_ms"]
+    return {
+        (speed.device, case, recipe): sum(profile.values()) / step_ms[speed.device, case, recipe]
+        for speed in speeds
+        for case, profiles in speed.profiles().items()
+        for recipe, profile in profiles.items()
+        if (speed.device, case, recipe) in step_ms.index
+    }

@@ -20,6 +20,7 @@ import pandas as pd
 from fp8lab import flops, records, roofline
 from fp8lab.config import (
     MODELS,
+    Head,
     ModelConfig,
     OptimizerConfig,
     ParentConfig,
@@ -614,23 +615,33 @@ def write_speed_records(
 
 
 def write_map_records(records_dir: Path, *, measured: Measured = DEFAULT) -> None:
-    """The map of ratios by width, measured on both devices at every width and number of tokens."""
+    """The map of ratios by width, measured on both devices at every width and number of tokens.
+
+    By its profile a GPU works through most of a step but at the fewest tokens.
+    """
     for device in roofline.DEVICES:
         rows = []
+        cases: dict[str, Any] = {}
         for width, tokens in itertools.product(roofline.MAP_WIDTHS, roofline.MAP_TOKENS):
             for recipe, slope in {"bf16": 0.0, "fused": 0.12, "tensorwise_fast": 0.07}.items():
                 factor = measured.bf16_factor if recipe == "bf16" else measured.fp8_factor
                 ratio = 1 + slope * (math.log2(width) - 9)
+                step_ms, micro_batch = 1e-6 * width * tokens / ratio * factor, tokens // roofline.MAP_SEQ
+                worked = step_ms / factor**2 * (0.4 if tokens == min(roofline.MAP_TOKENS) else 0.95)
+                case = cases.setdefault(
+                    f"w{width}-T{roofline.MAP_SEQ}-B{micro_batch}", {"contestants": {}, "errors": {}}
+                )
+                case["contestants"][recipe] = {"profile": {"ms_by_category": {"gemm": worked}}}
                 rows += [
                     {
                         "model": f"w{width}",
                         "seq_len": roofline.MAP_SEQ,
-                        "micro_batch": tokens // roofline.MAP_SEQ,
+                        "micro_batch": micro_batch,
                         "recipe": recipe,
                         "head": "bf16",
                         "round": round_,
                         "step": 0,
-                        "step_ms": 1e-6 * width * tokens / ratio * factor * (1 + 0.001 * round_),
+                        "step_ms": step_ms * (1 + 0.001 * round_),
                         "tokens": tokens,
                         "peak_memory_bytes": int(width * tokens * factor),
                         "sm_clock_mhz": 1700.0 / factor,
@@ -643,7 +654,7 @@ def write_map_records(records_dir: Path, *, measured: Measured = DEFAULT) -> Non
             run=device.name.lower(),
             status="finished",
             provenance=provenance(device.record_name, measured),
-            results={"tokens": "random ids", "emulated": False, "cases": {}},
+            results={"tokens": "random ids", "emulated": False, "cases": cases},
             config={"cases": [{"model": roofline.map_model(width).model_dump()} for width in roofline.MAP_WIDTHS]},
         )
         records.write_table(records.write(record, records_dir), "steps", pd.DataFrame(rows))
@@ -678,12 +689,14 @@ def write_variance_records(
                 _move_to_design(folder, design, loss, averaging, DESIGN_LEARNING_RATE / 2**index)
 
 
-NUMERICS_VARIANTS: dict[str, tuple[Recipe, dict[str, Any], float]] = {
-    "slow-weights": ("fused", {"fast_accumulation": ["output", "grad_input"]}, -0.003),
-    "e5m2": ("fused", {"gradient_format": "e5m2"}, 0.004),
-    "stock": ("tensorwise", {}, 0.0),
+NUMERICS_VARIANTS: dict[str, tuple[Recipe, Head, dict[str, Any], float]] = {
+    "slow-weights": ("fused", "bf16", {"fast_accumulation": ["output", "grad_input"]}, -0.003),
+    "e5m2": ("fused", "bf16", {"gradient_format": "e5m2"}, 0.004),
+    "stock": ("tensorwise", "bf16", {}, 0.0),
+    "head": ("fused", "fp8", {}, 0.006),
+    "stock-head": ("tensorwise", "fp8", {}, 0.007),
 }
-"""Recipe, what of `fused` is changed, and what it does to the loss (nats)."""
+"""Recipe, precision of the head, what of `fused` is changed, and what it does to the loss (nats)."""
 
 
 def write_numerics_records(
@@ -691,27 +704,35 @@ def write_numerics_records(
 ) -> None:
     """Variants of `fused`, and torchao's recipe, in the variance study's design ``low-rate`` and on its seeds."""
     index = list(VARIANCE_DESIGNS).index("low-rate")
-    for variant, (recipe, changed, cost) in NUMERICS_VARIANTS.items():
+    for variant, (recipe, head, changed, cost) in NUMERICS_VARIANTS.items():
         for seed in range(11, 11 + measured.seeds):
             folder = write_run(
                 records_dir, "numerics-h200", model, recipe, seed=seed, measured=measured, device_name=device_name
             )
             scatter = np.random.default_rng([seed, *map(ord, variant)]).normal(0, 0.004 * measured.scatter_factor)
             loss = 3.012 + measured.loss_shift + cost + RECIPE_GAP[recipe] + measured.gap_shift + float(scatter)
-            _move_to_design(folder, variant, loss, -0.001, DESIGN_LEARNING_RATE / 2**index, changed)
+            _move_to_design(folder, variant, loss, -0.001, DESIGN_LEARNING_RATE / 2**index, changed, head)
 
 
 def _move_to_design(
-    folder: Path, design: str, loss: float, averaging: float, learning_rate: float, fused: Mapping[str, Any] = {}
+    folder: Path,
+    design: str,
+    loss: float,
+    averaging: float,
+    learning_rate: float,
+    fused: Mapping[str, Any] = {},
+    head: Head = "bf16",
 ) -> None:
-    """Make a run one of a design, which its name ends in: with its own loss, learning rate and settings of `fused`."""
+    """Make a run one of a design, which its name ends in: its own loss, learning rate, settings of `fused` and head."""
     record = records.read(folder)
     assert isinstance(record, TrainRecord)
     assert record.final is not None
     record.final = _shifted(record.final, loss, averaging)
-    record.run += f"-{design}"
+    seed = f"-s{record.seed}"
+    record.run = record.run.replace(seed, f"{'-head_fp8' if head == 'fp8' else ''}{seed}-{design}")
     record.config["optimizer"]["peak_learning_rate"] = learning_rate
     record.config["fused"] |= fused
+    record.head = record.config["head"] = head
     records.write(record, folder.rename(folder.with_name(record.run)).parents[1])
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_hex
 
-from fp8lab import decision, figures, frontpage, losses, records, slopes, tables
+from fp8lab import decision, figures, frontpage, losses, records, roofline, slopes, tables
 from fp8lab.chart import switch
 from fp8lab.chart.page import chart_html
 from fp8lab.claims import CLAIMED_TRAININGS
@@ -266,7 +266,7 @@ def test_the_first_page_leads_with_speed_the_claim_and_the_loss(tmp_path: Path) 
     )
     assert "*FP8 trains 40% faster at 1.5B.* torchao's fastest recipe as it ships" in lead
     assert "second occasion" not in lead
-    assert "moves the loss by more than these seeds leave open" in lead
+    assert "FP8 ends at a higher loss, beyond what seeds explain: +" in lead
     assert "untested" in lead
     verdicts = re.findall(r"^\|[^|]+\| \*\*(\w+)\*\*", frontpage.scoreboard(evidence.findings), re.MULTILINE)
     assert verdicts == sorted(verdicts, key=frontpage.VERDICTS.index)
@@ -292,6 +292,10 @@ def test_the_speed_map_is_on_the_page_and_apart_from_whole_models(tmp_path: Path
     (told,) = [said for said in frontpage.conclusions(evidence) if said.startswith("**Speed map**")]
     assert "On H100" in told
     assert "On H200" in told
+    waiting = 2 * len(roofline.MAP_WIDTHS)
+    for device in ("H100", "H200"):
+        cells = waiting * len(roofline.MAP_TOKENS)
+        assert f"In {waiting} of {cells} cells on {device}, of up to {min(roofline.MAP_TOKENS):,} tokens" in told
     points = switch.chart_points(evidence.timings, evidence.runs)
     panels = [panel["title"] for panel in switch.switch_chart_spec(points, toy=False, label="switch")["panels"]]
     assert sum(title.startswith("Blocks of four layers") for title in panels) == 2

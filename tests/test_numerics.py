@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 from fp8lab import losses, numerics, tables, variance
 from fp8lab.comparison import Gap
 from fp8lab.config import FusedConfig, Recipe, load_plan
+from fp8lab.frontpage.conclusions import conclusions
+from fp8lab.frontpage.evidence import Evidence
 from fp8lab.results import plan_runs
 from fp8lab.trouble import training_key
 from fp8lab.units import signed
@@ -34,7 +37,8 @@ def records_dir(tmp_path: Path) -> Path:
 
 
 def named(variants: list[numerics.Variant]) -> dict[tuple[str, str], numerics.Variant]:
-    return {(variant.recipe, variant.changes): variant for variant in variants}
+    """Those with their head in BF16."""
+    return {(variant.recipe, variant.changes): variant for variant in variants if variant.head == "bf16"}
 
 
 def test_variants_stand_beside_the_studys_runs_of_their_design_alone(records_dir: Path) -> None:
@@ -60,14 +64,35 @@ def test_the_table_has_each_difference_with_its_interval(records_dir: Path) -> N
     assert len(table) == len(variants) == 2 + len(NUMERICS_VARIANTS)
     for (_, row), variant in zip(table.iterrows(), variants, strict=True):
         assert row["loss (nats/token)"] == f"{np.mean(list(variant.losses.values())):.4f}"
-        for recipe in ("bf16", "tensorwise"):
-            shown = row[f"− {recipe} (95% interval)"]
-            if variant.recipe == recipe:
+        by_head = {one.head: one for one in variants if (one.recipe, one.changes) == ("tensorwise", "")}
+        itself = named(variants)[variant.recipe, variant.changes]
+        for name, other in {"bf16": variants[0], "tensorwise": by_head[variant.head], "BF16 head": itself}.items():
+            shown = row[f"− {name} (95% interval)"]
+            if other is variant:
                 assert shown == "–"
                 continue
-            gap = variant.minus(named(variants)[recipe, ""])
+            gap = variant.minus(other)
             assert gap.interval is not None
             assert shown == f"{signed(gap.mean)} ({signed(gap.interval[0])} to {signed(gap.interval[1])})"
+
+
+def test_what_the_head_costs_is_told_beside_its_speed_from_most_seeds(records_dir: Path, monkeypatch) -> None:
+    variants = numerics.variants(records_dir, "numerics-h200")
+    costs = numerics.head_costs(variants)
+    assert set(costs) == {"fused", "tensorwise"}
+    assert costs["fused"].mean == pytest.approx(0.006, abs=0.006)
+    for folder in records_dir.glob("numerics-h200/*-s1[12]-*"):
+        copy = shutil.copytree(folder, records_dir / "few" / folder.name)
+        (copy / "record.json").write_text(json.dumps(json.loads((copy / "record.json").read_text()) | {"plan": "few"}))
+    monkeypatch.setattr(numerics, "REFERENCES", numerics.REFERENCES | {"few": "variance-h200"})
+    assert numerics.head_costs(numerics.variants(records_dir, "few"))["fused"].seeds == 2
+    evidence = Evidence.read(records_dir)
+    assert {cost.recipe: (cost.plan, cost.gap) for cost in evidence.head_costs} == {
+        recipe: ("numerics-h200", gap) for recipe, gap in costs.items()
+    }
+    (head,) = [one for one in conclusions(evidence) if one.startswith("**Output head.**")]
+    assert f"{costs['fused'].text()} with `fused` at 0.4M" in head
+    assert "@tbl-numerics-h200" in head
 
 
 def test_a_plan_without_its_bf16_side_is_not_shown(tmp_path: Path) -> None:

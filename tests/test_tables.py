@@ -15,6 +15,7 @@ from fp8lab.comparison import Deviation
 from fp8lab.config import MODELS, load_plan
 from fp8lab.errors import UserError
 from fp8lab.results import (
+    MAP_PLAN,
     RunSet,
     SpeedRun,
     data_benchmarks,
@@ -34,6 +35,7 @@ from tests.fixtures import (
     provenance,
     write_demo_records,
     write_ladder_records,
+    write_map_records,
     write_reliability_records,
     write_run,
     write_speed_records,
@@ -313,8 +315,25 @@ def test_a_prediction_stands_beside_its_measurement(speeds: list[SpeedRun]) -> N
     assert table["predicted_ms"]["1.5B", "fused"] == roofline.step_ms(model, 32768, "fused", roofline.H200)
 
 
+def test_the_map_tells_how_busy_the_gpu_was_in_the_slacker_of_both_steps(tmp_path: Path) -> None:
+    write_map_records(tmp_path)
+    (folder,) = tmp_path.glob("speed-map/h200")
+    record = json.loads((folder / "record.json").read_text())
+    contestants = record["results"]["cases"]["w1024-T1024-B64"]["contestants"]
+    contestants["bf16"]["profile"]["ms_by_category"] = {"gemm": 10.0, "other": 20.0}
+    (folder / "record.json").write_text(json.dumps(record))
+    table = timings.break_even(speed_runs(tmp_path, MAP_PLAN)).set_index(["device", "recipe", "width", "tokens"])
+    steps = records.read_table(folder, "steps")
+    rows = steps[(steps["model"] == "w1024") & (steps["micro_batch"] == 64) & (steps["recipe"] == "bf16")]
+    settled = rows[rows["round"] >= 2]["step_ms"].median()
+    assert table.loc[("H200", "fused", 1024, 65536), "busy"] == pytest.approx(30 / settled, rel=0.002)
+    assert table.loc[("H200", "fused", 512, 65536), "busy"] == pytest.approx(0.95, abs=0.01)
+    assert table.loc[("H200", "fused", 512, 8192), "busy"] == pytest.approx(0.4, abs=0.01)
+
+
 def test_the_map_holds_a_measurement_only_where_there_is_one(tmp_path: Path) -> None:
     planned = timings.break_even([])
+    assert planned["busy"].isna().all()
     assert planned["measured"].isna().all()
     folder = write_speed_records(tmp_path)
     steps = records.read_table(folder, "steps")
@@ -326,6 +345,7 @@ def test_the_map_holds_a_measurement_only_where_there_is_one(tmp_path: Path) -> 
     assert known[["device", "tokens", "width"]].drop_duplicates().to_numpy().tolist() == [["H200", 8192, 512]]
     assert set(known["recipe"]) == {"fused", "tensorwise"}
     pd.testing.assert_series_equal(table["predicted"], planned["predicted"])
+    assert table["busy"].isna().all(), "nothing was profiled"
     # Another form of the chip has a map of its own.
     record = json.loads((folder / "record.json").read_text())
     record["provenance"]["device_name"] = "NVIDIA H200 NVL"

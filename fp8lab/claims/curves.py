@@ -8,7 +8,7 @@ from fp8lab.claims.finding import Finding, Verdict
 from fp8lab.comparison import EQUIVALENCE_MARGIN, LEVEL, holm
 from fp8lab.config import RECIPES
 from fp8lab.losses import MeasuredGap, left_out
-from fp8lab.units import listing, signed
+from fp8lab.units import listing
 
 
 def curves_follow(gaps: Sequence[MeasuredGap]) -> list[Finding]:
@@ -27,12 +27,7 @@ def _curve_follows(gaps: Sequence[MeasuredGap]) -> Finding:
         return _curves("untested", f"Every gap of {recipe} measured so far is one seed's. {lost}".strip(), recipe)
     apart = _below_level(judged, [measured.gap.difference_p() or 0.0 for measured in judged])
     equal = _below_level(judged, [measured.gap.equivalence_p() or 0.0 for measured in judged])
-    told = "; ".join(
-        f"at {m.size} {signed(m.gap.mean)} nats ({signed(m.gap.interval[0])} to {signed(m.gap.interval[1])}, "
-        f"{m.gap.seeds} seeds)"
-        for m in judged
-        if m.gap.interval
-    )
+    told = "; ".join(f"at {measured.size} {measured.gap.text()}" for measured in judged)
     why = f"FP8 − BF16 {told}. {lost}".strip()
     if apart:
         return _curves("contradicted", why, f"{recipe} at {listing(apart)}")

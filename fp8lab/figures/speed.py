@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 
 from fp8lab.figures.style import RECIPE_COLOURS, WIDTH, finish, point_style
 from fp8lab.results import SpeedRun, unique
-from fp8lab.timings import fp8_only, speed_ratios
+from fp8lab.timings import BUSY, fp8_only, speed_ratios
 
 
 def throughput(speeds: Sequence[SpeedRun]) -> Figure:
@@ -113,6 +113,8 @@ def roofline(table: pd.DataFrame) -> Figure:
 def break_even_map(table: pd.DataFrame) -> Figure:
     """Ratio to BF16 by width and tokens a micro-batch: hatched cells are predicted, plain ones measured.
 
+    A star stands where the GPU waited for the host (`timings.BUSY`).
+
     Args:
         table: `timings.break_even` of one device.
     """
@@ -128,7 +130,8 @@ def break_even_map(table: pd.DataFrame) -> Figure:
             colour = plt.get_cmap("BrBG")(scale(np.log(value)))
             cell = {"facecolor": colour, "hatch": "" if known else "///", "edgecolor": "white", "linewidth": 1.5}
             axes.add_patch(Rectangle((left, bottom), 1, 1, **cell))
-            label = f"{value:.2f}" if known else f"({value:.2f})"
+            waits = "*" if row["busy"] < BUSY else ""
+            label = f"{value:.2f}{waits}" if known else f"({value:.2f})"
             box = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1.2}
             axes.text(left + 0.5, bottom + 0.5, label, ha="center", va="center", fontsize=9, bbox=box)
         axes.set_xlim(-0.5, len(widths) - 0.5)

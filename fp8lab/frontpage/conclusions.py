@@ -10,7 +10,7 @@ from fp8lab.frontpage.evidence import Evidence
 from fp8lab.frontpage.loss import loss_costs
 from fp8lab.frontpage.payoff import span, times, where
 from fp8lab.results import unique
-from fp8lab.timings import device_label, short_device
+from fp8lab.timings import BUSY, device_label, short_device
 from fp8lab.units import listing
 
 
@@ -18,9 +18,8 @@ def conclusions(evidence: Evidence) -> list[str]:
     """What follows, each with the figure or table that shows it."""
     found = []
     if evidence.payoffs:
-        found += [_speed_conclusion(evidence), _memory(evidence), _micro_batches(evidence)]
-        found += [_head(evidence), _devices(evidence)]
-    found.append(_map_conclusion(evidence))
+        found += [_speed_conclusion(evidence), _memory(evidence), _micro_batches(evidence), _devices(evidence)]
+    found += [_head(evidence), _map_conclusion(evidence)]
     costs = loss_costs(evidence)
     if costs:
         found.append(f"**Loss.** {costs.removesuffix('.')} (@fig-gaps).")
@@ -49,7 +48,18 @@ def _shown(evidence: Evidence, name: str) -> str:
 def _map_conclusion(evidence: Evidence) -> str:
     if not evidence.map_payoffs:
         return ""
-    return f"**Speed map**, blocks of four layers. {_by_place(evidence.map_payoffs)} (@fig-switch)."
+    said = f"**Speed map**, blocks of four layers. {_by_place(evidence.map_payoffs)} (@fig-switch)."
+    cells = evidence.map_cells.dropna(subset=["measured"])
+    for device in unique(cells["device"]):
+        own = cells[cells["device"] == device]
+        waiting = own[own["busy"] < BUSY]
+        if len(waiting):
+            said += (
+                f" In {len(waiting)} of {len(own)} cells on {device}, of up to {waiting['tokens'].max():,} tokens a "
+                f"micro-batch, the GPU waited for the host (@fig-break-even-{device.lower()}): there FP8 has little to "
+                "speed up."
+            )
+    return said
 
 
 def _by_place(payoffs: Sequence[Payoff]) -> str:
@@ -66,13 +76,21 @@ def _by_place(payoffs: Sequence[Payoff]) -> str:
 
 
 def _head(evidence: Evidence) -> str:
+    """Its speed in FP8 too, with its cost in loss."""
     told = [
         f"on {short_device(payoff.device)} faster than BF16 {where(payoff)}{times(payoff)}"
         for payoff in evidence.with_head("fp8")
         if payoff.recipe == OURS
     ]
     shown = _shown(evidence, "throughput")
-    return f"**Output head.** With it in FP8 too, `{OURS}` is {'; '.join(told)} ({shown})." if told else ""
+    said = [f"With it in FP8 too, `{OURS}` is {'; '.join(told)} ({shown})."] if told else []
+    costs = [f"{cost.gap.text()} with `{cost.recipe}` at {cost.size}" for cost in evidence.head_costs]
+    if costs:
+        plans = listing([f"@tbl-{plan}" for plan in unique(cost.plan for cost in evidence.head_costs)])
+        said.append(f"It moves the loss by {listing(costs)} ({plans}).")
+    elif told:
+        said.append("What it does to the loss is not measured.")
+    return " ".join(["**Output head.**", *said]) if said else ""
 
 
 def _memory(evidence: Evidence) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from fp8lab import claims, decision, losses, slopes
+from fp8lab import claims, decision, losses, numerics, slopes
+from fp8lab.comparison import Gap
 from fp8lab.decision import Matched, Payoff
 from fp8lab.results import (
     MAP_PLAN,
@@ -22,8 +23,18 @@ from fp8lab.results import (
     unique,
 )
 from fp8lab.slopes import FittedLaw
-from fp8lab.timings import comparable, with_verdicts
+from fp8lab.timings import break_even, comparable, with_verdicts
 from fp8lab.units import listing
+
+
+@dataclass(frozen=True)
+class HeadCost:
+    """What the output head in FP8 too does to a recipe's loss at one size, and the plan that tells."""
+
+    plan: str
+    size: str
+    recipe: str
+    gap: Gap
 
 
 @dataclass(frozen=True)
@@ -42,15 +53,20 @@ class Evidence:
     """Of whole models."""
     map_payoffs: list[Payoff]
     """Of the speed map's blocks."""
+    map_cells: pd.DataFrame
+    """`timings.break_even`."""
     matched: list[Matched]
     laws: list[FittedLaw]
+    head_costs: list[HeadCost]
+    """In loss, of the head in FP8 too; those of most seeds."""
     findings: list[claims.Finding]
 
     @classmethod
     def read(cls, records_dir: Path) -> Evidence:
         """Everything from a folder of records."""
         runs = training_runs(records_dir)
-        speeds = comparable([*speed_runs(records_dir), *speed_runs(records_dir, MAP_PLAN)])
+        maps = comparable(speed_runs(records_dir, MAP_PLAN))
+        speeds = [*comparable(speed_runs(records_dir)), *maps]
         timings = with_verdicts(speeds) if speeds else pd.DataFrame(columns=["kind", "device", "recipe", "head"])
         sets = losses.measured_sets(records_dir)
         laws = slopes.known_laws(sets)
@@ -68,8 +84,10 @@ class Evidence:
             timings=timings,
             payoffs=decision.payoffs(timings[timings["kind"] == "model"]),
             map_payoffs=decision.payoffs(timings[timings["kind"] == "blocks"]),
+            map_cells=break_even(maps),
             matched=matched,
             laws=laws,
+            head_costs=_head_costs(records_dir),
             findings=claims.scoreboard(
                 gaps=[row.measured for row in matched],
                 stability=plans,
@@ -97,3 +115,14 @@ class Evidence:
             & (self.timings["kind"] == "model")
         ]
         return rows.sort_values(["width", "micro_batch_tokens"], kind="stable")
+
+
+def _head_costs(records_dir: Path) -> list[HeadCost]:
+    """By recipe, of the plan with most seeds."""
+    most: dict[str, HeadCost] = {}
+    for plan in numerics.REFERENCES:
+        variants = numerics.variants(records_dir, plan)
+        for recipe, gap in numerics.head_costs(variants).items():
+            if recipe not in most or gap.seeds > most[recipe].gap.seeds:
+                most[recipe] = HeadCost(plan, variants[0].size, recipe, gap)
+    return list(most.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fp8lab import decision, matched
 from fp8lab.claims import OURS
@@ -12,7 +13,7 @@ from fp8lab.frontpage.evidence import Evidence
 from fp8lab.losses import MeasuredGap, left_out
 from fp8lab.results import unique
 from fp8lab.timings import short_device
-from fp8lab.units import listing, signed
+from fp8lab.units import listing
 
 
 def loss_costs(evidence: Evidence) -> str:
@@ -21,10 +22,11 @@ def loss_costs(evidence: Evidence) -> str:
     if not telling:
         return ""
     unclear = [measured for measured in telling if not _excludes_zero(measured)]
-    clear = [measured for measured in telling if _excludes_zero(measured)]
     said = []
-    if clear:
-        said.append(f"FP8 moves the loss by more than these seeds leave open: {listing([*map(_gap, clear)])}.")
+    for raised, which in ((True, "higher"), (False, "lower")):
+        clear = [one for one in telling if _excludes_zero(one) and (one.gap.mean > 0) == raised]
+        if clear:
+            said.append(f"FP8 ends at a {which} loss, beyond what seeds explain: {listing([*map(_gap, clear)])}.")
     if unclear:
         said.append(f"What FP8 costs in loss these runs cannot tell from nothing: {listing([*map(_gap, unclear)])}.")
     return " ".join([*said, left_out(telling)]).strip()
@@ -45,11 +47,8 @@ def _excludes_zero(measured: MeasuredGap) -> bool:
 
 
 def _gap(measured: MeasuredGap) -> str:
-    gap = measured.gap
-    spread = "one seed"
-    if gap.interval is not None and not measured.assumed:
-        spread = f"{signed(gap.interval[0])} to {signed(gap.interval[1])}, {gap.seeds} seeds"
-    return f"{signed(gap.mean)} nats/token ({spread}) with `{measured.recipe}` at {measured.size}"
+    gap = replace(measured.gap, interval=None) if measured.assumed else measured.gap
+    return f"{gap.text('nats/token')} with `{measured.recipe}` at {measured.size}"
 
 
 def speed_at_matched_loss(evidence: Evidence) -> str:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from fp8lab.comparison import EQUIVALENCE_MARGIN, LEVEL, TARGET_HALF_WIDTH, Deviation, Gap
 from fp8lab.losses import MeasuredGap
-from fp8lab.numerics import Variant
+from fp8lab.numerics import Variant, find
 from fp8lab.results import unique
 from fp8lab.units import number, p_value, signed, signed_percent
 from fp8lab.variance import Study
@@ -115,11 +115,10 @@ def _with_reach(gap: Gap) -> str:
 
 
 def numerics(variants: Sequence[Variant]) -> pd.DataFrame:
-    """What each variant of `fp8lab.numerics` ends at, and its differences to BF16 and ``tensorwise`` by default."""
-    references = {
-        recipe: next((one for one in variants if (one.recipe, one.head) == (recipe, "bf16")), None)
-        for recipe in ("bf16", "tensorwise")
-    }
+    """What each variant of `fp8lab.numerics` ends at, and its differences to BF16 and ``tensorwise`` by default.
+
+    That to ``tensorwise`` is to the one with the same head; of a head in FP8 there is one more, to itself in BF16.
+    """
     rows = []
     for variant in variants:
         losses = list(variant.losses.values())
@@ -131,12 +130,16 @@ def numerics(variants: Sequence[Variant]) -> pd.DataFrame:
             "loss (nats/token)": f"{np.mean(losses):.4f}",
             "sd": f"{np.std(losses, ddof=1):.4f}" if len(losses) > 1 else "–",
         }
-        for recipe, reference in references.items():
-            if reference is not None:
-                difference = "–" if reference is variant else _with_interval(variant.minus(reference))
-                row[f"− {recipe} (95% interval)"] = difference
+        references = {
+            "bf16": find(variants, "bf16"),
+            "tensorwise": find(variants, "tensorwise", variant.head),
+            "BF16 head": find(variants, variant.recipe, changes=variant.changes),
+        }
+        for name, reference in references.items():
+            if reference is not None and reference is not variant:
+                row[f"− {name} (95% interval)"] = _with_interval(variant.minus(reference))
         rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).fillna("–")
 
 
 def _with_interval(gap: Gap) -> str:
