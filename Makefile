@@ -10,8 +10,7 @@ PIP_ARGS ?=
 TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
-# Python compiles what it imports, once; of all that is installed that is a small part, and halves the installation.
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 
 .PHONY: report test check reliability install install-dev browser clean
 

@@ -61,10 +61,36 @@ def find(variants: Sequence[Variant], recipe: str, head: str = "bf16", changes: 
     return next((one for one in variants if (one.recipe, one.head, one.changes) == (recipe, head, changes)), None)
 
 
-def head_costs(variants: Sequence[Variant]) -> dict[str, Gap]:
-    """By recipe: what its output head in FP8 as well does to its loss, where it was trained with either head."""
-    both = {one.recipe: (one, find(variants, one.recipe)) for one in variants if one.head == "fp8" and not one.changes}
-    return {recipe: fp8.minus(bf16) for recipe, (fp8, bf16) in both.items() if bf16 is not None}
+@dataclass(frozen=True)
+class HeadCost:
+    """What the output head in FP8 as well does to the loss of a recipe at one size."""
+
+    plan: str
+    size: str
+    recipe: str
+    own: Gap
+    """Against the same recipe with its head in BF16."""
+    against_bf16: Gap
+
+
+def head_costs(records_dir: Path, plan: str) -> list[HeadCost]:
+    """Of every recipe that the plan trained by its defaults with either head."""
+    tried = variants(records_dir, plan)
+    found = []
+    for one in tried:
+        itself, bf16 = find(tried, one.recipe), find(tried, "bf16")
+        if one.head == "fp8" and not one.changes and itself is not None and bf16 is not None:
+            found.append(HeadCost(plan, one.size, one.recipe, one.minus(itself), one.minus(bf16)))
+    return found
+
+
+def best_known_head_costs(records_dir: Path) -> list[HeadCost]:
+    """Of each recipe by the plan with most seeds."""
+    most: dict[str, HeadCost] = {}
+    for cost in (cost for plan in REFERENCES for cost in head_costs(records_dir, plan)):
+        if cost.recipe not in most or cost.own.seeds > most[cost.recipe].own.seeds:
+            most[cost.recipe] = cost
+    return list(most.values())
 
 
 def variants(records_dir: Path, plan: str) -> list[Variant]:

@@ -433,7 +433,7 @@ UNSAID_KERNELS = dict.fromkeys(("fdd9729", "33acd60"), "of 2026-11-27")
 
 @dataclass(frozen=True)
 class SpeedRun:
-    """One occasion on which speed was measured."""
+    """One process that measured speed."""
 
     folder: Path
     record: SpeedRecord
@@ -441,6 +441,11 @@ class SpeedRun:
     @property
     def device(self) -> str:
         return self.record.provenance.device_name
+
+    @property
+    def span(self) -> tuple[str, str]:
+        """When it began and ended, UTC in ISO 8601."""
+        return self.record.provenance.started_utc, self.record.provenance.ended_utc
 
     @property
     def kernels(self) -> str:

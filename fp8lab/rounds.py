@@ -8,13 +8,14 @@ than three rounds have no interval, since two agree by luck too often. Rounds of
 
 Several occasions are taken together as the geometric mean of their estimates, with an interval from the lowest to the
 highest of theirs: rounds say how far rounds scatter, only another occasion says how far occasions do. One with too few
-rounds for an interval is left out of both, and confirms nothing.
+rounds for an interval is left out of both, and confirms nothing. Processes that run at the same time, each on a GPU of
+its own, are one occasion (`apart`): what disturbs one may disturb them all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,6 +105,19 @@ class SpeedRatio:
     def counted(self) -> Sequence[Occasion]:
         """The occasions that the value is of: the conclusive ones, or all where there is none."""
         return self.conclusive or self.occasions
+
+
+def apart(spans: Iterable[tuple[str, str]]) -> int:
+    """How many of these times do not overlap, those that do counting as one.
+
+    Args:
+        spans: beginning and end of each, UTC in ISO 8601.
+    """
+    count, last = 0, ""
+    for begin, end in sorted(spans):
+        count += begin > last
+        last = max(last, end)
+    return count
 
 
 def side(low: float, high: float, of: float = 1.0) -> Side:

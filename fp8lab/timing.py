@@ -60,17 +60,19 @@ def gpu_milliseconds(function: Callable[[], Any], calls: int, telemetry: Telemet
     return statistics.median(start.elapsed_time(end) for start, end in pairwise(events))
 
 
-def replayed(function: Callable[[], Any]) -> Callable[[], None]:
-    """The GPU's work of a call, queued at once by each call of what is returned (a CUDA graph).
+def replayed(function: Callable[[], Any], calls: int) -> Callable[[], None]:
+    """The GPU's work of so many calls, queued at once by each call of what is returned (a CUDA graph).
 
     The host takes tens of microseconds to launch a kernel: of shorter ones queued one by one, it is timed instead.
 
     Args:
         function: queues work, and waits for nothing.
+        calls: in one graph, which itself takes the GPU a few microseconds to begin.
     """
     function()  # nothing may be compiled during the capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        function()
+        for _ in range(calls):
+            function()
     return graph.replay

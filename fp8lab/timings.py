@@ -6,7 +6,9 @@ Frames have plain column names and raw numbers; `fp8lab.tables` and `fp8lab.figu
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +17,8 @@ from fp8lab import roofline
 from fp8lab.config import MODELS, ModelConfig
 from fp8lab.errors import UserError
 from fp8lab.results import MAP_PLAN, SpeedRun, unique
-from fp8lab.rounds import MIN_ROUNDS, Occasion, SpeedRatio, settled_count, side
+from fp8lab.rounds import MIN_ROUNDS, Occasion, SpeedRatio, apart, settled_count, side
+from fp8lab.units import listing
 
 BF16_CONTESTANTS = ("bf16", "te_bf16")
 """What is timed in BF16: ours, and Transformer Engine's. FP8 is held against the faster of the two."""
@@ -46,16 +49,23 @@ def _is_bf16(steps: pd.DataFrame) -> pd.Series:
 
 
 def not_timed(speeds: Sequence[SpeedRun]) -> list[str]:
-    """What failed, and what was timed without BF16 beside it: '1.5B-T2048-B16, bf16 (…)', one for each reason."""
-    failures: dict[str, list[str]] = {}
+    """Contestants that nothing could be timed of, the settings of each and why, and settings timed without BF16."""
+    timed = {(case, name) for speed in speeds for case, own in speed.cases.items() for name in own["contestants"]}
+    failures: dict[tuple[str, str], list[str]] = {}
     for speed in speeds:
         for name, error in speed.failures().items():
-            failures.setdefault(error.partition(":")[0], []).append(name)
+            case, _, contestant = name.partition(", ")
+            if (case, contestant) not in timed:
+                reason = textwrap.shorten(error.partition(". ")[0], 120, placeholder=" …")
+                failures.setdefault((contestant, reason), []).append(case)
     compared = {case for speed in speeds for case in _cases(_compared_steps([speed]))}
     alone = unique(case for speed in speeds for case in _cases(speed.steps) if case not in compared)
     without_steps = [_occasion(speed) for speed in speeds if speed.steps.empty and not speed.failures()]
     return [
-        *(f"{'; '.join(unique(names))} ({error})" for error, names in failures.items()),
+        *(
+            f"{contestant + ' at ' if contestant else ''}{listing(unique(cases))} ({reason})"
+            for (contestant, reason), cases in failures.items()
+        ),
         *(f"{case} (no BF16 beside it)" for case in alone),
         *(f"{occasion} (ended before its first round)" for occasion in without_steps),
     ]
@@ -77,7 +87,7 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
         of the settled rounds), tokens_per_second, ratio, interval_low, interval_high (95%, NaN where too few rounds
         give none), low, high (smallest and largest of all rounds), first, last (rounds of the occasion that drifted
         most), drift (from the one to the other, relative), rounds (of all occasions), left_out (those of occasions too
-        short to count), occasions (those with rounds enough for an interval), timed_on (names of all),
+        short to count), occasions (those with rounds enough for an interval, `apart` in time), timed_on (names of all),
         peak_memory_bytes.
     """
     steps = _compared_steps(speeds)
@@ -93,9 +103,10 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     rounds["ratio"] = rounds["bf16_ms"] / rounds["step_ms"]
     rounds = _with_latest_kernels(rounds, speeds)
     several = rounds["device"].nunique() > 1
+    spans = {_occasion(speed): speed.span for speed in speeds}
     table = pd.DataFrame(
         [
-            _ratio_row(group.sort_values("round", kind="stable"), several)
+            _ratio_row(group.sort_values("round", kind="stable"), several, spans)
             for _, group in rounds.groupby([*SETTING, "recipe", "head"], sort=False)
         ]
     )
@@ -139,7 +150,7 @@ def _settled_ms(rounds: pd.DataFrame) -> float:
     return float(pd.concat(settled).median())
 
 
-def _ratio_row(group: pd.DataFrame, several_devices: bool) -> dict[str, object]:
+def _ratio_row(group: pd.DataFrame, several_devices: bool, spans: Mapping[str, tuple[str, str]]) -> dict[str, object]:
     """A row of `speed_ratios` from the rounds of one setting, recipe and head."""
     first = group.iloc[0]
     by_occasion = group.groupby("occasion", sort=False)["ratio"]
@@ -172,7 +183,7 @@ def _ratio_row(group: pd.DataFrame, several_devices: bool) -> dict[str, object]:
         "drift": furthest.drift,
         "rounds": len(group),
         "left_out": len(group) - len(counted),
-        "occasions": len(ratio.conclusive),
+        "occasions": apart(spans[str(name)] for name, own in occasions.items() if own in ratio.conclusive),
         "timed_on": tuple(unique(group["occasion"])),
         "peak_memory_bytes": int(group["memory"].max()),
     }
@@ -394,38 +405,34 @@ def break_even(maps: Sequence[SpeedRun]) -> pd.DataFrame:
 
     Returns:
         A row a device, recipe, tokens and width. Columns: device ('H100'), recipe, tokens, width, predicted, measured
-        (NaN where there is no record), busy (share of a step that the GPU works by its profile: BF16's step or the
-        recipe's, whichever is smaller; NaN without a profile).
+        (NaN where there is no record), high (upper end of its interval), busy (share of a step that the GPU works, by
+        the profile of the last occasion that has one: BF16's step or the recipe's, whichever is smaller; else NaN).
     """
     frames = [roofline.map_table(device).assign(device=device.name) for device in roofline.DEVICES]
     table = pd.concat(frames, ignore_index=True).rename(columns={"ratio": "predicted"})
-    measured: dict[tuple[str, str, int, int], tuple[float, float]] = {}
+    measured: dict[tuple[str, str, int, int], tuple[float, float, float]] = {}
     if maps:
-        ratios = speed_ratios(maps)
-        busy = _busy_shares(maps, ratios)
-        for row in ratios.to_dict("records"):
+        for row in speed_ratios(maps).to_dict("records"):
             device = roofline.device_of(row["device"])
             if device is None:
                 continue
             recipe = row["recipe"].removesuffix("_fast")
             width, tokens = int(row["model"].removeprefix("w")), row["seq_len"] * row["micro_batch"]
-            of_step, of_bf16 = (busy.get((row["device"], row["case"], name)) for name in (row["recipe"], "bf16"))
-            share = min(of_step, of_bf16) if of_step and of_bf16 else float("nan")
-            measured[device.name, recipe, tokens, width] = row["ratio"], share
-    keys = [*zip(table["device"], table["recipe"], table["tokens"], table["width"], strict=True)]
-    unknown = (float("nan"), float("nan"))
-    return table.assign(
-        measured=[measured.get(key, unknown)[0] for key in keys], busy=[measured.get(key, unknown)[1] for key in keys]
-    )
+            busy = _busy_share([speed for speed in maps if _occasion(speed) in row["timed_on"]], row)
+            measured[device.name, recipe, tokens, width] = row["ratio"], row["interval_high"], busy
+    keys = zip(table["device"], table["recipe"], table["tokens"], table["width"], strict=True)
+    unknown = (float("nan"),) * 3
+    found = [measured.get(key, unknown) for key in keys]
+    return table.join(pd.DataFrame(found, columns=["measured", "high", "busy"], index=table.index))
 
 
-def _busy_shares(speeds: Sequence[SpeedRun], ratios: pd.DataFrame) -> dict[tuple[str, str, str], float]:
-    """Share of the median step that the GPU works, by device, case and recipe, in the last profile of each."""
-    step_ms = ratios[ratios["head"] == "bf16"].set_index(["device", "case", "recipe"])["step_ms"]
-    return {
-        (speed.device, case, recipe): sum(profile.values()) / step_ms[speed.device, case, recipe]
-        for speed in speeds
-        for case, profiles in speed.profiles().items()
-        for recipe, profile in profiles.items()
-        if (speed.device, case, recipe) in step_ms.index
-    }
+def _busy_share(speeds: Sequence[SpeedRun], row: Mapping[Hashable, Any]) -> float:
+    """Share of a step that the GPU works, BF16's or a row's recipe's: the smaller one, of the last with profiles."""
+    for speed in reversed(speeds):
+        profiles, recipes = speed.profiles().get(row["case"], {}), ("bf16", row["recipe"])
+        if all(recipe in profiles for recipe in recipes):
+            names = ["model", "seq_len", "micro_batch"]
+            own = (speed.steps[names] == [row[name] for name in names]).all(axis=1) & (speed.steps["head"] == "bf16")
+            step_ms = speed.steps[own].groupby("recipe")["step_ms"].median()
+            return min(sum(profiles[recipe].values()) / step_ms[recipe] for recipe in recipes)
+    return float("nan")

@@ -172,3 +172,9 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
         held["gap"] += gap.interval[0] <= 0 <= gap.interval[1]
         held["deviation"] += deviation.interval[0] <= 0.01 <= deviation.interval[1]
     assert all(0.91 < count / trials < 0.985 for count in held.values()), held
+
+
+def test_a_gap_in_prose_has_its_interval_and_its_seeds() -> None:
+    gap = Gap(0.00412, (-0.00161, 0.01), 20)
+    assert gap.text() == "+0.0041 nats (−0.0016 to +0.0100, 20 seeds)"
+    assert Gap(-0.0041, None, 1).text("nats/token") == "−0.0041 nats/token (one seed)"

@@ -266,7 +266,7 @@ def test_the_first_page_leads_with_speed_the_claim_and_the_loss(tmp_path: Path) 
     )
     assert "*FP8 trains 40% faster at 1.5B.* torchao's fastest recipe as it ships" in lead
     assert "second occasion" not in lead
-    assert "FP8 ends at a higher loss, beyond what seeds explain: +" in lead
+    assert "FP8 ends at a higher loss, by 95% intervals that exclude zero: +" in lead
     assert "untested" in lead
     verdicts = re.findall(r"^\|[^|]+\| \*\*(\w+)\*\*", frontpage.scoreboard(evidence.findings), re.MULTILINE)
     assert verdicts == sorted(verdicts, key=frontpage.VERDICTS.index)
@@ -292,10 +292,15 @@ def test_the_speed_map_is_on_the_page_and_apart_from_whole_models(tmp_path: Path
     (told,) = [said for said in frontpage.conclusions(evidence) if said.startswith("**Speed map**")]
     assert "On H100" in told
     assert "On H200" in told
-    waiting = 2 * len(roofline.MAP_WIDTHS)
+    fewest, waiting = min(roofline.MAP_TOKENS), 2 * len(roofline.MAP_WIDTHS)
     for device in ("H100", "H200"):
         cells = waiting * len(roofline.MAP_TOKENS)
-        assert f"In {waiting} of {cells} cells on {device}, of up to {min(roofline.MAP_TOKENS):,} tokens" in told
+        assert f"In {waiting} of {cells} cells on {device} the GPU waited for the host: at {fewest:,} tokens a" in told
+        assert f"micro-batch width 256, 512, 768, 1,024 and 2,048 (@fig-break-even-{device.lower()})" in told
+    # By the fixture, blocks of width 256 are slower whatever the tokens, and only with few of them does the GPU wait.
+    lead = frontpage.lead(evidence)
+    assert "`fused` gives 0.88 times BF16's tokens/s in 2 of 10 settings on H200: at 8,192 tokens a" in lead
+    assert "micro-batch width 256, at 65,536 width 256 (@fig-break-even-h200)" in lead
     points = switch.chart_points(evidence.timings, evidence.runs)
     panels = [panel["title"] for panel in switch.switch_chart_spec(points, toy=False, label="switch")["panels"]]
     assert sum(title.startswith("Blocks of four layers") for title in panels) == 2

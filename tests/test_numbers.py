@@ -56,11 +56,11 @@ FILES = {
 """The kinds of record, and the tables beside them: the file that holds each."""
 
 DISPLAYS: dict[str, tuple[str, str]] = {
-    "index 3": ("eval steps train", "2"),
+    "index 3": ("eval speed steps train", "2"),
     "fig-switch": ("steps train", ""),
     "index 4": ("speed steps train", ""),
-    "tbl-switch": ("steps", "1 20"),
-    "index 6": ("speed steps train", "2 256 512 768, 20"),
+    "tbl-switch": ("steps", "1 16 20 32 64"),
+    "index 6": ("speed steps train", "2 256 256, 512 512, 768, 8,192 20"),
     "tbl-scoreboard": ("eval steps train", "0 2 20 3 4 5 8"),
     "tbl-conversion": ("", "1 4"),
     "approach 3": ("", "16"),
@@ -113,7 +113,7 @@ DISPLAYS: dict[str, tuple[str, str]] = {
     "throughput 29adfaff": ("steps", "1,320 3.35 4.8 55% 690 75% 90%"),
     "fig-roofline": ("steps", ""),
     "tbl-roofline": ("steps", "16 64"),
-    "throughput d64f0f0e": ("speed steps", "1, 20 256 8,192"),
+    "throughput d64f0f0e": ("speed steps", "1 1, 20 256 8,192"),
     "fig-break-even-h200": ("speed steps", ""),
     "fig-break-even-h100": ("speed steps", ""),
     "benchmarks 3": ("eval", ""),

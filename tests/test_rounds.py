@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fp8lab.rounds import Occasion, SpeedRatio, settled_count, side
+from fp8lab.rounds import Occasion, SpeedRatio, apart, settled_count, side
 
 RATIOS = st.lists(st.floats(0.5, 2.0), min_size=1, max_size=12).map(tuple)
 
@@ -86,3 +86,14 @@ def test_an_interval_lies_on_one_side_or_decides_nothing() -> None:
     assert [side(1.1, 1.2), side(0.8, 0.9), side(0.9, 1.1)] == ["above", "below", "undecided"]
     assert side(math.nan, math.nan) == "undecided"
     assert side(1.3, 1.5, of=1.4) == "undecided"
+
+
+def at(hour: int) -> str:
+    return f"2026-11-27T{hour:02}:00:00+00:00"
+
+
+@given(st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11)).map(sorted), max_size=6))
+def test_times_that_overlap_are_one(hours: list[list[int]]) -> None:
+    covered = {2 * begin + step for begin, end in hours for step in range(2 * (end - begin) + 1)}
+    groups = sum(half_hour - 1 not in covered for half_hour in covered)
+    assert apart((at(begin), at(end)) for begin, end in hours) == groups

@@ -276,17 +276,24 @@ def test_a_peer_that_is_not_installed_says_what_it_needs(tmp_path, recipe, monke
     assert needed[recipe] in results["errors"][recipe]["error"]
 
 
-@pytest.mark.parametrize("chosen", [None, "/theirs"])
+LOADS_CUDNN = """
+import os
+raise OSError("cuDNN of " + (os.environ.get("CUDNN_HOME") or os.environ["CUDNN_PATH"]))
+"""
+
+
+@pytest.mark.parametrize("chosen", [None, "CUDNN_HOME", "CUDNN_PATH"])
 def test_transformer_engine_loads_pytorchs_cudnn_unless_told_otherwise(tmp_path, monkeypatch, chosen) -> None:
     cudnn, engine = tmp_path / "nvidia" / "cudnn", tmp_path / "transformer_engine"
-    for package, text in ((cudnn, ""), (engine, "import os; raise OSError('cuDNN of ' + os.environ['CUDNN_HOME'])")):
+    for package, text in ((cudnn, ""), (engine, LOADS_CUDNN)):
         package.mkdir(parents=True)
         (package / "__init__.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("CUDNN_HOME", chosen or "")  # what the adapter sets is undone too
-    if chosen is None:
-        monkeypatch.delenv("CUDNN_HOME")
-    with pytest.raises(UserError, match=f"cuDNN of {chosen or cudnn}$"):
+    for name in ("CUDNN_HOME", "CUDNN_PATH"):
+        monkeypatch.setenv(name, "/theirs")  # what the adapter sets is undone too
+        if name != chosen:
+            monkeypatch.delenv(name)
+    with pytest.raises(UserError, match=f"cuDNN of {'/theirs' if chosen else cudnn}$"):
         contestants.load_peer("te_current").convert(GPT(ModelConfig(**TINY)), "te_current")
 
 

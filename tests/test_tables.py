@@ -210,6 +210,7 @@ def test_two_rounds_decide_nothing_however_far_from_bf16(tmp_path: Path) -> None
     assert table.loc[("1.5B", "fused", "bf16"), "verdict"] == "faster"
     assert table.loc[("1.5B", "rowwise", "bf16"), "verdict"] == "slower"
     read = tables.speed.switch_table(table.reset_index(), []).set_index(["model", "recipe"])
+    assert read.loc[("1.5B", "fused"), "batch × context"] == "16 × 2,048"
     assert read.loc[("125M", "fused"), "tokens/s, × BF16"].endswith("(2 rounds)")
     assert read.loc[("1.5B", "fused"), "pays for (nats)"] == "unknown"
     assert float(
@@ -226,6 +227,40 @@ def test_speed_ratios_are_of_bf16s_time_over_the_recipes(speeds: list[SpeedRun])
     assert ratios["ratio"]["1.5B", "rowwise", "bf16"] == pytest.approx(0.75, abs=0.02)
     assert ((ratios["low"] <= ratios["ratio"]) & (ratios["ratio"] <= ratios["high"])).all()
     assert (ratios["rounds"] == 3).all()
+
+
+def test_processes_that_ran_at_the_same_time_are_one_occasion(tmp_path: Path) -> None:
+    folders = [write_speed_records(tmp_path, occasion) for occasion in "abc"]
+    begin = json.loads((folders[0] / "record.json").read_text())["provenance"]["started_utc"]
+    record = json.loads((folders[1] / "record.json").read_text())
+    record["provenance"]["started_utc"] = begin  # b began with a, and ended after it
+    (folders[1] / "record.json").write_text(json.dumps(record))
+    (row,) = (
+        timings.speed_ratios(speed_runs(tmp_path))
+        .query("model == '1.5B' and recipe == 'fused' and head == 'bf16'")
+        .to_dict("records")
+    )
+    assert (row["occasions"], row["rounds"]) == (2, 9)
+
+
+def test_what_failed_is_told_once_with_its_settings_unless_it_was_timed_elsewhere(tmp_path: Path) -> None:
+    folder = write_speed_records(tmp_path)
+    record = json.loads((folder / "record.json").read_text())
+    cases = record["results"]["cases"]
+    (case,) = cases.values()
+    error = {"error": "UserError: not installed: libx", "traceback": ""}
+    cases["350M-T1024-B32"] = {"contestants": {"bf16": {}}, "errors": {"te_delayed": error}}
+    case["errors"] = {"te_delayed": error, "rowwise": error, "te_bf16": error}
+    (folder / "record.json").write_text(json.dumps(record))
+    later = write_speed_records(tmp_path, "b")
+    record = json.loads((later / "record.json").read_text())
+    (case,) = record["results"]["cases"].values()
+    case["contestants"]["rowwise"], case["errors"] = case["contestants"]["bf16"], {}
+    (later / "record.json").write_text(json.dumps(record))
+    assert timings.not_timed(speed_runs(tmp_path)) == [
+        "te_delayed at 1.5B-T2048-B16 and 350M-T1024-B32 (UserError: not installed: libx)",
+        "te_bf16 at 1.5B-T2048-B16 (UserError: not installed: libx)",
+    ]
 
 
 def test_occasions_are_pooled_round_by_round(speeds: list[SpeedRun]) -> None:
@@ -257,7 +292,8 @@ def test_of_our_recipes_only_occasions_with_the_latest_kernels_count(speeds: lis
     def of(speed: SpeedRun, kernels: str | None, started: str) -> SpeedRun:
         provenance = speed.record.provenance
         versions = {"torch": "2.13.0"} | ({records.KERNELS: kernels} if kernels else {})
-        changed = provenance.model_copy(update={"versions": versions, "started_utc": started})
+        when = {"started_utc": started, "ended_utc": f"{started}T01:00:00+00:00"}
+        changed = provenance.model_copy(update={"versions": versions} | when)
         return replace(speed, record=speed.record.model_copy(update={"provenance": changed}))
 
     def occasions(*runs: SpeedRun) -> dict[str, int]:

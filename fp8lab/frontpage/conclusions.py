@@ -8,7 +8,7 @@ from fp8lab.claims import OURS
 from fp8lab.decision import Payoff
 from fp8lab.frontpage.evidence import Evidence
 from fp8lab.frontpage.loss import loss_costs
-from fp8lab.frontpage.payoff import span, times, where
+from fp8lab.frontpage.payoff import span, times, where, widths_by_tokens
 from fp8lab.results import unique
 from fp8lab.timings import BUSY, device_label, short_device
 from fp8lab.units import listing
@@ -55,9 +55,8 @@ def _map_conclusion(evidence: Evidence) -> str:
         waiting = own[own["busy"] < BUSY]
         if len(waiting):
             said += (
-                f" In {len(waiting)} of {len(own)} cells on {device}, of up to {waiting['tokens'].max():,} tokens a "
-                f"micro-batch, the GPU waited for the host (@fig-break-even-{device.lower()}): there FP8 has little to "
-                "speed up."
+                f" In {len(waiting)} of {len(own)} cells on {device} the GPU waited for the host: "
+                f"{widths_by_tokens(waiting)} (@fig-break-even-{device.lower()})."
             )
     return said
 
@@ -84,11 +83,12 @@ def _head(evidence: Evidence) -> str:
     ]
     shown = _shown(evidence, "throughput")
     said = [f"With it in FP8 too, `{OURS}` is {'; '.join(told)} ({shown})."] if told else []
-    costs = [f"{cost.gap.text()} with `{cost.recipe}` at {cost.size}" for cost in evidence.head_costs]
-    if costs:
-        plans = listing([f"@tbl-{plan}" for plan in unique(cost.plan for cost in evidence.head_costs)])
-        said.append(f"It moves the loss by {listing(costs)} ({plans}).")
-    elif told:
+    for cost in sorted(evidence.head_costs, key=lambda cost: cost.recipe != OURS):
+        said.append(
+            f"At {cost.size} it adds {cost.own.text()} to the loss of `{cost.recipe}`, which is then "
+            f"{cost.against_bf16.text()} from BF16's (@tbl-{cost.plan})."
+        )
+    if told and not evidence.head_costs:
         said.append("What it does to the loss is not measured.")
     return " ".join(["**Output head.**", *said]) if said else ""
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 
 from fp8lab import claims, decision, losses, numerics, slopes
-from fp8lab.comparison import Gap
 from fp8lab.decision import Matched, Payoff
+from fp8lab.numerics import HeadCost
 from fp8lab.results import (
     MAP_PLAN,
     Run,
@@ -25,16 +25,6 @@ from fp8lab.results import (
 from fp8lab.slopes import FittedLaw
 from fp8lab.timings import break_even, comparable, with_verdicts
 from fp8lab.units import listing
-
-
-@dataclass(frozen=True)
-class HeadCost:
-    """What the output head in FP8 too does to a recipe's loss at one size, and the plan that tells."""
-
-    plan: str
-    size: str
-    recipe: str
-    gap: Gap
 
 
 @dataclass(frozen=True)
@@ -58,7 +48,7 @@ class Evidence:
     matched: list[Matched]
     laws: list[FittedLaw]
     head_costs: list[HeadCost]
-    """In loss, of the head in FP8 too; those of most seeds."""
+    """In loss."""
     findings: list[claims.Finding]
 
     @classmethod
@@ -87,7 +77,7 @@ class Evidence:
             map_cells=break_even(maps),
             matched=matched,
             laws=laws,
-            head_costs=_head_costs(records_dir),
+            head_costs=numerics.best_known_head_costs(records_dir),
             findings=claims.scoreboard(
                 gaps=[row.measured for row in matched],
                 stability=plans,
@@ -115,14 +105,3 @@ class Evidence:
             & (self.timings["kind"] == "model")
         ]
         return rows.sort_values(["width", "micro_batch_tokens"], kind="stable")
-
-
-def _head_costs(records_dir: Path) -> list[HeadCost]:
-    """By recipe, of the plan with most seeds."""
-    most: dict[str, HeadCost] = {}
-    for plan in numerics.REFERENCES:
-        variants = numerics.variants(records_dir, plan)
-        for recipe, gap in numerics.head_costs(variants).items():
-            if recipe not in most or gap.seeds > most[recipe].gap.seeds:
-                most[recipe] = HeadCost(plan, variants[0].size, recipe, gap)
-    return list(most.values())

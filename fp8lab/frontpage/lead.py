@@ -10,10 +10,10 @@ from fp8lab.claims import OURS
 from fp8lab.decision import Payoff
 from fp8lab.frontpage.evidence import Evidence
 from fp8lab.frontpage.loss import loss_costs, speed_at_matched_loss
-from fp8lab.frontpage.payoff import times, where
+from fp8lab.frontpage.payoff import span, times, where, widths_by_tokens
 from fp8lab.results import SPEED_COMMAND, unique
 from fp8lab.rounds import MIN_OCCASIONS
-from fp8lab.timings import short_device
+from fp8lab.timings import BUSY, short_device
 from fp8lab.units import listing
 
 
@@ -37,11 +37,29 @@ def _answer(evidence: Evidence) -> str:
     devices.sort(key=lambda device: -max(payoff.settings for payoff in evidence.with_head("bf16", device)))
     on_devices = [_on_device(evidence.with_head("bf16", device), introduce=device == devices[0]) for device in devices]
     said = [f"**{' '.join(on_devices)}**"]
+    said += _short_steps(evidence)
     once = sum(payoff.occasions < MIN_OCCASIONS for payoff in timed)
     if once:
         which = "None of this" if once == len(timed) else "Not all of this"
         said.append(f"{which} has been confirmed by a second occasion.")
     return " ".join(said)
+
+
+def _short_steps(evidence: Evidence) -> list[str]:
+    """A sentence a device whose map has cells where ours is slower: whole models were timed with long steps alone."""
+    said = []
+    cells = evidence.map_cells[evidence.map_cells["recipe"] == OURS].dropna(subset=["measured"])
+    for device in unique(cells["device"]):
+        own = cells[cells["device"] == device]
+        slower = own[own["high"] < 1]
+        if len(slower):
+            waits = ", while the GPU waits for the host" if (slower["busy"] < BUSY).all() else ""
+            said.append(
+                f"Short steps are another matter: in blocks of four layers `{OURS}` gives "
+                f"{span(list(slower['measured']))} times BF16's tokens/s in {len(slower)} of {len(own)} settings on "
+                f"{device}{waits}: {widths_by_tokens(slower)} (@fig-break-even-{device.lower()})."
+            )
+    return said
 
 
 def _how_fp8_ran(evidence: Evidence) -> str:

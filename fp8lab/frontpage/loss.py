@@ -26,7 +26,9 @@ def loss_costs(evidence: Evidence) -> str:
     for raised, which in ((True, "higher"), (False, "lower")):
         clear = [one for one in telling if _excludes_zero(one) and (one.gap.mean > 0) == raised]
         if clear:
-            said.append(f"FP8 ends at a {which} loss, beyond what seeds explain: {listing([*map(_gap, clear)])}.")
+            said.append(
+                f"FP8 ends at a {which} loss, by 95% intervals that exclude zero: {listing([*map(_gap, clear)])}."
+            )
     if unclear:
         said.append(f"What FP8 costs in loss these runs cannot tell from nothing: {listing([*map(_gap, unclear)])}.")
     return " ".join([*said, left_out(telling)]).strip()

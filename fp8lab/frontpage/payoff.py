@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pandas as pd
+
 from fp8lab.decision import Payoff
 from fp8lab.units import listing
 
@@ -30,6 +32,15 @@ def where(payoff: Payoff) -> str:
     if any(width < payoff.pays_from for width in payoff.slower):
         return f"from width {payoff.pays_from:,} on{beside}"
     return f"at widths {payoff.pays_from:,} to {last:,}{beside}"
+
+
+def widths_by_tokens(cells: pd.DataFrame) -> str:
+    """Cells of the speed map in words: 'at 8,192 tokens a micro-batch width 256 and 512, at 65,536 width 256'."""
+    said: list[str] = []
+    for tokens, own in cells.groupby("tokens"):
+        unit = "" if said else " tokens a micro-batch"
+        said.append(f"at {tokens:,}{unit} width {listing([f'{width:,}' for width in sorted(set(own['width']))])}")
+    return ", ".join(said)
 
 
 def times(payoff: Payoff) -> str:

@@ -44,6 +44,8 @@ SEQ = 1024
 COMPILING_SEQUENCES = 2
 """Of the calls that compile and check."""
 REPEATS = 12
+REPLAYS = 3
+"""Of as many calls; the median counts."""
 E4M3 = DTYPES["e4m3"]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -163,7 +165,7 @@ def measure(size: str, name: str, device: torch.device) -> list[dict[str, Any]]:
         if wrong is None:
             telemetry = Telemetry()
             with _tile(candidates.constant, tile):
-                row["ms"] = gpu_milliseconds(replayed(function), REPEATS, telemetry)
+                row["ms"] = gpu_milliseconds(replayed(function, REPEATS), REPLAYS, telemetry) / REPEATS
             clock = telemetry.median_clock_mhz
             row["sm_clock_mhz"] = None if math.isnan(clock) else clock
         else:

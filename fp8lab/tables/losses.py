@@ -117,8 +117,9 @@ def _with_reach(gap: Gap) -> str:
 def numerics(variants: Sequence[Variant]) -> pd.DataFrame:
     """What each variant of `fp8lab.numerics` ends at, and its differences to BF16 and ``tensorwise`` by default.
 
-    That to ``tensorwise`` is to the one with the same head; of a head in FP8 there is one more, to itself in BF16.
+    That to ``tensorwise`` is to the one with the same head; of heads in FP8 there is one more, to the same in BF16.
     """
+    heads = any(variant.head == "fp8" for variant in variants)
     rows = []
     for variant in variants:
         losses = list(variant.losses.values())
@@ -132,14 +133,17 @@ def numerics(variants: Sequence[Variant]) -> pd.DataFrame:
         }
         references = {
             "bf16": find(variants, "bf16"),
-            "tensorwise": find(variants, "tensorwise", variant.head),
-            "BF16 head": find(variants, variant.recipe, changes=variant.changes),
+            "tensorwise": find(variants, "tensorwise", variant.head) if variant.recipe != "bf16" else None,
         }
+        if heads:
+            references["its BF16 head"] = find(variants, variant.recipe, changes=variant.changes)
         for name, reference in references.items():
+            shown = "–"
             if reference is not None and reference is not variant:
-                row[f"− {name} (95% interval)"] = _with_interval(variant.minus(reference))
+                shown = _with_interval(variant.minus(reference))
+            row[f"− {name} (95% interval)"] = shown
         rows.append(row)
-    return pd.DataFrame(rows).fillna("–")
+    return pd.DataFrame(rows)
 
 
 def _with_interval(gap: Gap) -> str:

@@ -12,7 +12,7 @@ from fp8lab.flops import flops_per_token, fp8_share, linear_weights
 from fp8lab.results import RunSet, SpeedRun
 from fp8lab.slopes import FittedLaw
 from fp8lab.timings import fp8_only, short_device, speed_ratios
-from fp8lab.units import number, signed
+from fp8lab.units import signed
 
 
 def speed_table(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
@@ -178,7 +178,8 @@ def switch_table(table: pd.DataFrame, laws: Sequence[FittedLaw]) -> pd.DataFrame
     The loss that a gain would pay for is a prediction, only of models that have a name, and only where one of `laws`
     reaches: see `affordable_gap`.
     """
-    chosen = table[table["recipe"].isin(RECIPES[1:])].sort_values(["width", "micro_batch_tokens"], kind="stable")
+    order = ["width", "seq_len", "micro_batch_tokens"]
+    chosen = table[table["recipe"].isin(RECIPES[1:])].sort_values(order, kind="stable")
     rows = []
     for _, row in chosen.iterrows():
         pays = row["verdict"] == "faster" and row["model"] in MODELS
@@ -192,7 +193,7 @@ def switch_table(table: pd.DataFrame, laws: Sequence[FittedLaw]) -> pd.DataFrame
                 "faster": {"faster": "yes", "slower": "no"}.get(row["verdict"], "undecided"),
                 "GiB (× BF16)": f"{row['peak_memory_bytes'] / 2**30:.0f} ({row['memory_ratio']:.2f})",
                 "pays for (nats)": "–" if not pays else f"{affordable:.3f}" if affordable is not None else "unknown",
-                "tokens a step": number(row["micro_batch_tokens"]),
+                "batch × context": f"{row['micro_batch']} × {row['seq_len']:,}",
                 "model": row["model"],
             }
         )
@@ -201,6 +202,6 @@ def switch_table(table: pd.DataFrame, laws: Sequence[FittedLaw]) -> pd.DataFrame
 
 
 SWITCH_COLUMNS = [
-    "device", "width", "recipe", "tokens/s, × BF16", "faster", "GiB (× BF16)", "pays for (nats)", "tokens a step",
+    "device", "width", "recipe", "tokens/s, × BF16", "faster", "GiB (× BF16)", "pays for (nats)", "batch × context",
     "model",
 ]  # fmt: skip

@@ -62,16 +62,18 @@ def _engine() -> Any:
 
 
 def _share_cudnn() -> None:
-    """Have the engine load the cuDNN that PyTorch has loaded, where that came as a package and CUDNN_HOME is not set.
+    """Have the engine load the cuDNN that PyTorch has loaded, where that came as a package and nothing else is chosen.
 
     It prefers the system's otherwise, and parts of two versions in one process do not resolve each other's symbols.
     """
+    if "CUDNN_HOME" in os.environ or "CUDNN_PATH" in os.environ:
+        return
     try:
         found = importlib.util.find_spec("nvidia.cudnn")
     except ModuleNotFoundError:
         found = None
     if found is not None and found.submodule_search_locations:
-        os.environ.setdefault("CUDNN_HOME", next(iter(found.submodule_search_locations)))
+        os.environ["CUDNN_HOME"] = next(iter(found.submodule_search_locations))
 
 
 def _inside(engine: Any, recipe: Any, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -12,6 +12,7 @@ from fp8lab import records
 from fp8lab.config import ModelConfig
 from fp8lab.errors import UserError
 from fp8lab.kernels import reference
+from fp8lab.timing import replayed
 
 MODEL = ModelConfig(name="tiny", d_model=64, n_layers=1, n_heads=1, d_ff=64, vocab_size=256, seq_len=32)
 
@@ -29,8 +30,8 @@ def kernels(monkeypatch, device):
     monkeypatch.setattr(benchmark, "SIZES", {"tiny": 2})
     monkeypatch.setattr(benchmark, "SEQ", 32)
     monkeypatch.setattr(benchmark, "SUMMED", {"tiny": 512})
-    monkeypatch.setattr(benchmark, "gpu_milliseconds", lambda function, calls, telemetry=None: 0.1)
-    monkeypatch.setattr(benchmark, "replayed", lambda function: function)
+    monkeypatch.setattr(benchmark, "gpu_milliseconds", lambda function, calls, telemetry=None: 0.1 * benchmark.REPEATS)
+    monkeypatch.setattr(benchmark, "replayed", lambda function, calls: function)
     monkeypatch.setattr(benchmark, "copy_bandwidth", lambda device: 1e12)
     monkeypatch.setattr(benchmark, "_gpu", lambda: device)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Toy GPU (1 GB)")
@@ -54,7 +55,7 @@ def test_a_record_keeps_every_tile_and_a_line_tells_of_each_kernel(kernels, tmp_
     # 64 rows of 64 numbers, read in BF16 and written in FP8.
     assert rows[0] == {
         "size": "tiny", "kernel": "quantise", "constant": "FLAT", "tile": [4, 512, 4, None, 1], "bytes": 64 * 64 * 3,
-        "ms": 0.1, "sm_clock_mhz": None,
+        "ms": pytest.approx(0.1), "sm_clock_mhz": None,
     }  # fmt: skip
     assert lines[0] == "Toy GPU (1 GB): a copy moves 1.00 TB/s"
     timed, sums = lines[1:3], lines[3:]
@@ -76,7 +77,7 @@ def test_a_tile_that_computes_something_else_is_not_timed(kernels, tmp_path, mon
     monkeypatch.setattr(kernels.triton_ops, "swiglu", swiglu)
     record, lines = run(kernels, tmp_path)
     right, wrong = (row for row in record.results["rows"] if row["kernel"] == "swiglu")
-    assert right["ms"] == 0.1
+    assert right["ms"] == pytest.approx(0.1)
     assert "ms" not in wrong
     assert "output 0: " in wrong["error"]
     assert wrong["error"] in lines[2]
@@ -92,6 +93,17 @@ def test_sums_that_lose_nothing_are_told_from_sums_that_do(kernels, device) -> N
     for row in rows:
         assert row["fast"] == pytest.approx(0.01, rel=1e-3)
         assert row["precise"] < 1e-5
+
+
+@pytest.mark.gpu
+def test_a_replay_does_the_work_of_all_calls() -> None:
+    total = torch.zeros((), device="cuda")
+    replay = replayed(lambda: total.add_(1), calls=5)
+    torch.cuda.synchronize()
+    total.zero_()
+    replay()
+    replay()
+    assert total.item() == 10
 
 
 def test_a_share_is_a_number_below_the_number_of_shares(kernels) -> None:
