@@ -10,9 +10,9 @@ PIP_ARGS ?=
 TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
+# Most of what is installed is never imported; what is, Python compiles once, if it may keep it.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS)
-# pip compiles on one core. Packages ship files that no Python of today compiles, which nothing imports.
-COMPILE := $(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: report test check reliability install install-dev browser clean
 
@@ -47,13 +47,11 @@ install-dev: .venv/installed-dev
 	@$(PIP) -c constraints.txt "$(TORCH)"
 	@echo "fp8lab: installing fp8lab and what it needs"
 	@$(PIP) -c constraints.txt -e .
-	@$(COMPILE)
 	@touch $@
 
 .venv/installed-dev: .venv/installed
 	@echo "fp8lab: installing what tests and checks need"
 	@$(PIP) -c constraints.txt -e ".[dev,gpt2]"
-	@$(COMPILE)
 	@touch $@
 
 # PyPI's quarto-cli downloads Quarto while it installs; without it the article is published through pandoc.

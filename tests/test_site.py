@@ -7,6 +7,7 @@ the records is for `test_numbers` to say.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -150,6 +151,12 @@ def chart_state(browser: webdriver.Chrome) -> dict[str, Any]:
     )
 
 
+PLACES = """
+const boxes = arguments[0].map((mark) => mark.getBoundingClientRect());
+return boxes.map((box) => [box.x + box.width / 2, box.y + box.height / 2]);
+"""
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_chart_tells_a_points_record_by_pointer_and_by_keyboard(
     site: Path, browser: webdriver.Chrome, width: int
@@ -167,9 +174,13 @@ def test_the_chart_tells_a_points_record_by_pointer_and_by_keyboard(
     for facts in (first, last):
         (point,) = [point for point in points if facts.startswith(point["title"] + "\n")]
         assert all(value in facts for _, value in point["facts"])
-    mark = browser.find_elements(By.CSS_SELECTOR, ".chart-point path")[-1]
-    ActionChains(browser).move_to_element(mark).perform()
-    assert chart_state(browser)["facts"].startswith(points[-1]["title"])
+    marks = browser.find_elements(By.CSS_SELECTOR, ".chart-point path")
+    places = browser.execute_script(PLACES, marks)
+    # Seeds of one size nearly coincide, and the pointer stands on whole pixels.
+    apart = [min(math.dist(place, other) for other in places if other is not place) for place in places]
+    loneliest = apart.index(max(apart))
+    ActionChains(browser).move_to_element(marks[loneliest]).perform()
+    assert chart_state(browser)["facts"].startswith(points[loneliest]["title"] + "\n")
 
 
 def test_recipes_and_the_picture_can_be_switched(site: Path, browser: webdriver.Chrome) -> None:
