@@ -18,7 +18,7 @@ from fp8lab.chart import switch
 from fp8lab.chart.page import chart_html
 from fp8lab.claims import CLAIMED_TRAININGS
 from fp8lab.config import MODELS, ModelConfig
-from fp8lab.frontpage.loss import most_seeds
+from fp8lab.frontpage.loss import loss_costs, most_seeds
 from fp8lab.frontpage.payoff import where
 from fp8lab.results import speed_runs
 from fp8lab.rounds import side
@@ -27,6 +27,7 @@ from fp8lab.units import listing
 from tests.fixtures import (
     OTHER_SIZES,
     SIZES,
+    Measured,
     write_demo_records,
     write_gpu_records,
     write_map_records,
@@ -440,3 +441,11 @@ def test_data_of_a_chart_can_end_neither_its_script_nor_the_raw_block() -> None:
     assert json.loads(data)["figure"] == nasty
     assert not set("<>&`\n") & set(data)
     assert "```" not in page
+
+
+@pytest.mark.parametrize(("shift", "which"), [(0.05, "higher"), (-0.05, "lower")])
+def test_the_side_on_which_fp8s_loss_ends_is_said(tmp_path: Path, shift: float, which: str) -> None:
+    write_gpu_records(tmp_path, measured=Measured(gap_shift=shift))
+    costs = loss_costs(frontpage.Evidence.read(tmp_path))
+    assert costs.startswith(f"FP8 ends at a {which} loss, by 95% intervals that exclude zero: ")
+    assert ("−" in costs.split(" nats/token")[0]) == (shift < 0)
