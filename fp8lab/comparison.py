@@ -201,9 +201,7 @@ class Gap:
         return f"{signed(self.mean)} {unit} ({spread})"
 
     def __str__(self) -> str:
-        if self.half_width is None:
-            return f"{self.mean:+.4f} ({'one seed' if self.seeds == 1 else f'{self.seeds} seeds'})"
-        return f"{self.mean:+.4f} ± {self.half_width:.4f} ({self.seeds} seeds)"
+        return self.text()
 
 
 @dataclass(frozen=True)

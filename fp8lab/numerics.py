@@ -73,9 +73,12 @@ class HeadCost:
     against_bf16: Gap
 
 
-def head_costs(records_dir: Path, plan: str) -> list[HeadCost]:
-    """Of every recipe that the plan trained by its defaults with either head."""
-    tried = variants(records_dir, plan)
+def head_costs(plan: str, tried: Sequence[Variant]) -> list[HeadCost]:
+    """Of every recipe that was trained by its defaults with either head.
+
+    Args:
+        plan: whose `variants` these are.
+    """
     found = []
     for one in tried:
         itself, bf16 = find(tried, one.recipe), find(tried, "bf16")
@@ -87,7 +90,7 @@ def head_costs(records_dir: Path, plan: str) -> list[HeadCost]:
 def best_known_head_costs(records_dir: Path) -> list[HeadCost]:
     """Of each recipe by the plan with most seeds."""
     most: dict[str, HeadCost] = {}
-    for cost in (cost for plan in REFERENCES for cost in head_costs(records_dir, plan)):
+    for cost in (cost for plan in REFERENCES for cost in head_costs(plan, variants(records_dir, plan))):
         if cost.recipe not in most or cost.own.seeds > most[cost.recipe].own.seeds:
             most[cost.recipe] = cost
     return list(most.values())

@@ -429,10 +429,8 @@ def break_even(maps: Sequence[SpeedRun]) -> pd.DataFrame:
 def _busy_share(speeds: Sequence[SpeedRun], row: Mapping[Hashable, Any]) -> float:
     """Share of a step that the GPU works, BF16's or a row's recipe's: the smaller one, of the last with profiles."""
     for speed in reversed(speeds):
-        profiles, recipes = speed.profiles().get(row["case"], {}), ("bf16", row["recipe"])
-        if all(recipe in profiles for recipe in recipes):
-            names = ["model", "seq_len", "micro_batch"]
-            own = (speed.steps[names] == [row[name] for name in names]).all(axis=1) & (speed.steps["head"] == "bf16")
-            step_ms = speed.steps[own].groupby("recipe")["step_ms"].median()
-            return min(sum(profiles[recipe].values()) / step_ms[recipe] for recipe in recipes)
+        contestants = speed.cases.get(row["case"], {}).get("contestants", {})
+        both = [contestants.get(recipe, {}) for recipe in ("bf16", row["recipe"])]
+        if all(one.get("profile") for one in both):
+            return min(sum(one["profile"]["ms_by_category"].values()) / one["step_ms_median"] for one in both)
     return float("nan")

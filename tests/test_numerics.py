@@ -81,7 +81,7 @@ def test_the_table_has_each_difference_with_its_interval(records_dir: Path) -> N
 def test_what_the_head_costs_is_told_beside_its_speed_from_most_seeds(records_dir: Path, monkeypatch) -> None:
     variants = numerics.variants(records_dir, "numerics-h200")
     fused, itself, bf16 = (numerics.find(variants, *kind) for kind in (("fused", "fp8"), ("fused",), ("bf16",)))
-    costs = {cost.recipe: cost for cost in numerics.head_costs(records_dir, "numerics-h200")}
+    costs = {cost.recipe: cost for cost in numerics.head_costs("numerics-h200", variants)}
     assert set(costs) == {"fused", "tensorwise"}
     assert costs["fused"].own == Gap.by_seed(fused.losses, itself.losses)
     assert costs["fused"].against_bf16 == Gap.by_seed(fused.losses, bf16.losses)
@@ -91,7 +91,7 @@ def test_what_the_head_costs_is_told_beside_its_speed_from_most_seeds(records_di
         copy = shutil.copytree(folder, records_dir / "few" / folder.name)
         (copy / "record.json").write_text(json.dumps(json.loads((copy / "record.json").read_text()) | {"plan": "few"}))
     monkeypatch.setattr(numerics, "REFERENCES", numerics.REFERENCES | {"few": "variance-h200"})
-    assert {cost.own.seeds for cost in numerics.head_costs(records_dir, "few")} == {2}
+    assert {cost.own.seeds for cost in numerics.head_costs("few", numerics.variants(records_dir, "few"))} == {2}
     evidence = Evidence.read(records_dir)
     assert {cost.recipe: cost for cost in evidence.head_costs} == costs
     (head,) = [one for one in conclusions(evidence) if one.startswith("**Output head.**")]
