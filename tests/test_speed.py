@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -278,22 +280,31 @@ def test_a_peer_that_is_not_installed_says_what_it_needs(tmp_path, recipe, monke
 
 LOADS_CUDNN = """
 import os
-raise OSError("cuDNN of " + (os.environ.get("CUDNN_HOME") or os.environ["CUDNN_PATH"]))
+here = os.path.dirname(os.path.dirname(__file__))
+loaded = {line.split()[-1] for line in open("/proc/self/maps") if here in line}
+raise OSError(f"cuDNN of {os.environ.get('CUDNN_HOME') or os.environ['CUDNN_PATH']}, loaded {sorted(loaded)}")
 """
 
 
 @pytest.mark.parametrize("chosen", [None, "CUDNN_HOME", "CUDNN_PATH"])
-def test_transformer_engine_loads_pytorchs_cudnn_unless_told_otherwise(tmp_path, monkeypatch, chosen) -> None:
+def test_transformer_engine_finds_all_of_pytorchs_cudnn_loaded_unless_told_otherwise(
+    tmp_path, monkeypatch, chosen
+) -> None:
     cudnn, engine = tmp_path / "nvidia" / "cudnn", tmp_path / "transformer_engine"
     for package, text in ((cudnn, ""), (engine, LOADS_CUDNN)):
         package.mkdir(parents=True)
         (package / "__init__.py").write_text(text)
+    # Any library does for one that PyTorch has not needed yet.
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libm.so" in line}
+    (cudnn / "lib").mkdir()
+    library = Path(shutil.copy(mapped.pop(), cudnn / "lib" / "libcudnn_cnn.so.9"))
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("CUDNN_HOME", "CUDNN_PATH"):
         monkeypatch.setenv(name, "/theirs")  # what the adapter sets is undone too
         if name != chosen:
             monkeypatch.delenv(name)
-    with pytest.raises(UserError, match=f"cuDNN of {'/theirs' if chosen else cudnn}$"):
+    loaded = f"cuDNN of {cudnn}, loaded {[str(library)]}" if chosen is None else "cuDNN of /theirs, loaded []"
+    with pytest.raises(UserError, match=re.escape(loaded) + "$"):
         contestants.load_peer("te_current").convert(GPT(ModelConfig(**TINY)), "te_current")
 
 

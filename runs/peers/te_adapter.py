@@ -11,11 +11,13 @@ spans the whole forward pass.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,8 +53,8 @@ def convert(model: GPT, recipe: str) -> None:
 
 
 def _engine() -> Any:
-    _share_cudnn()
     try:
+        _share_cudnn()
         import transformer_engine
         import transformer_engine.common.recipe
         import transformer_engine.pytorch
@@ -62,9 +64,10 @@ def _engine() -> Any:
 
 
 def _share_cudnn() -> None:
-    """Have the engine load the cuDNN that PyTorch has loaded, where that came as a package and nothing else is chosen.
+    """Have the engine take the cuDNN that PyTorch came with, where that is a package and nothing else is chosen.
 
-    It prefers the system's otherwise, and parts of two versions in one process do not resolve each other's symbols.
+    The engine links all of cuDNN's libraries, of which PyTorch loads each when it first needs it. Those it has not
+    loaded yet would be the system's, and libraries of two versions do not resolve each other's symbols.
     """
     if "CUDNN_HOME" in os.environ or "CUDNN_PATH" in os.environ:
         return
@@ -72,8 +75,12 @@ def _share_cudnn() -> None:
         found = importlib.util.find_spec("nvidia.cudnn")
     except ModuleNotFoundError:
         found = None
-    if found is not None and found.submodule_search_locations:
-        os.environ["CUDNN_HOME"] = next(iter(found.submodule_search_locations))
+    if found is None or not found.submodule_search_locations:
+        return
+    home = Path(next(iter(found.submodule_search_locations)))
+    os.environ["CUDNN_HOME"] = str(home)
+    for library in sorted((home / "lib").glob("libcudnn*.so.*")):
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 def _inside(engine: Any, recipe: Any, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
