@@ -14,10 +14,11 @@ from pathlib import Path
 
 from fp8lab import records
 from fp8lab.config import RunConfig
+from fp8lab.divergence import Diverged
 from fp8lab.errors import UserError
 from fp8lab.progress import is_locked
 from fp8lab.records import TrainRecord
-from fp8lab.trainer import Diverged, Interrupted, stop_signals, train
+from fp8lab.trainer import Interrupted, stop_signals, train
 
 OnEnd = Callable[[TrainRecord], None]
 """Called with the record of each run that has ended, whatever its status."""

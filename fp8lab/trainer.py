@@ -1,8 +1,8 @@
 """Training: a validated configuration in, a run record and trained weights out.
 
-`fp8lab.session` holds the run's state and takes its steps; this module drives it to its end, and keeps
-its record, whatever happens. Of several ranks (`fp8lab.distributed`) each drives its own session through the
-same steps, validations and checkpoints, and the first keeps the record.
+`fp8lab.session` holds the run's state and takes its steps, `fp8lab.recorder` writes its record, and this module
+drives both to the end, whatever happens. Of several ranks (`fp8lab.distributed`) each drives its own session
+through the same steps, validations and checkpoints, and the first keeps the record.
 
 A run stops and continues as if it had not stopped. Its state is checkpointed every
 `checkpoint_interval` steps and on SIGTERM and SIGINT; the batch at a step is a function of the step;
@@ -18,7 +18,6 @@ import argparse
 import collections
 import contextlib
 import logging
-import math
 import os
 import signal
 import sys
@@ -40,16 +39,15 @@ from fp8lab import checkpoint, distributed, failures, flops, records
 from fp8lab.config import RunConfig, changed_fields, earlier_config, load_run, read_run_config
 from fp8lab.data import Loader, TokenDataset, load_mixture
 from fp8lab.distributed import ALONE, World
+from fp8lab.divergence import Diverged, Divergence
 from fp8lab.errors import UserError
 from fp8lab.events import EventFile
 from fp8lab.failures import PeerFailed, one_line, shared_with_peers
-from fp8lab.generation import generate
-from fp8lab.health import overflow_counts
-from fp8lab.model import GPT
 from fp8lab.precision import FP8_MULTIPLE, uses_fp8
 from fp8lab.progress import Progress, ProgressFile
-from fp8lab.records import DomainLoss, FinalLosses, Speed, Stability, TrainRecord, ValidationLosses
-from fp8lab.session import Session, check_model, device_name
+from fp8lab.recorder import Recorder, final_losses, samples
+from fp8lab.records import TrainRecord
+from fp8lab.session import Session, check_model
 
 log = logging.getLogger(__name__)
 
@@ -58,14 +56,8 @@ FLUSH_SECONDS = 1.0
 PREFETCH_BATCHES = 4
 DIVERGED = 255
 """What a rank says to stop the run as diverged; no signal has this number."""
-DIVERGED_AFTER = 20
-"""Skipped steps in a row after which a run has diverged."""
-FINAL_LOSS_ROWS = 20
-"""Logged rows of steps not skipped that the final training loss is the mean of."""
-WARMUP_ROWS = 5
-"""Rows after a (re)start that the median step time leaves out: compilation and first touches."""
-SAMPLE_PROMPT_TOKENS = 16
-SAMPLE_TOKENS = 48
+RECENT_ROWS = 20
+"""Logged rows whose median speed the progress line shows."""
 
 OnLog = Callable[[Callable[[], pd.DataFrame], Callable[[], pd.DataFrame]], None]
 """Called about once a second; its arguments make the tables of all metrics and validations so far."""
@@ -77,10 +69,6 @@ class Interrupted(Exception):
     def __init__(self, signal_number: int, step: int) -> None:
         super().__init__(f"{signal.Signals(signal_number).name} after step {step}; the same command resumes")
         self.exit_code = 128 + signal_number
-
-
-class Diverged(Exception):
-    """Every one of the last steps was skipped, or the final weights have no finite validation loss."""
 
 
 def train(
@@ -135,8 +123,8 @@ def train(
             finished = world.first(lambda: _finished_record(session, records_dir))
             if finished is not None:
                 return finished
-            recorder = Recorder(session, loader, records_dir, on_log)
-        return recorder.run()
+            training = Training(session, loader, records_dir, on_log)
+        return training.run()
 
 
 def open_data(config: RunConfig, data_dir: Path) -> tuple[TokenDataset, Loader]:
@@ -186,32 +174,22 @@ def _check_batch(config: RunConfig, world: World) -> None:
         raise UserError(f"seq_len: {config.model.seq_len}; fused transposes pairs of tokens and needs an even number")
 
 
-class Recorder:
-    """Drives a session to its end and, on the leading rank, keeps its record, whatever happens."""
+class Training:
+    """Drives a session to its end and sees to it that its record says how that was."""
 
     def __init__(self, session: Session, loader: Loader, records_dir: Path, on_log: OnLog | None) -> None:
         self._session = session
         self._loader = loader
-        self._records_dir = records_dir
         self._on_log = on_log
         self._leads = session.world.leads
+        self._divergence = Divergence(session, loader)
+        self._recorder = Recorder(session, loader, self._divergence, records_dir)
         self._progress = ProgressFile(session.folder)
         self._events = EventFile(session.folder, session.step) if self._leads else None
         self._rows_in_events = len(session.log.rows)
         self.writer = self._make_writer()
         self._next_flush = 0.0
         self._diverged = False
-        self._bad_output: str | None = None
-        world = session.world
-        provenance = records.collect_provenance(device_name(session.device), world.size, world.hosts)
-        provenance.data_sha256 = session.dataset.sha256
-        provenance.tokenizer_sha256 = session.dataset.tokenizer_sha256
-        session.started_utc = session.started_utc or provenance.started_utc
-        provenance.started_utc = session.started_utc
-        self.record = records.started(session.config, provenance, emulated=session.emulated)
-        self.record.conversion = session.conversion
-        if session.config.parent is not None:
-            self.record.parent = records.Parent(**session.config.parent.model_dump())
 
     def _make_writer(self) -> checkpoint.CheckpointWriter | None:
         """What is whole on every rank the leader writes; of shares every rank writes its own."""
@@ -226,25 +204,25 @@ class Recorder:
         session = self._session
         try:
             with shared_with_peers(session.folder, session.world, agreed=(Interrupted, Diverged)):
-                self._write("running")
+                self._recorder.write("running")
                 with stop_signals() as received:
                     self._loop(received)
                     # A signal that comes now is too late to stop the run: it lets it finish.
                     self._finish()
         except Interrupted as error:
-            self._write("interrupted", str(error))
+            self._recorder.write("interrupted", str(error))
             session.world.wait()
             raise
         except Diverged as error:
-            self._write("diverged", str(error))
+            self._recorder.write("diverged", str(error))
             session.world.wait()
             raise
         except BaseException as error:
-            self._write_failure(one_line(error))
+            self._recorder.write_failure(one_line(error))
             raise
         finally:
             self._end_writing()
-        return self.record
+        return self._recorder.record
 
     def _end_writing(self) -> None:
         """Nothing writes to the run's folder once it is another process's to train."""
@@ -288,68 +266,25 @@ class Recorder:
             # The steps that it stops after are what a reader of the record wants to see.
             self._flush(wait=True)
         if stop == DIVERGED:
-            raise Diverged(self._divergence())
+            raise Diverged(self._divergence.reason())
         if stop:
             self._save(wait=True)
             raise Interrupted(stop, session.step)
 
     def _finish(self) -> None:
-        session, record = self._session, self.record
-        by_domain = self._final_losses()
-        averaged = self._averaged_losses()
+        session, record = self._session, self._recorder.record
+        final = final_losses(session)
         with session.whole_weights() as model:
             if self._leads and not session.config.compact:
                 checkpoint.save_final(session.folder, model, session.config)
-                record.samples = self._samples(model)
+                record.samples = samples(session, model)
         if not self._leads:
             return
-        record.final = FinalLosses(
-            train_loss=self._final_train_loss(),
-            averaged=averaged,
-            **self._weighted(by_domain),
-        )
-        self._write("finished")
+        record.final = final
+        self._recorder.write("finished")
         if session.config.compact:
             checkpoint.discard(session.folder)
         self._report("done", now=True)
-
-    def _final_losses(self) -> dict[str, DomainLoss]:
-        """The last validation, by domain; all ranks have the same.
-
-        Raises:
-            Diverged: one of its losses is not finite: these weights are no result.
-        """
-        session = self._session
-        last = session.validation[-len(session.dataset.weights) :]
-        for row in last:
-            if not math.isfinite(row["loss"]):
-                raise Diverged(f"the validation loss of {row['domain']} after the last step is {row['loss']}")
-        return {row["domain"]: DomainLoss(loss=row["loss"], bits_per_byte=row["bits_per_byte"]) for row in last}
-
-    def _averaged_losses(self) -> ValidationLosses | None:
-        """Of the averaged weights, where an average is kept and its losses are finite."""
-        by_domain = self._session.validate_average()
-        if by_domain is None:
-            return None
-        if not all(math.isfinite(loss.loss) for loss in by_domain.values()):
-            log.warning("the averaged weights of %s have no finite validation loss", self._session.config.run)
-            return None
-        return ValidationLosses(**self._weighted(by_domain))
-
-    def _final_train_loss(self) -> float | None:
-        """Mean of the last losses that were learned from: the guard lets none through that is not finite."""
-        rows = self._session.log.table()
-        taken = rows.loc[~rows["skipped"], "loss"].tail(FINAL_LOSS_ROWS)
-        return None if taken.empty else float(taken.mean())
-
-    def _weighted(self, by_domain: dict[str, DomainLoss]) -> dict[str, Any]:
-        """Losses by domain and their means by the mixture's weights, as a record holds them."""
-        weights = self._session.dataset.weights
-        return {
-            "validation_loss": sum(weights[domain] * loss.loss for domain, loss in by_domain.items()),
-            "bits_per_byte": sum(weights[domain] * loss.bits_per_byte for domain, loss in by_domain.items()),
-            "by_domain": by_domain,
-        }
 
     def _validate_if_due(self) -> None:
         """Validate every `validation_interval` of the run's own steps, once."""
@@ -368,7 +303,7 @@ class Recorder:
         self._report("saving", now=wait)
         state = self._session.state()
         # The tables first: beside gigabytes on their way to the same disk, syncing them would wait for those.
-        self._write("running")
+        self._recorder.write("running")
         if self.writer is not None:
             self.writer.save(state)
             if wait:
@@ -394,59 +329,7 @@ class Recorder:
             self._on_log(session.log.table, session.validation_table)
         rows = session.log.rows[-1:]
         if rows and rows[0]["skipped"]:
-            self._diverged = int(session.guard.skipped_in_a_row) >= DIVERGED_AFTER
-
-    def _divergence(self) -> str:
-        """Why the run has diverged, and where it began."""
-        session = self._session
-        # No step was taken since these were first skipped: what fails now failed then.
-        rows = torch.from_numpy(self._loader.batch(session.step - 1)[: session.config.micro_batch])
-        self._bad_output = session.first_non_finite_output(rows)
-        count, is_bad = int(session.guard.skipped_in_a_row), session.guard.streak_bad_parameters.tolist()
-        began = session.step - count + 1
-        reason = f"{count} steps in a row were skipped, the first of them step {began}"
-        if any(is_bad):
-            reason += f": its loss or gradient was not finite, in {self._layer(is_bad, self._bad_output)}"
-        first, where = self._first_bad()
-        if first is not None and first < began:
-            reason += f"; the first of the run that was not finite was step {first}, in {where}"
-        return reason
-
-    def _first_bad(self) -> tuple[int | None, str | None]:
-        """Number of the run's first step with a loss or gradient that is not finite, and the layer where it arose."""
-        session, guard = self._session, self._session.guard
-        step = int(guard.first_bad_step) + 1
-        if step < 1:
-            return None, None
-        in_these_weights = step > session.step - int(guard.skipped_in_a_row)
-        return step, self._layer(guard.first_bad_parameters.tolist(), self._bad_output if in_these_weights else None)
-
-    def _layer(self, is_bad: Sequence[bool], bad_output: str | None) -> str:
-        """The layer where what is not finite arose.
-
-        Args:
-            is_bad: of each parameter, whether its gradient is not finite.
-            bad_output: the first layer whose output is not finite, if that is known.
-        """
-        names = [name for name, _ in self._session.model.named_parameters()]
-        bad_blocks = [name for name, bad in zip(names, is_bad, strict=True) if bad and name.startswith("blocks.")]
-        if all(is_bad) or not bad_blocks:
-            return bad_output or "the forward pass"
-        # Backward runs from the last layer to the first and hands non-finite values on: it began in the last.
-        return bad_blocks[-1].removesuffix(".weight")
-
-    def _samples(self, model: GPT) -> list[str]:
-        """The model's continuation of the start of each domain's validation text."""
-        session = self._session
-        encoding = session.dataset.encoding
-        texts = []
-        for domain in session.dataset.weights:
-            seq_len = session.config.model.seq_len
-            windows, _ = session.dataset.validation_windows(domain, seq_len, seq_len)
-            start = [token for token in windows[0, :SAMPLE_PROMPT_TOKENS].tolist() if token != encoding.eot_token]
-            prompt = encoding.decode(start)
-            texts.append(prompt + generate(model, encoding, prompt, max_tokens=SAMPLE_TOKENS))
-        return texts
+            self._diverged = self._divergence.has_come()
 
     def _report(self, stage: Any, *, now: bool = False) -> None:
         if self._leads:
@@ -454,7 +337,7 @@ class Recorder:
 
     def _current(self, stage: Any) -> Progress:
         session = self._session
-        rows = session.log.rows[-FINAL_LOSS_ROWS:]
+        rows = session.log.rows[-RECENT_ROWS:]
         speed = _median([row["tokens_per_s"] for row in rows]) if rows else None
         left = (session.steps - session.step) * session.config.global_batch_tokens
         on_gpu = session.device.type == "cuda"
@@ -468,89 +351,6 @@ class Recorder:
             bf16_mfu=flops.bf16_mfu(session.config.model, speed, session.world.size) if speed and on_gpu else None,
             eta_seconds=left / speed if speed else None,
         )
-
-    def _write(self, status: records.Status, reason: str | None = None) -> None:
-        """Bring the record up to date: its tables first, so that a finished record.json says that all is there."""
-        if not self._leads:
-            return
-        record = self.record
-        self._note(status, reason)
-        record.speed = self._speed()
-        record.stability = self._stability()
-        self._write_tables()
-        records.write(record, self._records_dir)
-
-    def _note(self, status: records.Status, reason: str | None) -> None:
-        """What the host knows of the run, into the record."""
-        session, record = self._session, self.record
-        record.status, record.reason = status, reason
-        record.steps, record.tokens = session.step, session.tokens
-        record.flops = records.Flops(**flops.flops_record(session.config.model, session.tokens))
-        record.provenance.ended_utc = records.utc_now()
-        record.provenance.epochs = self._loader.epochs(session.step)
-
-    def _write_tables(self) -> None:
-        """Every row that has arrived on the host."""
-        session = self._session
-        folder = records.record_dir(self._records_dir, session.config.plan, session.config.run)
-        records.write_table(folder, "metrics", session.log.table())
-        records.write_table(folder, "validation", session.validation_table())
-        health = session.health.table()
-        if not health.empty:
-            records.write_table(folder, "health", health)
-
-    def _stability(self) -> Stability:
-        """Signs of instability so far; waits for the device."""
-        session = self._session
-        step, layer = self._first_bad()
-        counts = overflow_counts(session.model)
-        return Stability(
-            spike_score=session.spikes.score,
-            judged_steps=session.spikes.judged,
-            first_spike_step=session.spikes.first_step,
-            skipped_steps=int(session.guard.skipped),
-            first_bad_step=step,
-            first_bad_layer=layer,
-            saturated_steps=counts and counts.saturated,
-            underflowing_steps=counts and counts.underflowing,
-        )
-
-    def _write_failure(self, reason: str) -> None:
-        """Record the failure, then as much of the run as what failed allows."""
-        if not self._leads:
-            return
-        # Each part by itself: the device may never answer again, or the disk may be what failed.
-        self._note("failed", reason)
-        with contextlib.suppress(OSError, ValueError, UserError):
-            records.write(self.record, self._records_dir)
-        with contextlib.suppress(OSError):
-            self._write_tables()
-        with contextlib.suppress(Exception):
-            self._write("failed", reason)
-
-    def _speed(self) -> Speed | None:
-        """As far as it has been measured; None before the first step."""
-        session = self._session
-        if not session.own_tokens:
-            return None
-        median, seconds = self._median_speed(), session.wall_seconds
-        on_gpu = session.device.type == "cuda"
-        return Speed(
-            tokens_per_second_median=median,
-            tokens_per_second_end_to_end=session.own_tokens / seconds,
-            bf16_mfu=flops.bf16_mfu(session.config.model, median, session.world.size) if median and on_gpu else None,
-            peak_memory_bytes=session.peak_memory_bytes,
-            wall_seconds=seconds,
-        )
-
-    def _median_speed(self) -> float | None:
-        """Tokens per second of the median logged step, the first rows after each start left out."""
-        session = self._session
-        rows = session.log.table()
-        warmup = WARMUP_ROWS * session.config.log_interval
-        for start in session.starts:
-            rows = rows[(rows["step"] <= start) | (rows["step"] > start + warmup)]
-        return None if rows.empty else float(session.config.global_batch_tokens / rows["step_ms"].median() * 1e3)
 
 
 def _median(values: Sequence[float]) -> float:

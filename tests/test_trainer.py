@@ -24,11 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fp8lab import checkpoint, guard, metrics, records, session, spikes, trainer
 from fp8lab.checkpoint import load_model
 from fp8lab.config import RECIPES, load_plan, parameter_count
+from fp8lab.divergence import Diverged
 from fp8lab.errors import OutOfMemory, UserError
 from fp8lab.generation import generate
 from fp8lab.model import GPT
 from fp8lab.progress import read_progress
-from fp8lab.trainer import Diverged, Interrupted
+from fp8lab.trainer import Interrupted
 from tests import rule_data
 from tests.checkpoints import load_latest, replace_file
 from tests.rule_data import tiny_config, tiny_model
@@ -589,14 +590,14 @@ def test_a_checkpoint_that_cannot_be_written_is_told(train, tmp_path, monkeypatc
 
 def wait_for_checkpoints(monkeypatch) -> None:
     """Let each step end with no write under way."""
-    real = trainer.Recorder._stop_if_asked
+    real = trainer.Training._stop_if_asked
 
     def stop_if_asked(self, received):
         if self.writer._thread is not None:
             self.writer._thread.join()
         real(self, received)
 
-    monkeypatch.setattr(trainer.Recorder, "_stop_if_asked", stop_if_asked)
+    monkeypatch.setattr(trainer.Training, "_stop_if_asked", stop_if_asked)
 
 
 def test_a_failed_checkpoint_is_made_up_for_within_a_flush(train, tmp_path, monkeypatch, caplog) -> None:

@@ -87,12 +87,12 @@ def measure_overhead(
         "validation_interval": steps_per_round,
         "health_interval": steps_per_round if config.health_interval else 0,
     }
-    session, recorder, loader = paced(
+    session, training, loader = paced(
         shortened(config, steps_per_round * (rounds + 1) + 1, **intervals), data_dir, scratch
     )
     bare = _BareStep(session, loader, distinct_batches=steps_per_round)
     turns = _OverheadTurns(session, bare, rounds, steps_per_round)
-    drive(recorder, session, turns)
+    drive(training, session, turns)
     return {"steps_per_round": steps_per_round} | _overhead(config, turns)
 
 

@@ -90,7 +90,7 @@ def tokens_a_step(config: RunConfig) -> int:
     return config.micro_batch * config.model.seq_len
 
 
-def paced(config: RunConfig, data_dir: Path, scratch: Path) -> tuple[PacedSession, trainer.Recorder, Loader]:
+def paced(config: RunConfig, data_dir: Path, scratch: Path) -> tuple[PacedSession, trainer.Training, Loader]:
     """A run that stands at its beginning, as `trainer.train` would drive it."""
     # The bare step's model and a recompilation for validation must not run into dynamo's limit.
     torch._dynamo.config.recompile_limit = 64
@@ -98,14 +98,14 @@ def paced(config: RunConfig, data_dir: Path, scratch: Path) -> tuple[PacedSessio
     folder = scratch / "checkpoints"
     folder.mkdir(parents=True)
     session = PacedSession(config, dataset, folder)
-    return session, trainer.Recorder(session, loader, scratch / "records", None), loader
+    return session, trainer.Training(session, loader, scratch / "records", None), loader
 
 
-def drive(recorder: trainer.Recorder, session: PacedSession, turns: Iterable[int]) -> None:
+def drive(training: trainer.Training, session: PacedSession, turns: Iterable[int]) -> None:
     """Train until `turns` ends."""
     session.turns = iter(turns)
     try:
-        recorder.run()
+        training.run()
     except Enough:
         return
     raise RuntimeError("the run ended before its last round")

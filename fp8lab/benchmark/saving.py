@@ -60,11 +60,11 @@ def measure_checkpoint(
         kept the loop from its next step, seconds of the write in the background, and a checkpoint's bytes.
     """
     steps = steps_per_round * (2 * rounds + 2) + 1
-    session, recorder, _ = paced(shortened(config, steps, checkpoint_interval=2 * steps_per_round), data_dir, scratch)
-    writer = recorder.writer
+    session, training, _ = paced(shortened(config, steps, checkpoint_interval=2 * steps_per_round), data_dir, scratch)
+    writer = training.writer
     assert writer is not None, "a process alone writes its checkpoints"
     turns = _CheckpointTurns(session, writer, rounds, steps_per_round)
-    drive(recorder, session, turns)
+    drive(training, session, turns)
     newest = max(session.folder.glob("step-*"))
     return {"checkpoint_bytes": sum(path.stat().st_size for path in newest.iterdir())} | _checkpoint_cost(turns)
 
