@@ -110,7 +110,7 @@ DISPLAYS: dict[str, tuple[str, str]] = {
     "fig-memory-h200": ("steps", "1"),
     "throughput cb1d50b1": ("speed", ""),
     "tbl-warmup": ("speed", "4"),
-    "throughput 29adfaff": ("steps", "1,320 3.35 4.8 55% 690 75% 90%"),
+    "throughput 29adfaff": ("steps", "1,320 3.35 4.8 55% 690 77% 90%"),
     "fig-roofline": ("steps", ""),
     "tbl-roofline": ("steps", "16 64"),
     "throughput d64f0f0e": ("speed steps", "1 1, 20 256 8,192"),
