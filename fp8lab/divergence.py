@@ -7,11 +7,14 @@ it stops, so that nothing of it costs a step anything.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from fp8lab.data import Loader
+from fp8lab.model import GPT
 from fp8lab.session import Session
 
 DIVERGED_AFTER = 20
@@ -39,7 +42,7 @@ class Divergence:
         session = self._session
         # No step was taken since these were first skipped: what fails now failed then.
         rows = torch.from_numpy(self._loader.batch(session.step - 1)[: session.config.micro_batch])
-        self._bad_output = session.first_non_finite_output(rows)
+        self._bad_output = first_non_finite_output(session.model, lambda: session.forward(rows))
         count, is_bad = int(session.guard.skipped_in_a_row), session.guard.streak_bad_parameters.tolist()
         began = session.step - count + 1
         reason = f"{count} steps in a row were skipped, the first of them step {began}"
@@ -72,3 +75,26 @@ class Divergence:
             return bad_output or "the forward pass"
         # Backward runs from the last layer to the first and hands non-finite values on: it began in the last.
         return bad_blocks[-1].removesuffix(".weight")
+
+
+@torch.no_grad()
+def first_non_finite_output(model: GPT, forward: Callable[[], object]) -> str | None:
+    """Name of the first module of `model`, in forward order, whose output in `forward` is not finite."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            if not found and not torch.isfinite(output).all():
+                found.append(name)
+
+        return hook
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        # Hooks inside a compiled block are not called.
+        with torch.compiler.set_stance("force_eager"):
+            forward()
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return found[0] if found else None

@@ -14,13 +14,14 @@ from typing import Any
 
 from fp8lab import flops, records
 from fp8lab.data import Loader
+from fp8lab.device import device_name
 from fp8lab.divergence import Diverged, Divergence
 from fp8lab.errors import UserError
 from fp8lab.generation import generate
 from fp8lab.health import overflow_counts
 from fp8lab.model import GPT
 from fp8lab.records import DomainLoss, FinalLosses, Speed, Stability, TrainRecord, ValidationLosses
-from fp8lab.session import Session, device_name
+from fp8lab.session import Session
 
 log = logging.getLogger(__name__)
 

@@ -11,13 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import logging
-import math
-import shutil
-import sysconfig
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -26,93 +22,33 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fp8lab import checkpoint, distributed, records
+from fp8lab import checkpoint, distributed
 from fp8lab.averaging import WeightAverage
+from fp8lab.compilation import compile_blocks, drop_other_graphs
 from fp8lab.config import MAY_CHANGE, RunConfig, changed_fields, earlier_config
 from fp8lab.cpu import bf16_autocast, keep_freed_memory
 from fp8lab.data import TokenDataset
+from fp8lab.device import device_name, release_memory, training_device
 from fp8lab.distributed import ALONE, World
 from fp8lab.errors import OutOfMemory, UserError
 from fp8lab.guard import StepGuard
 from fp8lab.health import HealthLog, HealthProbe, forget_overflows
 from fp8lab.kernels import end_step
-from fp8lab.loss import total_nats, training_loss
+from fp8lab.loss import training_loss
 from fp8lab.metrics import Arrivals, MetricsLog, Stopwatch
 from fp8lab.model import GPT
 from fp8lab.precision import check_kernels, convert, fp8_tensor_cores, uses_fp8
 from fp8lab.records import DomainLoss
 from fp8lab.schedule import decay_start, learning_rate_fraction, warmup_steps
 from fp8lab.spikes import SpikeCount
+from fp8lab.validation import VALIDATION_TYPES, share_weights, validation_losses
 
 log = logging.getLogger(__name__)
 
-VALIDATION_TYPES = {"step": "int64", "tokens": "int64", "domain": "str", "loss": "float64", "bits_per_byte": "float64"}
 AVERAGE_PREFIX = "average."
 """Begins the names of averaged weights among a checkpoint's tensors."""
 BRANCH_MAY_CHANGE = MAY_CHANGE | {"run", "parent", "tokens", "schedule", "log_interval", "average_half_life"}
 """Fields in which a decay branch may differ from its parent."""
-
-
-def training_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-
-
-def device_name(device: torch.device) -> str:
-    """What records call `device`."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else records.cpu_name()
-
-
-def compile_blocks(model: GPT, device: torch.device) -> bool:
-    """torch.compile each block and the final norm: blocks share a graph, so it takes seconds, not minutes.
-
-    Returns:
-        False where nothing can be compiled, after a warning.
-    """
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if device.type == "cpu" and not (compiler and Path(sysconfig.get_path("include"), "Python.h").exists()):
-        log.warning("no C++ compiler (g++ or clang++) or no Python headers: the run is not compiled")
-        return False
-    for block in model.blocks:
-        block.compile(dynamic=False)
-    model.norm.compile(dynamic=False)
-    return True
-
-
-_compiled_for = ""
-
-
-def drop_other_graphs(config: RunConfig) -> None:
-    """Drop what this process has compiled, unless it was for a run with the same graphs as `config`'s.
-
-    A run that differs in seed alone then compiles nothing. Graphs of other runs would count against the limit of
-    recompilations.
-    """
-    global _compiled_for
-    shape = {"model", "recipe", "head", "fused", "high_precision", "micro_batch", "activation_checkpointing"}
-    graphs = config.model_dump_json(include=shape)
-    if graphs != _compiled_for:
-        torch.compiler.reset()
-        _compiled_for = graphs
-
-
-@contextlib.contextmanager
-def older_objects_kept() -> Iterator[None]:
-    """Make `release_memory` look at newer objects alone: at all of a process's it takes a good part of a second."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-def release_memory(device: torch.device) -> None:
-    """Give back what nothing uses any more."""
-    # A failed step's graph may be in reference cycles.
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def make_optimizer(model: GPT, config: RunConfig, device: torch.device) -> torch.optim.AdamW:
@@ -130,29 +66,6 @@ def make_optimizer(model: GPT, config: RunConfig, device: torch.device) -> torch
         eps=settings.epsilon,
         fused=True,
     )
-
-
-@torch.no_grad()
-def first_non_finite_output(model: GPT, forward: Callable[[], object]) -> str | None:
-    """Name of the first module of `model`, in forward order, whose output in `forward` is not finite."""
-    found: list[str] = []
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            if not found and not torch.isfinite(output).all():
-                found.append(name)
-
-        return hook
-
-    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
-    try:
-        # Hooks inside a compiled block are not called.
-        with torch.compiler.set_stance("force_eager"):
-            forward()
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return found[0] if found else None
 
 
 def check_model(config: RunConfig) -> None:
@@ -202,7 +115,7 @@ class Session:
         self.model.initialise(config.seed)
         self.model.to(self.device)
         # The weights' BF16 view of themselves: validation measures weights, whatever the recipe computes in.
-        self.bf16_model = _share_weights(self.model)
+        self.bf16_model = share_weights(self.model)
         self.conversion = convert(self.model, config.recipe, config.head, config.high_precision, fused=config.fused)
         self.model.train()
         self.model.checkpoint_activations = config.activation_checkpointing
@@ -420,7 +333,7 @@ class Session:
     def validate(self) -> None:
         """Loss and bits per byte of each domain's validation text, into `validation`."""
         with self.whole_weights(everywhere=True) as model:
-            losses = self._validation_losses(model)
+            losses = self._losses_of(model)
         for domain, loss in losses.items():
             self.validation.append({"step": self.step, "tokens": self.tokens, "domain": domain} | loss.model_dump())
 
@@ -428,48 +341,17 @@ class Session:
         """Losses by domain of the averaged weights, None where no average is kept."""
         if self.average is None:
             return None
-        return self._validation_losses(_share_weights(self.bf16_model, self.average.averages))
+        return self._losses_of(share_weights(self.bf16_model, self.average.averages))
 
-    def _compiled_like_training(self, model: GPT) -> GPT:
-        """Another model over `model`'s weights, compiled if training is: probes and samples need `model` eager."""
-        if not self.is_compiled:
-            return model
-        twin = _share_weights(model)
-        compile_blocks(twin, self.device)
-        return twin
+    def _losses_of(self, model: GPT) -> dict[str, DomainLoss]:
+        return validation_losses(model, self.dataset, self.config, self.world, compiled=self.is_compiled)
 
-    @torch.no_grad()
-    def _validation_losses(self, model: GPT) -> dict[str, DomainLoss]:
-        """`model`'s losses on each domain's validation text."""
-        model = self._compiled_like_training(model)
-        losses = {}
-        for domain in self.dataset.weights:
-            windows, text_bytes = self.dataset.validation_windows(
-                domain, self.config.model.seq_len, self.config.validation_tokens
-            )
-            nats = torch.zeros((), dtype=torch.float64, device=self.device)
-            own = torch.from_numpy(windows[self.world.rank :: self.world.size])
-            for rows in own.split(self.config.micro_batch):
-                rows = rows.to(self.device)
-                with bf16_autocast(self.device):
-                    nats += total_nats(model, model.hidden(rows[:, :-1]), rows[:, 1:])
-            self.world.sum(nats)
-            predicted = windows.shape[0] * self.config.model.seq_len
-            losses[domain] = DomainLoss(
-                loss=float(nats) / predicted, bits_per_byte=float(nats) / math.log(2) / text_bytes
-            )
-        return losses
-
-    def first_non_finite_output(self, rows: Tensor) -> str | None:
-        """Name of the first module whose output on `rows` (batch, seq + 1) is not finite; all ranks ask together."""
+    def forward(self, rows: Tensor) -> None:
+        """The forward pass alone, of token ids (batch, seq + 1), for who watches the modules; all ranks together."""
         rows = rows.to(self.device)
-
-        def forward() -> None:
-            with bf16_autocast(self.device):
-                # A sharded model's weights are gathered for the objective as a whole.
-                self._objective(rows) if self.is_sharded else self.model(rows[:, :-1])
-
-        return first_non_finite_output(self.model, forward)
+        with bf16_autocast(self.device):
+            # A sharded model's weights are gathered for the objective as a whole.
+            self._objective(rows) if self.is_sharded else self.model(rows[:, :-1])
 
     def validated(self) -> bool:
         """True if the weights as they stand have been validated."""
@@ -599,12 +481,3 @@ class Session:
 def _spikes_of(history: checkpoint.History) -> SpikeCount:
     """The count so far; checkpoints from before there was one begin it anew."""
     return SpikeCount(**history.facts.get("spikes", {}))
-
-
-def _share_weights(model: GPT, weights: Mapping[str, Tensor] | None = None) -> GPT:
-    """A plain model over the same weights, or over `weights` in their place; it wants no gradients of its own."""
-    with torch.device("meta"):
-        twin = GPT(model.config)
-    twin.load_state_dict(model.state_dict() if weights is None else weights, assign=True)
-    twin.cos, twin.sin = model.cos, model.sin
-    return twin.eval().requires_grad_(False)

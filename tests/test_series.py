@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from fp8lab import records, session, trainer
+from fp8lab import compilation, records, session, trainer
 from fp8lab.config import RunConfig
 from fp8lab.records import TrainRecord
 from fp8lab.results import plan_runs
@@ -199,7 +199,7 @@ def test_shared_tables_hold_the_last_attempt_alone(tmp_path: Path) -> None:
 
 
 def test_runs_that_differ_in_seed_compile_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "_compiled_for", "")
+    monkeypatch.setattr(compilation, "_compiled_for", "")
     real, compiled = torch.nn.Module.compile, []
     # What is compiled is Dynamo's to decide; into what, takes most of the time.
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(self, backend="eager", **options))

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fp8lab import checkpoint, guard, metrics, records, session, spikes, trainer
+from fp8lab import checkpoint, compilation, guard, metrics, records, session, spikes, trainer, validation
 from fp8lab.checkpoint import load_model
 from fp8lab.config import RECIPES, load_plan, parameter_count
 from fp8lab.divergence import Diverged
@@ -261,7 +261,7 @@ def test_a_run_that_took_no_step_has_no_training_loss(train, tmp_path, monkeypat
 
 @pytest.mark.parametrize("compact", [False, True])
 def test_weights_without_a_finite_validation_loss_are_a_divergence(train, tmp_path, monkeypatch, compact) -> None:
-    monkeypatch.setattr(session, "total_nats", lambda *_: torch.tensor(math.inf))
+    monkeypatch.setattr(validation, "total_nats", lambda *_: torch.tensor(math.inf))
     with pytest.raises(Diverged, match="the validation loss of odd after the last step is inf"):
         train(tiny_config(compact=compact))
     record = records.read(tmp_path / "records_dir" / "test" / "tiny")
@@ -1016,7 +1016,7 @@ def test_a_run_that_another_process_trains_is_refused_before_its_model_is_built(
 
 
 def test_without_a_compiler_the_run_goes_on_and_says_so(train, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(session.shutil, "which", lambda _: None)
+    monkeypatch.setattr(compilation.shutil, "which", lambda _: None)
     with caplog.at_level(logging.WARNING):
         assert train(tiny_config(compile=True)).status == "finished"
     assert [record.message for record in caplog.records] == [

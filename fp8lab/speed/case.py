@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from fp8lab import flops
+from fp8lab.compilation import compile_blocks
+from fp8lab.device import release_memory
 from fp8lab.failures import one_line
 from fp8lab.model import GPT
 from fp8lab.precision import uses_fp8
-from fp8lab.session import compile_blocks, release_memory
 from fp8lab.speed.batches import Batches
 from fp8lab.speed.breakdown import gemm_times, profile
 from fp8lab.speed.contestants import build, fused_settings, initialised

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from fp8lab import records
+from fp8lab.device import device_name, training_device
 from fp8lab.results import FAULT_RUN, RELIABILITY_PLAN
-from fp8lab.session import device_name, training_device
 
 PROPERTY = "fault"
 
