@@ -90,6 +90,7 @@ def run(
     from fp8lab import plans
     from fp8lab.config import load_plan
     from fp8lab.data import load_mixture
+    from fp8lab.workspace import Workspace
 
     resolved = load_plan(plan, mixture).only(only or [])
     mixtures = list(dict.fromkeys(config.mixture for config in resolved.runs))
@@ -105,7 +106,7 @@ def run(
         )
         _print_frame(planned_runs(resolved, bf16_mfu))
         return
-    workspace = plans.Workspace(records=records_dir, data=data_dir, checkpoints=checkpoints_dir)
+    workspace = Workspace(records=records_dir, data=data_dir, checkpoints=checkpoints_dir)
     for name in mixtures:
         console.print(f"data: mixture {name}")
         _build_data(name, data_dir, records_dir, corpus, eval_data)
@@ -124,7 +125,7 @@ def status(
 ) -> None:
     """Show every run: finished, in progress (loss in nats, tokens/s, time left), or still to do."""
     from fp8lab.config import load_plan
-    from fp8lab.plans import status_rows
+    from fp8lab.status import status_rows
 
     _expect_records(records_dir)
     table = Table("plan", "run", "status", "step", "loss (nats)", "tokens/s", "detail")
@@ -186,9 +187,10 @@ def evaluate(
 ) -> None:
     """Score a finished run with lm-eval, through runs/evaluate.ipynb."""
     from fp8lab import plans
+    from fp8lab.workspace import Workspace
 
     folder = _run_folder(run, checkpoints_dir)
-    workspace = plans.Workspace(records=records_dir, data=data_dir, checkpoints=checkpoints_dir)
+    workspace = Workspace(records=records_dir, data=data_dir, checkpoints=checkpoints_dir)
     if not plans.evaluate_run(folder, workspace, suite, eval_data, precision, console):
         raise typer.Exit(1)
 
@@ -216,6 +218,7 @@ def speed(
     """Time whole optimizer steps (ms) of several recipes in turns, through runs/speed.ipynb."""
     from fp8lab import plans, records
     from fp8lab.speed import load_speed_plan, new_occasion, summary
+    from fp8lab.workspace import Workspace
 
     speed_plan = load_speed_plan(plan)
     speed_plan.only(only or [])
@@ -224,7 +227,7 @@ def speed(
         raise UserError(f"--occasion: {occasion!r} is no name for a folder; accepted: letters, digits, '.', '_', '-'")
     for mixture in speed_plan.mixtures:
         _build_data(mixture, data_dir, records_dir, corpus, eval_data)
-    workspace = plans.Workspace(records=records_dir, data=data_dir, checkpoints=checkpoints_dir)
+    workspace = Workspace(records=records_dir, data=data_dir, checkpoints=checkpoints_dir)
     done = plans.measure_speed(plan, name, occasion, only or [], budget_seconds, workspace, console)
     folder = records.record_dir(records_dir, name, occasion)
     if done:
@@ -359,7 +362,7 @@ def _print_frame(frame: object) -> None:
 
 def main() -> None:
     """Entry point: turns the user's mistakes into one line and exit code 2."""
-    from fp8lab.plans import Interrupted
+    from fp8lab.stage import Interrupted
 
     try:
         app()

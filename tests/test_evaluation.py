@@ -21,7 +21,8 @@ from fp8lab.data import build, load_mixture
 from fp8lab.errors import UserError
 from fp8lab.export import export
 from fp8lab.model import GPT
-from fp8lab.plans import Workspace, evaluate_run
+from fp8lab.plans import evaluate_run
+from fp8lab.workspace import Workspace
 from tests.data.conftest import sentence, write_jsonl
 from tests.evaluation_items import write_items
 from tests.rule_data import tiny_config, tiny_model

@@ -24,12 +24,15 @@ import pytest
 import yaml
 from rich.console import Console
 
-from fp8lab import checkpoint, plans, records
+from fp8lab import checkpoint, plans, records, stage
 from fp8lab.config import Plan, load_plan, load_run
 from fp8lab.errors import UserError
 from fp8lab.gpus import Share
-from fp8lab.plans import Options, Workspace, run_plan, status_rows
+from fp8lab.plans import Options, run_plan
 from fp8lab.progress import Progress, ProgressFile
+from fp8lab.stage import Interrupted
+from fp8lab.status import status_rows
+from fp8lab.workspace import Workspace
 
 PARAMETERS = "plan = run = runs = records_dir = data_dir = checkpoints_dir = mixture = None"
 START = """
@@ -112,17 +115,17 @@ def instantly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each notebook, without papermill: it finishes its run, leaves a table, and was executed."""
 
     def start(
-        stage: plans._Stage, template: str, folder: Path, parameters: dict[str, str], _log: Path, _share: Share
+        on: stage.Stage, template: str, folder: Path, parameters: dict[str, str], _log: Path, _share: Share
     ) -> object:
         (folder / f"{template}.ipynb").touch()
         config = load_run(parameters["plan"], parameters["run"])
         record = records.started(config, records.collect_provenance("CPU"), emulated=False)
         record.status = "finished"
         rows = pd.DataFrame({column: [1.0] for column in records.COLUMNS["metrics"]})
-        records.write_table(records.write(record, stage.workspace.records), "metrics", rows)
+        records.write_table(records.write(record, on.workspace.records), "metrics", rows)
         return subprocess.Popen(["true"])
 
-    monkeypatch.setattr(plans._Stage, "_start", start)
+    monkeypatch.setattr(stage.Stage, "_start", start)
 
 
 def test_runs_at_once_each_see_a_gpu_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,7 +357,7 @@ def test_a_second_signal_ends_a_worker_that_is_slow_to_stop(tmp_path: Path, monk
         "signal.signal(signal.SIGTERM, slow); Path('started').touch(); time.sleep(60); time.sleep(60)\n"
     )
     monkeypatch.setattr(
-        plans._Stage, "_start", lambda *_: subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
+        stage.Stage, "_start", lambda *_: subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
     )
 
     def interrupt() -> None:
@@ -364,7 +367,7 @@ def test_a_second_signal_ends_a_worker_that_is_slow_to_stop(tmp_path: Path, monk
             os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(plans.Interrupted) as stopped:
+    with pytest.raises(Interrupted) as stopped:
         execute(plan, workspace)
     assert stopped.value.exit_code == 130
 
@@ -373,7 +376,7 @@ def test_a_signal_stops_the_worker_at_a_checkpoint_and_starts_no_other(tmp_path:
     plan, workspace = make_project(tmp_path, STOP_ON_SIGNAL)
     script = (
         "import sys; from pathlib import Path; from rich.console import Console\n"
-        "from fp8lab.config import load_plan; from fp8lab.plans import *\n"
+        "from fp8lab.config import load_plan; from fp8lab.plans import *; from fp8lab.stage import Interrupted\n"
         f"root = Path({str(tmp_path)!r})\n"
         "workspace = Workspace(root, root / 'records', root / 'data', root / 'checkpoints')\n"
         "try: run_plan(load_plan(root / 'runs/plans/p.yaml'), workspace, Options(), Console())\n"
