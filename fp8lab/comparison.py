@@ -17,6 +17,7 @@ Everything here is arithmetic on losses in nats a token; where they come from is
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -73,7 +74,7 @@ class Deviation:
     def reach_of_mean(self, runs: Sequence[tuple[int, int]]) -> float:
         """Half-width of a 95% interval of a mean of several such differences, each between so many runs and so many."""
         error = math.sqrt(sum(1 / ours + 1 / baseline for ours, baseline in runs)) / len(runs)
-        return _quantile(self.degrees) * self.value * error
+        return student_quantile(self.degrees) * self.value * error
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ class Design:
         """
         degrees = (pairs - 1) * (1 if self.paired else 2)
         error = (self.deviation.value if deviation is None else deviation) / math.sqrt(pairs)
-        return float(_quantile(degrees) * error * (1 if self.paired else math.sqrt(2)))
+        return float(student_quantile(degrees) * error * (1 if self.paired else math.sqrt(2)))
 
     def pairs_needed(self, half_width: float = TARGET_HALF_WIDTH, deviation: float | None = None) -> int:
         """Fewest pairs whose interval is expected to be no wider than plus or minus `half_width`."""
@@ -240,12 +241,14 @@ class Design:
         return self.pairs_needed(half_width, low), self.pairs_needed(half_width, high)
 
 
-def _quantile(degrees: float) -> float:
+@functools.cache
+def student_quantile(degrees: float) -> float:
+    """Standard errors that an interval of 95% reaches to either side, by Student's distribution."""
     return float(stats.t.ppf((1 + LEVEL) / 2, degrees))
 
 
 def _interval(mean: float, error: float, degrees: float) -> tuple[float, float]:
-    reach = _quantile(degrees) * error
+    reach = student_quantile(degrees) * error
     return mean - reach, mean + reach
 
 

@@ -14,15 +14,15 @@ its own, are one occasion (`apart`): what disturbs one may disturb them all.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
 
-from fp8lab.comparison import LEVEL
+from fp8lab.comparison import student_quantile
 
 Side = Literal["above", "below", "undecided"]
 
@@ -45,18 +45,18 @@ class Occasion:
         """The rounds that count."""
         return self.ratios[-settled_count(len(self.ratios)) :]
 
-    @property
+    @functools.cached_property
     def value(self) -> float:
         """Geometric mean of the settled rounds."""
         return float(np.exp(np.mean(np.log(self.settled))))
 
-    @property
+    @functools.cached_property
     def interval(self) -> tuple[float, float] | None:
         """95%; None of fewer than `MIN_ROUNDS` rounds."""
         logs = np.log(self.settled)
         if len(logs) < MIN_ROUNDS:
             return None
-        reach = stats.t.ppf((1 + LEVEL) / 2, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
+        reach = student_quantile(len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
         low, high = self.value * math.exp(-reach), self.value * math.exp(reach)
         return (min(low, self.ratios[-1]), max(high, self.ratios[-1])) if self.is_drifting else (low, high)
 

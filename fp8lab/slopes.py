@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from fp8lab import scaling
-from fp8lab.comparison import LEVEL, Deviation
+from fp8lab.comparison import Deviation, student_quantile
 from fp8lab.errors import UserError
 from fp8lab.losses import final_losses
 from fp8lab.matched import Interval, Slope
@@ -85,7 +84,7 @@ def measured_slope(tokens: Sequence[float], losses: Sequence[float], noise: Devi
     if noise is None:
         return Slope(nats, "decay branches")
     error = noise.value * math.sqrt(sum(w**2 / len(group) for w, group in zip(weights, groups, strict=True)))
-    reach = float(stats.t.ppf((1 + LEVEL) / 2, noise.degrees)) * error
+    reach = student_quantile(noise.degrees) * error
     return Slope(nats, "decay branches", (nats - reach, nats + reach))
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from fp8lab.comparison import LEVEL, Deviation
+from fp8lab.comparison import Deviation, student_quantile
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def straightness(parameters: Sequence[float], losses: Sequence[float], noise: De
     design = np.vander(x, 3) * weights[:, None]
     curvature, _, _ = np.linalg.lstsq(design, means * weights, rcond=None)[0]
     error = noise.value * math.sqrt(np.linalg.inv(design.T @ design)[0, 0])
-    reach = float(stats.t.ppf((1 + LEVEL) / 2, noise.degrees)) * error
+    reach = student_quantile(noise.degrees) * error
     # A parabola's slope changes by twice its curvature times the range.
     scale = 2 * (x[-1] - x[0]) / line[0]
     ends = sorted((scale * (curvature - reach), scale * (curvature + reach)))

@@ -102,6 +102,7 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     rounds = rounds.merge(_baselines(rounds), on=[*SETTING, "occasion", "round"])
     rounds["ratio"] = rounds["bf16_ms"] / rounds["step_ms"]
     rounds = _with_latest_kernels(rounds, speeds)
+    rounds["is_settled"] = _is_settled(rounds)
     several = rounds["device"].nunique() > 1
     spans = {_occasion(speed): speed.span for speed in speeds}
     table = pd.DataFrame(
@@ -135,6 +136,7 @@ def _with_latest_kernels(rounds: pd.DataFrame, speeds: Sequence[SpeedRun]) -> pd
 def _baselines(rounds: pd.DataFrame) -> pd.DataFrame:
     """The rounds of each occasion's fastest BF16. Columns: those of a setting, occasion, round, bf16_ms, baseline."""
     bf16 = rounds[_is_bf16(rounds)]
+    bf16 = bf16.assign(is_settled=_is_settled(bf16))
     fastest = [
         min((own for _, own in of_occasion.groupby("recipe", sort=False)), key=_settled_ms)
         for _, of_occasion in bf16.groupby([*SETTING, "occasion"], sort=False)
@@ -143,11 +145,15 @@ def _baselines(rounds: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(fastest)[columns].rename(columns={"step_ms": "bf16_ms", "recipe": "baseline"})
 
 
+def _is_settled(rounds: pd.DataFrame) -> pd.Series:
+    """Which rounds count: of each contestant and occasion the last ones."""
+    own = rounds.sort_values("round", kind="stable").groupby([*SETTING, "recipe", "head", "occasion"], sort=False)
+    return own.cumcount(ascending=False) < own["round"].transform("size").map(settled_count)
+
+
 def _settled_ms(rounds: pd.DataFrame) -> float:
     """Median step (ms) of one contestant's settled rounds, each occasion's own."""
-    ordered = rounds.sort_values("round", kind="stable")
-    settled = [own["step_ms"].tail(settled_count(len(own))) for _, own in ordered.groupby("occasion", sort=False)]
-    return float(pd.concat(settled).median())
+    return float(rounds["step_ms"][rounds["is_settled"]].median())
 
 
 def _ratio_row(group: pd.DataFrame, several_devices: bool, spans: Mapping[str, tuple[str, str]]) -> dict[str, object]:

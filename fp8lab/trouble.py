@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy import stats
@@ -68,12 +69,12 @@ class Family:
         judged = sum(judged_steps(member) or 0 for member in self.members)
         return judged >= JUDGED * sum(own_steps(member) for member in self.members)
 
-    @property
+    @cached_property
     def early_trouble(self) -> bool:
         """In the run or a branch, before its last tenth."""
         return any((share := first_trouble(member)) is not None and share < 1 - LAST_PART for member in self.members)
 
-    @property
+    @cached_property
     def late_trouble(self) -> bool:
         """In a last tenth and not before."""
         return not self.early_trouble and any(first_trouble(member) is not None for member in self.members)
