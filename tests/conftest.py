@@ -5,22 +5,21 @@ from __future__ import annotations
 import fcntl
 import gc
 import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import pytest
 
-from fp8lab import records
+from fp8lab import records, trainer
 from fp8lab.config import Plan, RunConfig, load_plan
 from fp8lab.data import build, load_mixture
+from tests import forks
 from tests.faults.record import fault_report, pytest_addoption, pytest_configure
+from tests.forks import ROOT
 
-__all__ = ["demo_runs", "fault_report", "pytest_addoption", "pytest_configure"]
-
-ROOT = Path(__file__).parents[1]
+__all__ = ["ROOT", "demo_runs", "fault_report", "pytest_addoption", "pytest_configure", "server"]
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -55,8 +54,14 @@ class DemoRuns:
 
 
 @pytest.fixture(scope="session")
-def demo_runs(tmp_path_factory: pytest.TempPathFactory) -> DemoRuns:
-    """Every run of ``runs/plans/demo.yaml``, trained by the worker in processes of one thread: about three minutes."""
+def server() -> ForkServerContext:
+    """Forks trainers from a process that has imported them."""
+    return forks.start_server()
+
+
+@pytest.fixture(scope="session")
+def demo_runs(tmp_path_factory: pytest.TempPathFactory, server: ForkServerContext) -> DemoRuns:
+    """Every run of ``runs/plans/demo.yaml``, trained by the worker in processes of one thread: about two minutes."""
     base = tmp_path_factory.getbasetemp()
     # pytest-xdist gives each of its workers a base of its own; they share the one above, and the demo in it.
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo"
@@ -66,26 +71,30 @@ def demo_runs(tmp_path_factory: pytest.TempPathFactory) -> DemoRuns:
     with (root / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (root / "trained").exists():
-            _train_demo(demo, root)
+            _train_demo(demo, root, server)
             (root / "trained").touch()
     return demo
 
 
-def _train_demo(demo: DemoRuns, root: Path) -> None:
+def _train_demo(demo: DemoRuns, root: Path, server: ForkServerContext) -> None:
     build(load_mixture("demo"), demo.data_dir)
-
-    def train(config: RunConfig) -> None:
-        path = root / f"{config.run}.json"
-        path.write_text(config.model_dump_json())
-        command = [sys.executable, "-m", "fp8lab.trainer", str(path)]
-        for option in ("records_dir", "data_dir", "checkpoints_dir"):
-            command += [f"--{option.replace('_', '-')}", str(getattr(demo, option))]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(train, demo.plan.runs))
+    waiting = list(demo.plan.runs)
+    running: dict[int, tuple[ForkServerProcess, Path]] = {}
+    while waiting or running:
+        while waiting and len(running) < (os.cpu_count() or 1):
+            config = waiting.pop(0)
+            path, errors = root / f"{config.run}.json", root / f"{config.run}.txt"
+            path.write_text(config.model_dump_json())
+            arguments = [str(path)]
+            for option in ("records_dir", "data_dir", "checkpoints_dir"):
+                arguments += [f"--{option.replace('_', '-')}", str(getattr(demo, option))]
+            process = server.Process(target=forks.run, args=(trainer.main, arguments, errors))
+            process.start()
+            running[process.sentinel] = process, errors
+        for sentinel in wait(list(running)):
+            process, errors = running.pop(sentinel)  # type: ignore[arg-type]
+            process.join()
+            assert process.exitcode == 0, errors.read_text()
 
 
 def pytest_collection_finish() -> None:

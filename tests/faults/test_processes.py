@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -24,10 +22,10 @@ from tests.checkpoints import load_latest
 from tests.conftest import ROOT
 from tests.faults import worker
 from tests.faults.worker import Moment
+from tests.forks import ENVIRONMENT
 from tests.rule_data import tiny_config, tiny_model
 
 PATIENCE_SECONDS = 300
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 @dataclass(frozen=True)
@@ -116,20 +114,6 @@ class Worker:
     def newest_checkpoint(self) -> int:
         """Step of the newest checkpoint; 0 if there is none."""
         return max((int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*")), default=0)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServerContext]:
-    """Forks workers from a process that has imported the trainer and computed nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([worker.__name__])
-        process = context.Process(target=os.getpid)
-        process.start()
-        process.join()
-        yield context
 
 
 def assert_same_run(whole: Worker, parts: Worker) -> None:

@@ -21,6 +21,7 @@ import torch._dynamo
 from fp8lab import checkpoint, records, session, trainer
 from fp8lab.guard import StepGuard
 from tests import rule_data
+from tests.forks import errors_to
 
 OUT_OF_MEMORY = "OUT_OF_MEMORY"
 """Variable of the environment: 'R,S' lets rank R run out of memory in its step S."""
@@ -95,8 +96,7 @@ def main(arguments: list[str]) -> int:
 
 def forked(arguments: list[str], errors: Path, wait: tuple[Moment, int, Connection] | None) -> None:
     """`main` in a process forked from one that has imported everything; standard error goes to a file."""
-    with errors.open("wb") as file:
-        os.dup2(file.fileno(), 2)
+    errors_to(errors)
     if wait is not None:
         wait_at(*wait)
     sys.exit(main(arguments))
