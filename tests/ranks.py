@@ -1,17 +1,18 @@
-"""One rank of several runs in turn, on tokens made by a rule: ``torchrun -m tests.ranks CONFIGS.json ROOT``."""
+"""One rank of several runs in turn, on tokens made by a rule."""
 
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import torch
+from torch import distributed as dist
 
 from fp8lab import distributed, session, trainer
 from fp8lab.config import RunConfig
 from fp8lab.kernels import block
 from tests import rule_data
+from tests.forks import errors_to
 
 POISONED_RUN, POISONED_RANK, POISONED_STEP = "poisoned", 1, 3
 CROWDED_RUN = "crowded"
@@ -54,9 +55,17 @@ def crowd_the_leader() -> None:
     distributed._room_for = room_for
 
 
-if __name__ == "__main__":
+def forked(rank: int, ranks: int, store: Path, configs: Path, root: Path) -> None:
+    """Train what the JSON file `configs` lists on `ranks` processes, this the one of number `rank`; a fork's `main`.
+
+    Args:
+        store: file through which they meet, in place of torchrun's server.
+    """
+    errors_to(root / f"errors-{rank}.txt")
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    dist.init_process_group("gloo", init_method=store.as_uri(), rank=rank, world_size=ranks)
     trainer.open_data = rule_data.open_data
-    configs, root = map(Path, sys.argv[1:])
     folders = {name: root / name for name in ("records_dir", "data_dir", "checkpoints_dir")}
     casts, number = count_weight_casts(), {}
     for values in json.loads(configs.read_text()):

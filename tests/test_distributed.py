@@ -1,6 +1,7 @@
 """Several ranks compute what one process computes; here on a CPU, through gloo.
 
-Starting processes is what costs time: one launch makes the runs that several tests look at.
+Starting processes is what costs time: one set of ranks makes the runs that several tests look at, and is forked from a
+process that has imported the trainer. The launcher starts those that a signal or a failure stops.
 """
 
 from __future__ import annotations
@@ -9,10 +10,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pandas as pd
@@ -30,24 +30,28 @@ from tests.checkpoints import load_latest
 from tests.conftest import ROOT
 from tests.faults import worker
 from tests.faults.test_strangers import plain_pickle
-from tests.ranks import CROWDED_RUN, POISONED_STEP
+from tests.ranks import CROWDED_RUN, POISONED_STEP, forked
 from tests.rule_data import tiny_config, tiny_model
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one worker launches for all
 PATIENCE_SECONDS = 240
 
 
-def torchrun(ranks: int, root: Path, configs: list[RunConfig]) -> None:
+def train_on(ranks: int, root: Path, configs: list[RunConfig], server: ForkServerContext) -> None:
     """Train `configs` one after another on `ranks` processes."""
     path = root / "configs.json"
     path.write_text(json.dumps([config.model_dump(mode="json") for config in configs]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", "tests.ranks", str(path), str(root)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
-    )
-    assert done.returncode == 0, done.stderr
+    arguments = ranks, root / "store", path, root
+    processes = [server.Process(target=forked, args=(rank, *arguments)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    try:
+        for rank, process in enumerate(processes):
+            process.join(PATIENCE_SECONDS)
+            assert process.exitcode == 0, (root / f"errors-{rank}.txt").read_text()
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def train(root: Path, config: RunConfig) -> None:
@@ -109,21 +113,20 @@ def alone(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory, alone) -> Path:
+def two(tmp_path_factory, alone, server) -> Path:
     """The same runs on two ranks, replicated and sharded, and one that one process has trained to its middle."""
     root = tmp_path_factory.mktemp("two")
     move_half_way(alone, root, "moved")
-    torchrun(2, root, [*REPLICATED, *SHARDED])
+    train_on(2, root, [*REPLICATED, *SHARDED], server)
     return root
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory) -> Path:
+def four(tmp_path_factory, server) -> Path:
     """Runs sharded over four ranks."""
     root = tmp_path_factory.mktemp("four")
-    torchrun(
-        4, root, [run_of("uneven", sharding="fsdp", model=UNEVEN), run_of("fused", sharding="fsdp", recipe="fused")]
-    )
+    configs = [run_of("uneven", sharding="fsdp", model=UNEVEN), run_of("fused", sharding="fsdp", recipe="fused")]
+    train_on(4, root, configs, server)
     return root
 
 
