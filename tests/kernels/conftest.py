@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,10 +78,11 @@ def _inline_assembly(_builder: Any, line: str, _constraints: str, values: Sequen
 
 @pytest.fixture(autouse=True)
 def _exact_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mend two faults of Triton 3.6's interpreter, and teach it the assembly that the kernels use.
+    """Mend three faults of Triton 3.6's interpreter, and teach it the assembly that the kernels use.
 
-    Rounding up to the next power of two does not carry into the exponent (31.5 becomes 16 in E4M3), and loop bounds
-    given as arguments are read in a way that NumPy 2.4 refuses.
+    Rounding up to the next power of two does not carry into the exponent (31.5 becomes 16 in E4M3); loop bounds given
+    as arguments are read in a way that NumPy 2.4 refuses; and every call of a function within a kernel wraps the
+    language once more, for good, so that each takes longer than the one before.
     """
     if not INTERPRETED:
         return
@@ -95,3 +97,23 @@ def _exact_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+    monkeypatch.setattr(interpreter, "_patch_lang", _WrapOnce(interpreter))
+
+
+class _WrapOnce:
+    """The interpreter's `_patch_lang`, doing nothing where the kernel that runs has wrapped the language already."""
+
+    def __init__(self, interpreter: ModuleType) -> None:
+        self._wrap, self._languages = interpreter._patch_lang, (interpreter.tl, interpreter.tl.core)
+        self._scope = interpreter._LangPatchScope()
+        self._wrapped: set[str] = set()
+
+    def __call__(self, function: Any) -> Any:
+        # A kernel restores all changes when it ends.
+        if not self._scope._changes:
+            self._wrapped.clear()
+        seen = {value.__name__ for value in function.__globals__.values() if any(value is a for a in self._languages)}
+        if not seen <= self._wrapped:
+            self._scope._changes += self._wrap(function)._changes
+            self._wrapped |= seen
+        return self._scope
