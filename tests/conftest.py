@@ -1,4 +1,7 @@
-"""What several test modules share: the demo's runs, trained once a session."""
+"""What several test modules share: the demo's runs, trained once a session.
+
+pytest reads this before its workers start, so what imports torch is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,17 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from fp8lab import records, trainer
-from fp8lab.config import Plan, RunConfig, load_plan
-from fp8lab.data import build, load_mixture
 from tests import forks
 from tests.faults.record import fault_report, pytest_addoption, pytest_configure
 from tests.forks import ROOT
+
+if TYPE_CHECKING:
+    from fp8lab import records
+    from fp8lab.config import Plan, RunConfig
 
 __all__ = ["ROOT", "demo_runs", "fault_report", "pytest_addoption", "pytest_configure", "server"]
 
@@ -48,6 +53,8 @@ class DemoRuns:
     checkpoints_dir: Path
 
     def record(self, config: RunConfig) -> records.TrainRecord:
+        from fp8lab import records
+
         record = records.read(records.record_dir(self.records_dir, config.plan, config.run))
         assert isinstance(record, records.TrainRecord)
         return record
@@ -62,6 +69,8 @@ def server() -> ForkServerContext:
 @pytest.fixture(scope="session")
 def demo_runs(tmp_path_factory: pytest.TempPathFactory, server: ForkServerContext) -> DemoRuns:
     """Every run of ``runs/plans/demo.yaml``, trained by the worker in processes of one thread: about two minutes."""
+    from fp8lab.config import load_plan
+
     base = tmp_path_factory.getbasetemp()
     # pytest-xdist gives each of its workers a base of its own; they share the one above, and the demo in it.
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo"
@@ -77,6 +86,9 @@ def demo_runs(tmp_path_factory: pytest.TempPathFactory, server: ForkServerContex
 
 
 def _train_demo(demo: DemoRuns, root: Path, server: ForkServerContext) -> None:
+    from fp8lab import trainer
+    from fp8lab.data import build, load_mixture
+
     build(load_mixture("demo"), demo.data_dir)
     waiting = list(demo.plan.runs)
     running: dict[int, tuple[ForkServerProcess, Path]] = {}

@@ -13,10 +13,6 @@ from typing import Any
 
 import pytest
 
-from fp8lab import records
-from fp8lab.device import device_name, training_device
-from fp8lab.results import FAULT_RUN, RELIABILITY_PLAN
-
 PROPERTY = "fault"
 
 
@@ -48,6 +44,9 @@ class _FaultRecord:
     """Gathers the reports of one session and writes them at its end."""
 
     def __init__(self, records_dir: Path) -> None:
+        from fp8lab import records
+        from fp8lab.device import device_name, training_device
+
         self._records_dir = records_dir
         self._faults: list[dict[str, Any]] = []
         self._failed: list[str] = []
@@ -66,6 +65,9 @@ class _FaultRecord:
             ]
 
     def pytest_sessionfinish(self) -> None:
+        from fp8lab import records
+        from fp8lab.results import FAULT_RUN, RELIABILITY_PLAN
+
         self._provenance.ended_utc = records.utc_now()
         record = records.TestRecord(
             plan=RELIABILITY_PLAN,
