@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from multiprocessing.context import ForkServerContext
@@ -158,6 +160,23 @@ def test_two_ranks_compute_what_one_process_computes(alone, two, run, sharding, 
     assert_same_numbers(curves(alone, run), curves(two, run + sharding), tolerance)
     provenance = record(two, run + sharding).provenance
     assert (provenance.device_count, provenance.host_count) == (2, 1)
+
+
+def test_torchrun_trains_the_same_run(two, tmp_path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(run_of("bf16").model_dump_json())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "tests.faults.worker", str(path)]
+    for name in ("records_dir", "data_dir", "checkpoints_dir"):
+        command += [f"--{name.replace('_', '-')}", str(tmp_path / name)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
+    )
+    assert done.returncode == 0, done.stderr
+    assert "test/bf16: validation loss" in done.stdout
+    assert record(tmp_path, "bf16").provenance.device_count == 2
+    assert curve(tmp_path, "bf16")["loss"].tolist() == curve(two, "bf16")["loss"].tolist()
 
 
 def test_a_sharded_run_measures_its_health_and_keeps_whole_weights(alone, two) -> None:
