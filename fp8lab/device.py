@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fp8lab import records
+from fp8lab.provenance import cpu_name
 
 
 def training_device() -> torch.device:
@@ -18,7 +18,7 @@ def training_device() -> torch.device:
 
 def device_name(device: torch.device) -> str:
     """What records call `device`."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else records.cpu_name()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from fp8lab.provenance import VERSIONED_PACKAGES
 from fp8lab.publish import find_quarto
-from fp8lab.records import VERSIONED_PACKAGES
 
 
 class Finding(NamedTuple):

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from fp8lab import records
 from fp8lab.errors import UserError
+from fp8lab.provenance import collect_provenance, utc_now
 
 console = Console()
 
@@ -35,7 +36,7 @@ def print_summary(what: str, measured: dict[str, Any]) -> None:
 
 def begin_provenance(module: str, device_name: str) -> records.Provenance:
     """Of a benchmark that begins now: its command is ``python -m <module>`` with this process's arguments."""
-    provenance = records.collect_provenance(device_name)
+    provenance = collect_provenance(device_name)
     provenance.command = shlex.join(["python", "-m", module, *sys.argv[1:]])
     return provenance
 
@@ -48,7 +49,7 @@ def write_benchmark(
     config: dict[str, Any] | None = None,
 ) -> None:
     """Write the finished record ``<records_dir>/benchmarks/<run>/``."""
-    provenance.ended_utc = records.utc_now()
+    provenance.ended_utc = utc_now()
     records.write(
         records.BenchmarkRecord(
             plan=records.BENCHMARK_PLAN,

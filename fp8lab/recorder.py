@@ -20,6 +20,7 @@ from fp8lab.errors import UserError
 from fp8lab.generation import generate
 from fp8lab.health import overflow_counts
 from fp8lab.model import GPT
+from fp8lab.provenance import collect_provenance, utc_now
 from fp8lab.records import DomainLoss, FinalLosses, Speed, Stability, TrainRecord, ValidationLosses
 from fp8lab.session import Session
 
@@ -42,7 +43,7 @@ class Recorder:
         self._divergence = divergence
         self._records_dir = records_dir
         world = session.world
-        provenance = records.collect_provenance(device_name(session.device), world.size, world.hosts)
+        provenance = collect_provenance(device_name(session.device), world.size, world.hosts)
         provenance.data_sha256 = session.dataset.sha256
         provenance.tokenizer_sha256 = session.dataset.tokenizer_sha256
         session.started_utc = session.started_utc or provenance.started_utc
@@ -81,7 +82,7 @@ class Recorder:
         record.status, record.reason = status, reason
         record.steps, record.tokens = session.step, session.tokens
         record.flops = records.Flops(**flops.flops_record(session.config.model, session.tokens))
-        record.provenance.ended_utc = records.utc_now()
+        record.provenance.ended_utc = utc_now()
         record.provenance.epochs = self._loader.epochs(session.step)
 
     def _write_tables(self) -> None:

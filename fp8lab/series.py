@@ -17,6 +17,7 @@ from fp8lab.config import RunConfig
 from fp8lab.divergence import Diverged
 from fp8lab.errors import UserError
 from fp8lab.progress import is_locked
+from fp8lab.provenance import collect_provenance
 from fp8lab.records import TrainRecord
 from fp8lab.trainer import Interrupted, stop_signals, train
 
@@ -66,7 +67,7 @@ def _train_one(config: RunConfig, *, records_dir: Path, data_dir: Path, checkpoi
     except UserError as error:
         # The record of a run that another process trains is that process's to write.
         if _read(folder) == before and not is_locked(checkpoints_dir / config.plan / config.run):
-            record = records.started(config, records.collect_provenance("unknown"), emulated=False)
+            record = records.started(config, collect_provenance("unknown"), emulated=False)
             record.status, record.reason = "failed", str(error)
             records.write(record, records_dir)
 

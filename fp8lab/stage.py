@@ -28,6 +28,7 @@ from fp8lab import records
 from fp8lab.config import RunConfig
 from fp8lab.gpus import Share
 from fp8lab.progress import Progress, is_locked, read_progress
+from fp8lab.provenance import collect_provenance, command_line, utc_now
 from fp8lab.workspace import Workspace
 
 POLL_SECONDS = 0.25
@@ -197,7 +198,7 @@ class Stage:
         # JSON is YAML: one argument carries every parameter with its type.
         command += ["--parameters_yaml", json.dumps(parameters), "--kernel", "python3", "--no-progress-bar"]
         environment = os.environ | {
-            "FP8LAB_COMMAND": records.command_line(),
+            "FP8LAB_COMMAND": command_line(),
             "FP8LAB_CONCURRENT_RUNS": str(share.runs),
             **share.environment,
         }
@@ -253,7 +254,7 @@ class Stage:
             if not isinstance(record, records.TrainRecord) or not silent:
                 return
         else:
-            record = records.started(config, records.collect_provenance("unknown"), emulated=False)
+            record = records.started(config, collect_provenance("unknown"), emulated=False)
         record.status, record.reason = "failed" if self.received is None else "interrupted", self.reason(log)
-        record.provenance.ended_utc = records.utc_now()
+        record.provenance.ended_utc = utc_now()
         records.write(record, self.workspace.records)

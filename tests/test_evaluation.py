@@ -22,6 +22,7 @@ from fp8lab.errors import UserError
 from fp8lab.export import export
 from fp8lab.model import GPT
 from fp8lab.plans import evaluate_run
+from fp8lab.provenance import collect_provenance
 from fp8lab.workspace import Workspace
 from tests.data.conftest import sentence, write_jsonl
 from tests.evaluation_items import write_items
@@ -137,7 +138,7 @@ def test_bad_input_is_refused_by_name(run: Run, options: dict[str, Any], says: s
 
 
 def test_weights_of_another_tokenizer_are_refused(run: Run, tmp_path: Path) -> None:
-    provenance = records.collect_provenance("CPU")
+    provenance = collect_provenance("CPU")
     provenance.tokenizer_sha256 = "0" * 64
     records.write(records.started(run.config, provenance, emulated=False), tmp_path)
     with pytest.raises(UserError, match="trained with tokenizer 000000000000, but"):

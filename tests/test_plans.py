@@ -30,6 +30,7 @@ from fp8lab.errors import UserError
 from fp8lab.gpus import Share
 from fp8lab.plans import Options, run_plan
 from fp8lab.progress import Progress, ProgressFile
+from fp8lab.provenance import collect_provenance, command_line
 from fp8lab.stage import Interrupted
 from fp8lab.status import status_rows
 from fp8lab.workspace import Workspace
@@ -39,8 +40,9 @@ START = """
 from pathlib import Path
 from fp8lab import records
 from fp8lab.config import load_run
+from fp8lab.provenance import collect_provenance
 config = load_run(plan, run, mixture)
-record = records.started(config, records.collect_provenance("CPU"), emulated=False)
+record = records.started(config, collect_provenance("CPU"), emulated=False)
 work = Path(checkpoints_dir) / config.plan / config.run
 """
 FINISH = """
@@ -68,9 +70,10 @@ SERIES = """
 from pathlib import Path
 from fp8lab import records
 from fp8lab.config import load_run
+from fp8lab.provenance import collect_provenance
 for run in runs:
     config = load_run(plan, run, mixture)
-    record = records.started(config, records.collect_provenance("CPU"), emulated=False)
+    record = records.started(config, collect_provenance("CPU"), emulated=False)
     records.write(record, Path(records_dir))
     if config.seed == 2:
         import os
@@ -119,7 +122,7 @@ def instantly(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> object:
         (folder / f"{template}.ipynb").touch()
         config = load_run(parameters["plan"], parameters["run"])
-        record = records.started(config, records.collect_provenance("CPU"), emulated=False)
+        record = records.started(config, collect_provenance("CPU"), emulated=False)
         record.status = "finished"
         rows = pd.DataFrame({column: [1.0] for column in records.COLUMNS["metrics"]})
         records.write_table(records.write(record, on.workspace.records), "metrics", rows)
@@ -180,7 +183,7 @@ def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
     assert [records.read(folder).status for folder in folders] == ["finished", "finished"]
     provenance = records.read(folders[0]).provenance
     assert provenance.concurrent_runs == 2
-    assert provenance.command == records.command_line()
+    assert provenance.command == command_line()
     before = [(folder / "train.ipynb").stat().st_mtime_ns for folder in folders]
     unsuccessful, output = execute(plan, workspace)
     assert unsuccessful == 0
@@ -252,7 +255,7 @@ def test_a_record_tells_why_the_last_attempt_failed_not_the_one_before(tmp_path:
     plan, workspace = make_project(tmp_path, FAIL)
     config = plan.runs[0]
     plan = plan.model_copy(update={"runs": (config,)})
-    record = records.started(config, records.collect_provenance("CPU"), emulated=False)
+    record = records.started(config, collect_provenance("CPU"), emulated=False)
     record.status, record.reason = "interrupted", "SIGTERM after step 1; the same command resumes"
     records.write(record, workspace.records)
     notebook = workspace.root / "runs" / "train.ipynb"
@@ -279,7 +282,7 @@ def test_a_run_that_another_process_trains_is_left_alone(tmp_path: Path) -> None
 def running(tmp_path: Path) -> tuple[Path, Callable[..., tuple[str, str]]]:
     """A run whose record says that it is running: its folder, and what status says of it after some news."""
     plan, workspace = make_project(tmp_path, FINISH, seeds=[1])
-    record = records.started(plan.runs[0], records.collect_provenance("CPU"), emulated=False)
+    record = records.started(plan.runs[0], collect_provenance("CPU"), emulated=False)
     record.status = "running"
     records.write(record, workspace.records)
     work = workspace.work(plan.runs[0])

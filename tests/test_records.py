@@ -11,9 +11,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fp8lab import records
+from fp8lab import provenance, records
 from fp8lab.config import MODELS, OptimizerConfig, RunConfig
 from fp8lab.errors import UserError
+from fp8lab.provenance import collect_provenance
 
 CONFIG = RunConfig(
     plan="p",
@@ -30,7 +31,7 @@ CONFIG = RunConfig(
 
 
 def started() -> records.TrainRecord:
-    return records.started(CONFIG, records.collect_provenance("CPU"), emulated=False)
+    return records.started(CONFIG, collect_provenance("CPU"), emulated=False)
 
 
 def test_provenance_says_which_kernels_a_commit_has_whatever_is_said_about_them(monkeypatch, tmp_path) -> None:
@@ -39,12 +40,12 @@ def test_provenance_says_which_kernels_a_commit_has_whatever_is_said_about_them(
         shutil.copytree(Path(records.__file__).parent / "kernels", folder)
         for module, text in changes.items():
             (folder / module).write_text((folder / module).read_text() + text)
-        monkeypatch.setattr(records, "__file__", str(folder.parent / "records.py"))
-        found = records.collect_provenance("CPU").versions[records.KERNELS]
+        monkeypatch.setattr(provenance, "__file__", str(folder.parent / "provenance.py"))
+        found = collect_provenance("CPU").versions[records.KERNELS]
         monkeypatch.undo()
         return found
 
-    today = records.collect_provenance("CPU").versions[records.KERNELS]
+    today = collect_provenance("CPU").versions[records.KERNELS]
     assert version({"triton_ops.py": '\n# A comment.\n"""And a word."""\n', "benchmark.py": "TIMED = 1\n"}) == today
     assert version({"block.py": "\nANOTHER = 1\n"}) != today
 

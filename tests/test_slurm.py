@@ -14,6 +14,7 @@ import yaml
 
 from fp8lab import records
 from fp8lab.config import RunConfig, load_plan
+from fp8lab.provenance import collect_provenance
 from tests.conftest import ROOT
 
 SCRIPT = ROOT / "runs" / "slurm" / "article.sbatch"
@@ -53,7 +54,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def finish(config: RunConfig, project: Path) -> None:
-    record = records.started(config, records.collect_provenance("CPU"), emulated=False)
+    record = records.started(config, collect_provenance("CPU"), emulated=False)
     record.status = "finished"
     records.write(record, project / "runs" / "records")
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import yaml
 
-from fp8lab import cli, records, speed
+from fp8lab import cli, provenance, records, speed
 from fp8lab.config import FusedConfig, ModelConfig
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
@@ -124,7 +124,7 @@ def test_an_occasion_goes_on_with_the_cases_that_are_missing(tmp_path, monkeypat
     assert len(steps) == (4 + 1) * 2 * 2
     with pytest.raises(UserError, match="another plan"):
         measure(write_plan(tmp_path, seed=2), tmp_path)
-    monkeypatch.setattr(records, "_git_state", lambda: ("another", False))
+    monkeypatch.setattr(provenance, "_git_state", lambda: ("another", False))
     with pytest.raises(UserError, match=r"another git_commit \(.*, now another\)"):
         measure(write_plan(tmp_path), tmp_path)
 

@@ -33,6 +33,7 @@ from fp8lab.data.tokenise import TokeniseJob, tokenise_part
 from fp8lab.data.workers import WorkerPool
 from fp8lab.errors import UserError
 from fp8lab.measurement import begin_provenance, console, print_summary, run_app, summary, write_benchmark
+from fp8lab.provenance import cpu_name
 
 _DOCUMENTS_A_CALL = 1000
 
@@ -264,7 +265,7 @@ def memory_command(
 
 
 def _provenance() -> records.Provenance:
-    return begin_provenance("fp8lab.data.benchmark", records.cpu_name())
+    return begin_provenance("fp8lab.data.benchmark", cpu_name())
 
 
 if __name__ == "__main__":

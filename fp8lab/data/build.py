@@ -52,6 +52,7 @@ from fp8lab.data.sources import HubPart, JsonlPart, Part, Split, file_sha256, js
 from fp8lab.data.tokenise import PartResult, TokeniseJob, load_items, ngram_file, tokenise_part
 from fp8lab.data.workers import WorkerPool, counted
 from fp8lab.errors import UserError
+from fp8lab.provenance import collect_provenance, cpu_name, utc_now
 
 MAX_UNREADABLE = 0.001
 """Share of a domain's documents that may be unreadable before the build is refused."""
@@ -128,7 +129,7 @@ def _build(
 ) -> None:
     """`build`, by its only builder."""
     started = time.monotonic()
-    provenance = records.collect_provenance(records.cpu_name())
+    provenance = collect_provenance(cpu_name())
     with WorkerPool(processes or os.cpu_count() or 1, console) as pool:
         items = None if eval_data_dir is None or not mixture.decontaminate else _evaluation_items(eval_data_dir, work)
         parts = _gather(mixture, corpus_dir, work, pool)
@@ -399,7 +400,7 @@ def _write_record(
     for domain in domains.values():
         for split in ("train", "validation"):
             domain[split]["shards"] = len(domain[split]["shards"])
-    provenance.ended_utc = records.utc_now()
+    provenance.ended_utc = utc_now()
     provenance.data_sha256 = manifest.data_sha256
     provenance.tokenizer_sha256 = manifest.tokenizer.sha256
     decontamination = manifest.decontamination

@@ -31,6 +31,7 @@ from fp8lab import records
 from fp8lab.device import device_name, older_objects_kept, release_memory, training_device
 from fp8lab.errors import UserError
 from fp8lab.precision import fp8_tensor_cores
+from fp8lab.provenance import collect_provenance, utc_now
 from fp8lab.records import SpeedRecord
 from fp8lab.speed.batches import batch_source
 from fp8lab.speed.case import Measurement, failure
@@ -113,7 +114,7 @@ def _occasion(
         plan=plan.name,
         run=occasion,
         status="running",
-        provenance=records.collect_provenance(device_name(device)),
+        provenance=collect_provenance(device_name(device)),
         results={"tokens": source, "emulated": not fp8_tensor_cores(), "cases": {}},
         config=config,
     )
@@ -140,7 +141,7 @@ def _occasion(
 
 
 def _write(record: SpeedRecord, rows: list[dict[str, Any]], records_dir: Path) -> None:
-    record.provenance.ended_utc = records.utc_now()
+    record.provenance.ended_utc = utc_now()
     folder = records.write(record, records_dir)
     records.write_table(folder, "steps", pd.DataFrame(rows, columns=list(records.COLUMNS["steps"])))
 

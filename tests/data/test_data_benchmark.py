@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from fp8lab import records, tokenizer
 from fp8lab.data import MixtureConfig, TokenDataset, benchmark
 from fp8lab.errors import UserError
+from fp8lab.provenance import cpu_name
 
 
 @pytest.fixture
@@ -66,6 +67,6 @@ def test_the_command_writes_a_record_that_repeats_it(
     record = records.read(tmp_path / "records/benchmarks/data-tokenise")
     assert isinstance(record, records.BenchmarkRecord)
     assert record.provenance.command == "python -m fp8lab.data.benchmark " + " ".join(arguments)
-    assert record.provenance.device_name == records.cpu_name()
+    assert record.provenance.device_name == cpu_name()
     assert record.provenance.tokenizer_sha256 == mixture.tokenizer.sha256  # type: ignore[union-attr]
     assert record.results["ratio"]["rounds"]

@@ -44,13 +44,13 @@ class _FaultRecord:
     """Gathers the reports of one session and writes them at its end."""
 
     def __init__(self, records_dir: Path) -> None:
-        from fp8lab import records
         from fp8lab.device import device_name, training_device
+        from fp8lab.provenance import collect_provenance
 
         self._records_dir = records_dir
         self._faults: list[dict[str, Any]] = []
         self._failed: list[str] = []
-        self._provenance = records.collect_provenance(device_name(training_device()))
+        self._provenance = collect_provenance(device_name(training_device()))
         self._provenance.command = "make reliability"
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -66,9 +66,10 @@ class _FaultRecord:
 
     def pytest_sessionfinish(self) -> None:
         from fp8lab import records
+        from fp8lab.provenance import utc_now
         from fp8lab.results import FAULT_RUN, RELIABILITY_PLAN
 
-        self._provenance.ended_utc = records.utc_now()
+        self._provenance.ended_utc = utc_now()
         record = records.TestRecord(
             plan=RELIABILITY_PLAN,
             run=FAULT_RUN,
