@@ -1,8 +1,8 @@
 """Where a run's numbers stopped being finite: the step, and the layer.
 
 The guard (`fp8lab.guard`) skips steps that would destroy the weights and notes, on the device, which parameters'
-gradients were not finite. A run that skips step after step has diverged; what is said of it here is read once, when
-it stops, so that nothing of it costs a step anything.
+gradients were not finite. A run that skips step after step has diverged. What is said here is read when the record is
+written and when steps are skipped, and never in a step.
 """
 
 from __future__ import annotations

@@ -22,10 +22,13 @@ from rich.console import Console
 from fp8lab import records
 from fp8lab.config import Plan, RunConfig, changed_fields, earlier_config, read_run_config
 from fp8lab.errors import UserError
-from fp8lab.gpus import shares, visible_gpus
+from fp8lab.gpus import Share, shares, visible_gpus
 from fp8lab.progress import is_locked
-from fp8lab.stage import ALONE, POLL_SECONDS, Stage, open_stage
+from fp8lab.stage import POLL_SECONDS, Stage, open_stage
 from fp8lab.workspace import Workspace, finished_record
+
+ALONE = (Share((), 1),)
+"""One notebook at a time, on whatever GPUs this process sees."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The record of a run in progress: what the session has measured so far, as the run's folder of records holds it.
 
-It is brought up to date at every checkpoint and at the end, whichever end that is. The tables are written before
-``record.json``, so that one which says 'finished' says that all is there.
+It is written when the run starts, at every checkpoint and at the end, whichever end that is. The tables are written
+before ``record.json``, so that one which says 'finished' says that all is there.
 """
 
 from __future__ import annotations

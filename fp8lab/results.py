@@ -10,7 +10,7 @@ seeds were trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -312,13 +312,11 @@ def training_command(records_dir: Path) -> str:
 
 
 def plan_runs(records_dir: Path, plan: str) -> RunSet:
-    """Every training run of one plan, and the decay branches apart from them."""
+    """Every training run of one plan, and the decay branches apart from them; none that is outdated."""
+    read = _read_runs(records_dir, plan)
+    outdated = _outdated(read)
     found = sorted(
-        (
-            Run(folder, record)
-            for folder, record in records.read_plan(records_dir, plan)
-            if isinstance(record, TrainRecord)
-        ),
+        (run for run in read if run not in outdated),
         key=lambda run: (run.parameters, RECIPES.index(run.recipe), run.record.seed, run.record.tokens),
     )
     runs = [run for run in found if run.record.parent is None]
@@ -330,6 +328,33 @@ def plan_runs(records_dir: Path, plan: str) -> RunSet:
         branches=tuple(run for run in branches if run.record.status == "finished"),
         unfinished_branches=tuple(run for run in branches if run.record.status != "finished"),
     )
+
+
+def outdated_runs(records_dir: Path) -> list[str]:
+    """Runs that the article leaves out, ``<plan>/<run>``, since later ones of their plan have another tokenizer."""
+    plans = sorted({path.parts[-3] for path in records_dir.glob("*/*/record.json")})
+    return [f"{plan}/{run.record.run}" for plan in plans for run in _outdated(_read_runs(records_dir, plan))]
+
+
+def _read_runs(records_dir: Path, plan: str) -> list[Run]:
+    return [
+        Run(folder, record)
+        for folder, record in records.read_plan(records_dir, plan)
+        if isinstance(record, TrainRecord)
+    ]
+
+
+def _outdated(runs: Sequence[Run]) -> list[Run]:
+    """Those whose tokenizer is not that of their mixture's latest run: their nats a token do not compare."""
+    latest: dict[str, str] = {}
+    for run in sorted(runs, key=lambda run: run.record.provenance.started_utc):
+        if run.record.provenance.tokenizer_sha256 is not None:
+            latest[run.record.config["mixture"]] = run.record.provenance.tokenizer_sha256
+    return [
+        run
+        for run in runs
+        if run.record.provenance.tokenizer_sha256 not in (None, latest.get(run.record.config["mixture"]))
+    ]
 
 
 def scored_runs(records_dir: Path, plans: Iterable[str] = (*MEASURED_PLANS, DEMO_PLAN)) -> RunSet:

@@ -4,7 +4,7 @@ One step: for each micro-batch, forward under BF16 autocast and backward into FP
 global norm; the guard's verdict; then fused AdamW on the FP32 master weights, which clips and skips on
 the device. The host only queues work: it reads losses later, in bunches.
 
-A session knows nothing of records, signals or progress: `fp8lab.trainer` drives it.
+A session knows nothing of records, signals or progress: `fp8lab.trainer` drives it, `fp8lab.recorder` reads it.
 """
 
 from __future__ import annotations

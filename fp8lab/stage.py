@@ -34,8 +34,6 @@ from fp8lab.workspace import Workspace
 POLL_SECONDS = 0.25
 LINE_SECONDS = 15.0
 """Between progress lines where the output is not a terminal."""
-ALONE = (Share((), 1),)
-"""One notebook at a time, on whatever GPUs this process sees."""
 
 
 class Interrupted(Exception):

@@ -31,12 +31,11 @@ def validation_losses(
     """Losses of a plain `model` on each domain's validation text; all ranks ask together, and have the same.
 
     Args:
-        model: on its device, and left eager: `compiled` is a twin's over the same weights, since probes and samples
-            need `model` as it is.
+        model: on its device; left eager, since probes and samples need it so.
         dataset: whose validation windows.
         config: the run's: context, micro-batch and number of tokens.
         world: the ranks, which share the windows.
-        compiled: whether to compile, as training does.
+        compiled: compile a twin over the same weights, as training is.
     """
     device = model.embedding.weight.device
     if compiled:

@@ -12,7 +12,7 @@ from fp8lab.config import RunConfig
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where a project keeps its inputs and results; the defaults are relative to its root."""
+    """The folders; the defaults are relative to the project's root."""
 
     root: Path = Path()
     records: Path = Path("runs/records")

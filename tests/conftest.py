@@ -1,6 +1,6 @@
 """What several test modules share: the demo's runs, trained once a session.
 
-pytest reads this before its workers start, so what imports torch is imported where it is used.
+pytest reads this before its workers start, so what imports more than torch is imported where it is used.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ def _train_demo(demo: DemoRuns, root: Path, server: ForkServerContext) -> None:
     build(load_mixture("demo"), demo.data_dir)
     waiting = list(demo.plan.runs)
     running: dict[int, tuple[ForkServerProcess, Path]] = {}
+    failures: list[str] = []
     while waiting or running:
         while waiting and len(running) < (os.cpu_count() or 1):
             config = waiting.pop(0)
@@ -106,7 +107,9 @@ def _train_demo(demo: DemoRuns, root: Path, server: ForkServerContext) -> None:
         for sentinel in wait(list(running)):
             process, errors = running.pop(sentinel)  # type: ignore[arg-type]
             process.join()
-            assert process.exitcode == 0, errors.read_text()
+            if process.exitcode:
+                failures.append(errors.read_text())
+    assert not failures, "\n".join(failures)
 
 
 def pytest_collection_finish() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
-from multiprocessing.context import ForkServerContext
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,23 @@ def run(main: Callable[[list[str]], int], arguments: list[str], errors: Path) ->
     """`main` as a fork, its exit code the process's and its standard error in a file."""
     errors_to(errors)
     sys.exit(main(arguments))
+
+
+def wait_for(processes: Sequence[ForkServerProcess], seconds: float) -> str | None:
+    """Wait until all have ended well. Otherwise what went wrong, as soon as it does; none of them then goes on."""
+    running = {process.sentinel: number for number, process in enumerate(processes)}
+    deadline = time.monotonic() + seconds
+    try:
+        while running:
+            ended = wait(list(running), max(0.0, deadline - time.monotonic()))
+            if not ended:
+                return f"processes {sorted(running.values())} still ran after {seconds:.0f} s"
+            for sentinel in ended:
+                number = running.pop(sentinel)  # type: ignore[call-overload]
+                processes[number].join()
+                if processes[number].exitcode:
+                    return f"process {number} ended with exit code {processes[number].exitcode}"
+        return None
+    finally:
+        for process in processes:
+            process.kill()

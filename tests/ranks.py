@@ -70,12 +70,12 @@ def forked(rank: int, ranks: int, store: Path, configs: Path, root: Path) -> Non
     casts, number = count_weight_casts(), {}
     for values in json.loads(configs.read_text()):
         config = RunConfig(**values)
-        if (config.run, int(os.environ["RANK"])) == (POISONED_RUN, POISONED_RANK):
+        if (config.run, rank) == (POISONED_RUN, POISONED_RANK):
             poison_one_rank()
-        if (config.run, os.environ["RANK"]) == (CROWDED_RUN, "0"):
+        if (config.run, rank) == (CROWDED_RUN, 0):
             crowd_the_leader()
         casts.clear()
         trainer.train(config, **folders)
         number[config.run] = len(casts)
-    (root / f"casts-{os.environ['RANK']}.json").write_text(json.dumps(number))
+    (root / f"casts-{rank}.json").write_text(json.dumps(number))
     distributed.part()

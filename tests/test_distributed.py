@@ -27,7 +27,7 @@ from fp8lab.config import RunConfig
 from fp8lab.errors import UserError
 from fp8lab.progress import read_progress
 from fp8lab.trainer import Interrupted
-from tests import rule_data
+from tests import forks, rule_data
 from tests.checkpoints import load_latest
 from tests.conftest import ROOT
 from tests.faults import worker
@@ -47,13 +47,8 @@ def train_on(ranks: int, root: Path, configs: list[RunConfig], server: ForkServe
     processes = [server.Process(target=forked, args=(rank, *arguments)) for rank in range(ranks)]
     for process in processes:
         process.start()
-    try:
-        for rank, process in enumerate(processes):
-            process.join(PATIENCE_SECONDS)
-            assert process.exitcode == 0, (root / f"errors-{rank}.txt").read_text()
-    finally:
-        for process in processes:
-            process.kill()
+    failure = forks.wait_for(processes, PATIENCE_SECONDS)
+    assert failure is None, "\n".join([failure, *(path.read_text() for path in sorted(root.glob("errors-*.txt")))])
 
 
 def train(root: Path, config: RunConfig) -> None:
@@ -163,8 +158,9 @@ def test_two_ranks_compute_what_one_process_computes(alone, two, run, sharding, 
 
 
 def test_torchrun_trains_the_same_run(two, tmp_path) -> None:
+    config = next(config for config in SHARDED if config.run == "fused-fsdp")
     path = tmp_path / "config.json"
-    path.write_text(run_of("bf16").model_dump_json())
+    path.write_text(config.model_dump_json())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "tests.faults.worker", str(path)]
     for name in ("records_dir", "data_dir", "checkpoints_dir"):
@@ -174,9 +170,9 @@ def test_torchrun_trains_the_same_run(two, tmp_path) -> None:
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
     )
     assert done.returncode == 0, done.stderr
-    assert "test/bf16: validation loss" in done.stdout
-    assert record(tmp_path, "bf16").provenance.device_count == 2
-    assert curve(tmp_path, "bf16")["loss"].tolist() == curve(two, "bf16")["loss"].tolist()
+    assert f"test/{config.run}: validation loss" in done.stdout
+    assert record(tmp_path, config.run).provenance.device_count == 2
+    assert curve(tmp_path, config.run)["loss"].tolist() == curve(two, config.run)["loss"].tolist()
 
 
 def test_a_sharded_run_measures_its_health_and_keeps_whole_weights(alone, two) -> None:

@@ -379,7 +379,8 @@ def test_a_signal_stops_the_worker_at_a_checkpoint_and_starts_no_other(tmp_path:
     plan, workspace = make_project(tmp_path, STOP_ON_SIGNAL)
     script = (
         "import sys; from pathlib import Path; from rich.console import Console\n"
-        "from fp8lab.config import load_plan; from fp8lab.plans import *; from fp8lab.stage import Interrupted\n"
+        "from fp8lab.config import load_plan; from fp8lab.plans import Options, run_plan\n"
+        "from fp8lab.stage import Interrupted; from fp8lab.workspace import Workspace\n"
         f"root = Path({str(tmp_path)!r})\n"
         "workspace = Workspace(root, root / 'records', root / 'data', root / 'checkpoints')\n"
         "try: run_plan(load_plan(root / 'runs/plans/p.yaml'), workspace, Options(), Console())\n"

@@ -17,6 +17,7 @@ from fp8lab.results import (
     bytes_per_token,
     data_record,
     has_ladder,
+    outdated_runs,
     plan_runs,
     seed_deviation,
     speed_runs,
@@ -53,6 +54,20 @@ def test_what_a_chapter_lacks_beside_runs_of_a_gpu_is_never_filled_with_the_demo
         write_run(tmp_path, "pilot-h200", SIZES[0], recipe, device_name="NVIDIA H200")
     assert not training_runs(tmp_path, suits=lambda runs: len(runs.sizes) > 2)
     assert training_command(tmp_path) == LADDER_COMMAND
+
+
+def test_runs_from_before_a_plan_got_another_tokenizer_are_left_out_and_named(tmp_path: Path) -> None:
+    write_demo_records(tmp_path)
+    assert outdated_runs(tmp_path) == []
+    names = {run.record.run for run in plan_runs(tmp_path, "demo").runs}
+    older = tmp_path / "demo" / "0.2M-bf16-s1"
+    shutil.copytree(tmp_path / "demo" / min(names), older)
+    record = json.loads((older / "record.json").read_text())
+    record["run"] = older.name
+    record["provenance"] |= {"tokenizer_sha256": "0" * 64, "started_utc": "2020-01-01T00:00:00+00:00"}
+    (older / "record.json").write_text(json.dumps(record))
+    assert outdated_runs(tmp_path) == ["demo/0.2M-bf16-s1"]
+    assert {run.record.run for run in plan_runs(tmp_path, "demo").runs} == names
 
 
 def test_a_plan_with_one_precision_is_no_comparison(tmp_path: Path) -> None:

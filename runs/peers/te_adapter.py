@@ -78,9 +78,9 @@ def _share_cudnn() -> None:
     if found is None or not found.submodule_search_locations:
         return
     home = Path(next(iter(found.submodule_search_locations)))
-    os.environ["CUDNN_HOME"] = str(home)
     for library in sorted((home / "lib").glob("libcudnn*.so.*")):
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    os.environ["CUDNN_HOME"] = str(home)
 
 
 def _inside(engine: Any, recipe: Any, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

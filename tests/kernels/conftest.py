@@ -78,7 +78,7 @@ def _inline_assembly(_builder: Any, line: str, _constraints: str, values: Sequen
 
 @pytest.fixture(autouse=True)
 def _exact_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mend three faults of Triton 3.6's interpreter, and teach it the assembly that the kernels use.
+    """Mend three faults of Triton's interpreter (3.6 to 3.9), and teach it the assembly that the kernels use.
 
     Rounding up to the next power of two does not carry into the exponent (31.5 becomes 16 in E4M3); loop bounds given
     as arguments are read in a way that NumPy 2.4 refuses; and every call of a function within a kernel wraps the
