@@ -7,7 +7,9 @@ import hashlib
 import io
 import itertools
 import os
+import re
 import shlex
+import string
 import subprocess
 import sys
 import tokenize
@@ -50,9 +52,25 @@ def _code(source: bytes) -> str:
         begins = before in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
         is_docstring = token.type == tokenize.STRING and begins and after.type == tokenize.NEWLINE
         if token.type != tokenize.NEWLINE and not is_docstring:
-            kept.append(token.string)
+            kept += _parts(token)
         before = token.type
     return " ".join(kept)
+
+
+def _parts(token: tokenize.TokenInfo) -> list[str]:
+    """The token; of an f-string the tokens that it is from Python 3.12 on, so that every Python finds the same hash."""
+    if token.type != tokenize.STRING or token.string[0] not in "fF":
+        return [token.string]
+    quotes = re.match(r"[fF](\"\"\"|'''|\"|')", token.string)
+    assert quotes is not None, f"{token.string}: another prefix beside f is not taken apart"
+    text = token.string[quotes.end() : -len(quotes[1])]
+    parts = [quotes[0]]
+    for literal, field, form, conversion in string.Formatter().parse(text):
+        parts += [literal] if literal else []
+        if field is not None:
+            parts += ["{", *_code(field.encode()).split(" "), *(["!", conversion] if conversion else [])]
+            parts += [*([":", form] if form else []), "}"]
+    return [*parts, quotes[1]]
 
 
 def collect_provenance(device_name: str, device_count: int = 1, host_count: int = 1) -> Provenance:

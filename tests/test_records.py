@@ -50,6 +50,16 @@ def test_provenance_says_which_kernels_a_commit_has_whatever_is_said_about_them(
     assert version({"block.py": "\nANOTHER = 1\n"}) != today
 
 
+def test_kernels_of_one_version_have_one_name_whatever_python_reads_them() -> None:
+    # What Python 3.12 and later make of an f-string, which 3.11 takes for one token.
+    source = b'def f(x):\n    """Doc."""\n    raise Error(f"{x + 1} rows: {y!r}, {z:.2f}")  # why\n'
+    assert provenance._code(source).split() == [
+        *("def", "f", "(", "x", ")", ":"),
+        *("raise", "Error", "(", 'f"', "{", "x", "+", "1", "}", "rows:", "{", "y", "!", "r", "}", ","),
+        *("{", "z", ":", ".2f", "}", '"', ")"),
+    ]
+
+
 def metrics(rows: int = 3) -> pd.DataFrame:
     return pd.DataFrame({column: range(rows) for column in records.COLUMNS["metrics"]})
 
