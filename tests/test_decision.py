@@ -20,7 +20,7 @@ from fp8lab.claims import CLAIMED_TRAININGS
 from fp8lab.config import MODELS, ModelConfig
 from fp8lab.frontpage.loss import loss_costs, most_seeds
 from fp8lab.frontpage.payoff import where
-from fp8lab.results import speed_runs
+from fp8lab.results import RunSet, speed_runs
 from fp8lab.rounds import side
 from fp8lab.timings import with_verdicts
 from fp8lab.units import listing
@@ -432,6 +432,17 @@ def test_the_interactive_chart_holds_every_point_of_the_picture(tmp_path: Path) 
     marks = [sum(line.get_marker() not in ("None", None, "") for line in axes.lines) for axes in drawn.axes]
     spec = switch.switch_chart_spec(points, toy=False, label="switch")
     assert [len(panel["points"]) for panel in spec["panels"]] == marks == [3 * 4, 3 * 3 * 2]
+
+
+def test_the_device_with_most_settings_is_drawn_first(tmp_path: Path) -> None:
+    write_speed_records(tmp_path)
+    timings = frontpage.Evidence.read(tmp_path).timings
+    other = timings[timings["model"] == "1.5B"].assign(device="Another GPU")
+    points = switch.chart_points(pd.concat([other, timings]), RunSet("demo", ()))
+    assert [panel.split(":")[0] for panel in points["panel"].unique()] == [
+        "Whole models on NVIDIA H200",
+        "Whole models on Another GPU",
+    ]
 
 
 def test_data_of_a_chart_can_end_neither_its_script_nor_the_raw_block() -> None:

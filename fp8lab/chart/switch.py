@@ -26,15 +26,22 @@ def chart_points(table: pd.DataFrame, runs: RunSet) -> pd.DataFrame:
         runs: the runs shown, maybe none.
 
     Returns:
-        A row a point. Columns: panel (its title: whole models, and the speed map's blocks, of each device; then the
-        losses), axes (key of `CHART_AXES`), series (recipe), hollow (head in FP8), x, tick (what x is called), y, low,
-        high (95%, NaN without an interval), title, facts (dict of what a reader sees of the record).
+        A row a point. Columns: panel (its title: whole models, and the speed map's blocks, of each device, the one
+        with most settings first; then the losses), axes (key of `CHART_AXES`), series (recipe), hollow (head in FP8),
+        x, tick (what x is called), y, low, high (95%, NaN without an interval), title, facts (dict of what a reader
+        sees of the record).
     """
     points = []
     if len(table):
         shown = fp8_only(table)
-        points += [_speed_point(row) for _, row in shown[shown["kind"] == "model"].iterrows()]
-        points += [_speed_point(row) for _, row in shown[shown["kind"] == "blocks"].iterrows()]
+        for kind in ("model", "blocks"):
+            own = shown[shown["kind"] == kind]
+            order = (
+                own.groupby("device", sort=False)["setting"]
+                .transform("nunique")
+                .sort_values(ascending=False, kind="stable")
+            )
+            points += [_speed_point(row) for _, row in own.loc[order.index].iterrows()]
     if runs:
         baselines = {
             size: sum(losses) / len(losses)
