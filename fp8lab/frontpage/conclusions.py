@@ -49,13 +49,11 @@ def _map_conclusion(evidence: Evidence) -> str:
     if not evidence.map_payoffs:
         return ""
     said = f"**Speed map**, blocks of four layers. {_by_place(evidence.map_payoffs)} (@fig-switch)."
-    cells = evidence.map_cells.dropna(subset=["measured"])
-    for device in unique(cells["device"]):
-        own = cells[cells["device"] == device]
-        waiting = own[own["busy"] < BUSY]
+    for device, cells in evidence.measured_cells:
+        waiting = cells[cells["busy"] < BUSY]
         if len(waiting):
             said += (
-                f" In {len(waiting)} of {len(own)} cells on {device} the GPU waited for the host: "
+                f" In {len(waiting)} of {len(cells)} cells on {device} the GPU waited for the host: "
                 f"{widths_by_tokens(waiting)} (@fig-break-even-{device.lower()})."
             )
     return said

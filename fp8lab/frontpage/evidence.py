@@ -92,6 +92,12 @@ class Evidence:
         """Where speed was measured."""
         return listing(unique(self.timings["device"]))
 
+    @property
+    def measured_cells(self) -> list[tuple[str, pd.DataFrame]]:
+        """The speed map's measured cells, device by device."""
+        cells = self.map_cells.dropna(subset=["measured"])
+        return [(device, cells[cells["device"] == device]) for device in unique(cells["device"])]
+
     def with_head(self, head: str, device: str | None = None) -> list[Payoff]:
         """Payoffs of whole models, of one device or all."""
         return [payoff for payoff in self.payoffs if payoff.head == head and device in (None, payoff.device)]

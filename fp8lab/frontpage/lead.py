@@ -48,9 +48,8 @@ def _answer(evidence: Evidence) -> str:
 def _short_steps(evidence: Evidence) -> list[str]:
     """A sentence a device whose map has cells where ours is slower: whole models were timed with long steps alone."""
     said = []
-    cells = evidence.map_cells[evidence.map_cells["recipe"] == OURS].dropna(subset=["measured"])
-    for device in unique(cells["device"]):
-        own = cells[cells["device"] == device]
+    for device, cells in evidence.measured_cells:
+        own = cells[cells["recipe"] == OURS]
         slower = own[own["high"] < 1]
         if len(slower):
             waits = ", while the GPU waits for the host" if (slower["busy"] < BUSY).all() else ""
