@@ -389,10 +389,11 @@ def frontier(compute: ArrayLike, loss: ArrayLike) -> NDArray[np.intp]:
     hull: list[int] = []
     # Sorted before the logarithm, which makes neighbouring numbers equal.
     for point in np.lexsort((loss, compute)):
+        if hull and loss[point] >= loss[hull[-1]]:
+            continue
         while len(hull) > 1 and _turns_down(x, y, hull[-2], hull[-1], point):
             hull.pop()
-        if not hull or loss[point] < loss[hull[-1]]:
-            hull.append(int(point))
+        hull.append(int(point))
     return np.array(hull, dtype=np.intp)
 
 

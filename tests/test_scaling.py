@@ -205,8 +205,13 @@ def test_largest_size_is_predicted_from_the_smaller_ones() -> None:
     assert held_out.error == pytest.approx(1 / 1.02 - 1, abs=1e-6)
 
 
-@given(st.lists(st.tuples(st.floats(1e15, 1e18), st.floats(2, 6)), min_size=1, max_size=30, unique_by=lambda p: p[0]))
+# Budgets that are apart in their logarithms; the examples are those whose logarithms are equal.
+BUDGETS = st.tuples(st.floats(1e15, 1e18), st.floats(2, 6))
+
+
+@given(st.lists(BUDGETS, min_size=1, max_size=30, unique_by=lambda run: np.log(run[0])))
 @example([(1e15 + 1, 2.0), (1e15, 2.0)])
+@example([(1e15, 3.0), (1e15 + 1, 3.0), (1e15 + 0.5, 2.0)])
 def test_no_run_lies_below_the_frontier(runs: list[tuple[float, float]]) -> None:
     compute, loss = (np.array(values) for values in zip(*runs, strict=True))
     hull = frontier(compute, loss)
