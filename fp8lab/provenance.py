@@ -58,19 +58,19 @@ def _code(source: bytes) -> str:
 
 
 def _parts(token: tokenize.TokenInfo) -> list[str]:
-    """The token; of an f-string the tokens that it is from Python 3.12 on, so that every Python finds the same hash."""
-    if token.type != tokenize.STRING or token.string[0] not in "fF":
+    """The token; of an f-string the tokens that it is from Python 3.12 on, so that every Python finds the same hash.
+
+    Only of one whose fields are names, as those of the kernels are.
+    """
+    found = re.fullmatch(r"([fF](\"\"\"|'''|\"|'))(.*)\2", token.string, re.DOTALL)
+    if token.type != tokenize.STRING or found is None:
         return [token.string]
-    quotes = re.match(r"[fF](\"\"\"|'''|\"|')", token.string)
-    assert quotes is not None, f"{token.string}: another prefix beside f is not taken apart"
-    text = token.string[quotes.end() : -len(quotes[1])]
-    parts = [quotes[0]]
-    for literal, field, form, conversion in string.Formatter().parse(text):
+    begin, end, text = found.groups()
+    parts = [begin]
+    for literal, field, _, _ in string.Formatter().parse(text):
         parts += [literal] if literal else []
-        if field is not None:
-            parts += ["{", *_code(field.encode()).split(" "), *(["!", conversion] if conversion else [])]
-            parts += [*([":", form] if form else []), "}"]
-    return [*parts, quotes[1]]
+        parts += ["{", field, "}"] if field is not None else []
+    return [*parts, end]
 
 
 def collect_provenance(device_name: str, device_count: int = 1, host_count: int = 1) -> Provenance:
@@ -119,12 +119,13 @@ def utc_now() -> str:
 
 def _git_state() -> tuple[str, bool]:
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        # This code's repository, whatever folder it is used from.
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         # Records themselves change while runs go on: they do not make the code dirty.
-        return git("rev-parse", "HEAD"), bool(
-            git("status", "--porcelain", "--untracked-files=no", "--", ":!runs/records")
-        )
+        code = (":(top)", ":(top,exclude)runs/records")
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no", "--", *code))
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("FP8LAB_COMMIT", "unknown"), False

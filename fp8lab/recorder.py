@@ -46,7 +46,6 @@ class Recorder:
         provenance = collect_provenance(device_name(session.device), world.size, world.hosts)
         provenance.data_sha256 = session.dataset.sha256
         provenance.tokenizer_sha256 = session.dataset.tokenizer_sha256
-        session.started_utc = session.started_utc or provenance.started_utc
         provenance.started_utc = session.started_utc
         self.record: TrainRecord = records.started(session.config, provenance, emulated=session.emulated)
         self.record.conversion = session.conversion

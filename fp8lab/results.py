@@ -67,6 +67,16 @@ class Run:
         return self.record.recipe
 
     @property
+    def mixture(self) -> str:
+        """Name of its mixture, whose file a configuration may give instead."""
+        return Path(self.record.config["mixture"]).stem
+
+    @property
+    def tokenizer(self) -> str | None:
+        """SHA-256 of its mixture's tokenizer; None where nothing was trained, or so long ago that no record says it."""
+        return self.record.provenance.tokenizer_sha256
+
+    @property
     def parameters(self) -> int:
         """N, the tied embedding counted once."""
         return self.record.parameters.total
@@ -331,7 +341,7 @@ def plan_runs(records_dir: Path, plan: str) -> RunSet:
 
 
 def outdated_runs(records_dir: Path) -> list[str]:
-    """Runs that the article leaves out, ``<plan>/<run>``, since later ones of their plan have another tokenizer."""
+    """Runs that no set of runs holds, ``<plan>/<run>``: later ones of their plan and mixture have another tokenizer."""
     plans = sorted({path.parts[-3] for path in records_dir.glob("*/*/record.json")})
     return [f"{plan}/{run.record.run}" for plan in plans for run in _outdated(_read_runs(records_dir, plan))]
 
@@ -345,16 +355,12 @@ def _read_runs(records_dir: Path, plan: str) -> list[Run]:
 
 
 def _outdated(runs: Sequence[Run]) -> list[Run]:
-    """Those whose tokenizer is not that of their mixture's latest run: their nats a token do not compare."""
+    """Those whose tokenizer is not that of their mixture's latest finished run: their nats a token do not compare."""
     latest: dict[str, str] = {}
     for run in sorted(runs, key=lambda run: run.record.provenance.started_utc):
-        if run.record.provenance.tokenizer_sha256 is not None:
-            latest[run.record.config["mixture"]] = run.record.provenance.tokenizer_sha256
-    return [
-        run
-        for run in runs
-        if run.record.provenance.tokenizer_sha256 not in (None, latest.get(run.record.config["mixture"]))
-    ]
+        if run.record.status == "finished" and run.tokenizer is not None:
+            latest[run.mixture] = run.tokenizer
+    return [run for run in runs if run.tokenizer not in (None, latest.get(run.mixture, run.tokenizer))]
 
 
 def scored_runs(records_dir: Path, plans: Iterable[str] = (*MEASURED_PLANS, DEMO_PLAN)) -> RunSet:

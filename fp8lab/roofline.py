@@ -51,7 +51,7 @@ DEVICES = (H200, H100)
 SOURCE = "speed-h200/2026-11-24-a"
 """The record, among the speed records, that the H200's constants are held against."""
 COPY_SHARE = 0.9
-"""Of the data sheet's bandwidth that a copy reaches: 4.25 of 4.8 TB/s on an H200, by
+"""Of the data sheet's bandwidth that a copy reaches, rounded: 4.25 of 4.8 TB/s on an H200, by
 ``runs/records/benchmarks/kernels-NVIDIA-H200``; 3.0 of 3.35 on an H100, measured without a record."""
 COMPILED_SHARE = 0.55
 """Of a copy's bandwidth that compiled elementwise kernels reach: fitted to BF16's step at 1.5B in `SOURCE`."""

@@ -4,7 +4,8 @@ One step: for each micro-batch, forward under BF16 autocast and backward into FP
 global norm; the guard's verdict; then fused AdamW on the FP32 master weights, which clips and skips on
 the device. The host only queues work: it reads losses later, in bunches.
 
-A session knows nothing of records, signals or progress: `fp8lab.trainer` drives it, `fp8lab.recorder` reads it.
+A session writes no record and knows nothing of signals and progress: `fp8lab.trainer` drives it, `fp8lab.recorder`
+reads it.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from fp8lab.loss import training_loss
 from fp8lab.metrics import Arrivals, MetricsLog, Stopwatch
 from fp8lab.model import GPT
 from fp8lab.precision import check_kernels, convert, fp8_tensor_cores, uses_fp8
+from fp8lab.provenance import utc_now
 from fp8lab.records import DomainLoss
 from fp8lab.schedule import decay_start, learning_rate_fraction, warmup_steps
 from fp8lab.spikes import SpikeCount
@@ -143,7 +145,7 @@ class Session:
         self.earlier_seconds = 0.0
         self._earlier_starts: list[int] = []
         self._earlier_peak_memory_bytes = 0
-        self.started_utc: str | None = None
+        self.started_utc = utc_now()
         self.began = time.perf_counter()
         self.is_compiled = False
         if config.compile:

@@ -35,7 +35,7 @@ def validation_losses(
         dataset: whose validation windows.
         config: the run's: context, micro-batch and number of tokens.
         world: the ranks, which share the windows.
-        compiled: compile a twin over the same weights, as training is.
+        compiled: run a compiled twin over the same weights.
     """
     device = model.embedding.weight.device
     if compiled:

@@ -93,8 +93,8 @@ def _train_demo(demo: DemoRuns, root: Path, server: ForkServerContext) -> None:
     waiting = list(demo.plan.runs)
     running: dict[int, tuple[ForkServerProcess, Path]] = {}
     failures: list[str] = []
-    while waiting or running:
-        while waiting and len(running) < (os.cpu_count() or 1):
+    while (waiting and not failures) or running:
+        while waiting and not failures and len(running) < (os.cpu_count() or 1):
             config = waiting.pop(0)
             path, errors = root / f"{config.run}.json", root / f"{config.run}.txt"
             path.write_text(config.model_dump_json())
@@ -108,7 +108,7 @@ def _train_demo(demo: DemoRuns, root: Path, server: ForkServerContext) -> None:
             process, errors = running.pop(sentinel)  # type: ignore[arg-type]
             process.join()
             if process.exitcode:
-                failures.append(errors.read_text())
+                failures.append(f"{errors.stem}: exit code {process.exitcode}\n{errors.read_text()}")
     assert not failures, "\n".join(failures)
 
 

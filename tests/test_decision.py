@@ -438,7 +438,9 @@ def test_the_device_with_most_settings_is_drawn_first(tmp_path: Path) -> None:
     write_speed_records(tmp_path)
     timings = frontpage.Evidence.read(tmp_path).timings
     other = timings[timings["model"] == "1.5B"].assign(device="Another GPU")
-    points = switch.chart_points(pd.concat([other, timings]), RunSet("demo", ()))
+    both = pd.concat([other, timings])
+    points = switch.chart_points(both, RunSet("demo", ()))
+    assert len(points) == (both["recipe"] != "bf16").sum()
     assert [panel.split(":")[0] for panel in points["panel"].unique()] == [
         "Whole models on NVIDIA H200",
         "Whole models on Another GPU",

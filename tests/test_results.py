@@ -64,10 +64,17 @@ def test_runs_from_before_a_plan_got_another_tokenizer_are_left_out_and_named(tm
     shutil.copytree(tmp_path / "demo" / min(names), older)
     record = json.loads((older / "record.json").read_text())
     record["run"] = older.name
+    record["config"]["mixture"] = f"runs/mixtures/{record['config']['mixture']}.yaml"
     record["provenance"] |= {"tokenizer_sha256": "0" * 64, "started_utc": "2020-01-01T00:00:00+00:00"}
     (older / "record.json").write_text(json.dumps(record))
     assert outdated_runs(tmp_path) == ["demo/0.2M-bf16-s1"]
     assert {run.record.run for run in plan_runs(tmp_path, "demo").runs} == names
+    # A later run that has not finished makes none of the others outdated.
+    record["provenance"]["started_utc"] = "2030-01-01T00:00:00+00:00"
+    for status in ("running", "failed"):
+        (older / "record.json").write_text(json.dumps(record | {"status": status}))
+        assert outdated_runs(tmp_path) == ["demo/0.2M-bf16-s1"]
+        assert {run.record.run for run in plan_runs(tmp_path, "demo").runs} == names
 
 
 def test_a_plan_with_one_precision_is_no_comparison(tmp_path: Path) -> None:

@@ -36,12 +36,8 @@ def chart_points(table: pd.DataFrame, runs: RunSet) -> pd.DataFrame:
         shown = fp8_only(table)
         for kind in ("model", "blocks"):
             own = shown[shown["kind"] == kind]
-            order = (
-                own.groupby("device", sort=False)["setting"]
-                .transform("nunique")
-                .sort_values(ascending=False, kind="stable")
-            )
-            points += [_speed_point(row) for _, row in own.loc[order.index].iterrows()]
+            settings = own.groupby("device")["setting"].transform("nunique").to_numpy()
+            points += [_speed_point(own.iloc[index]) for index in (-settings).argsort(kind="stable")]
     if runs:
         baselines = {
             size: sum(losses) / len(losses)

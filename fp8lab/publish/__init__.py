@@ -20,7 +20,6 @@ from fp8lab.errors import UserError
 from fp8lab.publish.book import Book, read_book
 from fp8lab.publish.execution import execute_stale_chapters
 from fp8lab.records import make_writable
-from fp8lab.results import outdated_runs
 
 __all__ = ["Book", "execute_stale_chapters", "find_quarto", "publish", "read_book"]
 
@@ -44,8 +43,6 @@ def publish(root: Path, records_dir: Path, site_dir: Path) -> Path:
     book = read_book(root)
     make_writable(site_dir)
     execute_stale_chapters(root, records_dir)
-    for run in outdated_runs(records_dir):
-        print(f"article: {run} is left out: later runs of its plan have another tokenizer", flush=True)
     quarto = find_quarto()
     if quarto is not None:
         print(f"article: rendering {len(book.chapters)} chapters with Quarto", flush=True)

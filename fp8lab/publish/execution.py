@@ -20,6 +20,7 @@ from fp8lab.errors import UserError
 from fp8lab.publish.book import Chapter, read_book
 from fp8lab.publish.dependencies import PACKAGE, package_files
 from fp8lab.records import write_atomically
+from fp8lab.results import outdated_runs
 
 WORKERS = 2
 
@@ -54,6 +55,7 @@ def execute_stale_chapters(root: Path, records_dir: Path) -> list[str]:
     ]
     if not stale:
         print(f"article: all {len(book.chapters)} chapters are up to date", flush=True)
+        _name_outdated(records_dir)
         return []
     print(f"article: executing {len(stale)} of {len(book.chapters)} chapters", flush=True)
     failures: dict[str, list[str]] = {}
@@ -71,7 +73,18 @@ def execute_stale_chapters(root: Path, records_dir: Path) -> list[str]:
         # One damaged record stops every chapter that reads it: that is one thing to mend.
         said = "; ".join(f"{', '.join(names)}: {failure}" for failure, names in failures.items())
         raise UserError(f"{said} (tracebacks in {book.chapters[0].executed.parent})")
+    _name_outdated(records_dir)
     return [chapter.name for chapter in stale]
+
+
+def _name_outdated(records_dir: Path) -> None:
+    """Say which runs no chapter shows, and what to do about it."""
+    for run in outdated_runs(records_dir):
+        print(
+            f"article: {run} is left out, since later runs of its plan have another tokenizer; "
+            f"remove {records_dir / run} to train it again",
+            flush=True,
+        )
 
 
 def _execute(chapters: list[Chapter], root: Path, records_dir: Path) -> Iterable[tuple[Chapter, float, str | None]]:
