@@ -32,7 +32,8 @@ from fp8lab.errors import UserError
 from fp8lab.failures import PeerFailed
 from fp8lab.progress import Progress, ProgressFile
 from fp8lab.records import TrainRecord
-from fp8lab.trainer import Interrupted, OnLog
+from fp8lab.signals import Interrupted
+from fp8lab.trainer import OnLog
 
 WORKER = "fp8lab.trainer"
 """Module that each rank runs."""

@@ -19,7 +19,8 @@ from fp8lab.errors import UserError
 from fp8lab.progress import is_locked
 from fp8lab.provenance import collect_provenance
 from fp8lab.records import TrainRecord
-from fp8lab.trainer import Interrupted, stop_signals, train
+from fp8lab.signals import Interrupted, stop_signals
+from fp8lab.trainer import train
 
 OnEnd = Callable[[TrainRecord], None]
 """Called with the record of each run that has ended, whatever its status."""

@@ -21,12 +21,10 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pandas as pd
@@ -48,6 +46,7 @@ from fp8lab.progress import Progress, ProgressFile
 from fp8lab.recorder import Recorder, final_losses, samples
 from fp8lab.records import TrainRecord
 from fp8lab.session import Session, check_model
+from fp8lab.signals import Interrupted, stop_signals
 
 log = logging.getLogger(__name__)
 
@@ -61,14 +60,6 @@ RECENT_ROWS = 20
 
 OnLog = Callable[[Callable[[], pd.DataFrame], Callable[[], pd.DataFrame]], None]
 """Called about once a second; its arguments make the tables of all metrics and validations so far."""
-
-
-class Interrupted(Exception):
-    """SIGTERM or SIGINT arrived; the run is checkpointed and its record says so."""
-
-    def __init__(self, signal_number: int, step: int) -> None:
-        super().__init__(f"{signal.Signals(signal_number).name} after step {step}; the same command resumes")
-        self.exit_code = 128 + signal_number
 
 
 def train(
@@ -377,41 +368,6 @@ def _prefetched(loader: Loader, session: Session) -> Iterator[Iterator[Tensor]]:
         yield batches()
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
-
-
-_collected: list[int] | None = None
-"""What the outermost `stop_signals` has received."""
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying of them; a second one has its usual effect.
-
-    Not under torchrun, which passes on what the rank may have received already, and kills what does not end.
-    Inside another `stop_signals` it is that one's list: a signal too late to stop a run stops its series.
-    """
-    global _collected
-    if _collected is not None or threading.current_thread() is not threading.main_thread():
-        yield [] if _collected is None else _collected
-        return
-    received = _collected = []
-    previous: dict[int, Any] = {}
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        if dist.is_torchelastic_launched():
-            return
-        for other, handler in previous.items():
-            signal.signal(other, handler)
-
-    for stop_signal in (signal.SIGTERM, signal.SIGINT):
-        previous[stop_signal] = signal.signal(stop_signal, handle)
-    try:
-        yield received
-    finally:
-        _collected = None
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

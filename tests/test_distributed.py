@@ -26,7 +26,7 @@ from fp8lab.checkpoint import load_model
 from fp8lab.config import RunConfig
 from fp8lab.errors import UserError
 from fp8lab.progress import read_progress
-from fp8lab.trainer import Interrupted
+from fp8lab.signals import Interrupted
 from tests import forks, rule_data
 from tests.checkpoints import load_latest
 from tests.conftest import ROOT

@@ -17,7 +17,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torchao.float8.float8_scaling_utils import get_maybe_axiswise_dim, hp_tensor_to_float8_dynamic
 
-from fp8lab import health, records, trainer
+from fp8lab import health, records, signals, trainer
 from fp8lab.config import RECIPES
 from fp8lab.cpu import bf16_autocast
 from fp8lab.errors import UserError
@@ -316,7 +316,7 @@ def test_an_interrupted_run_has_every_row_once(train, tmp_path, monkeypatch, rec
     with monkeypatch.context() as patch:
         patch.setattr(Session, "take_step", take_step)
         for step in (7, 12):
-            with pytest.raises(trainer.Interrupted):
+            with pytest.raises(signals.Interrupted):
                 train("parts", **changes)
             assert table_of(tmp_path, "parts")["step"].max() == step // 3 * 3
     train("parts", **changes)

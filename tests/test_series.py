@@ -17,7 +17,7 @@ from fp8lab.config import RunConfig
 from fp8lab.records import TrainRecord
 from fp8lab.results import plan_runs
 from fp8lab.series import train_series
-from fp8lab.trainer import Interrupted
+from fp8lab.signals import Interrupted
 from tests import rule_data
 from tests.rule_data import tiny_config, tiny_model
 from tests.test_trainer import poison, stop_at

@@ -29,7 +29,7 @@ from fp8lab.errors import OutOfMemory, UserError
 from fp8lab.generation import generate
 from fp8lab.model import GPT
 from fp8lab.progress import read_progress
-from fp8lab.trainer import Interrupted
+from fp8lab.signals import Interrupted
 from tests import rule_data
 from tests.checkpoints import load_latest, replace_file
 from tests.rule_data import tiny_config, tiny_model
