@@ -20,7 +20,7 @@ from fp8lab.claims import CLAIMED_TRAININGS
 from fp8lab.config import MODELS, ModelConfig
 from fp8lab.frontpage.loss import loss_costs, most_seeds
 from fp8lab.frontpage.payoff import where
-from fp8lab.results import RunSet, speed_runs
+from fp8lab.results import speed_runs
 from fp8lab.rounds import side
 from fp8lab.timings import with_verdicts
 from fp8lab.units import listing
@@ -302,7 +302,7 @@ def test_the_speed_map_is_on_the_page_and_apart_from_whole_models(tmp_path: Path
     lead = frontpage.lead(evidence)
     assert "`fused` gives 0.88 times BF16's tokens/s in 2 of 10 settings on H200: at 8,192 tokens a" in lead
     assert "micro-batch width 256, at 65,536 width 256 (@fig-break-even-h200)" in lead
-    points = switch.chart_points(evidence.timings, evidence.runs)
+    points = switch.chart_points(evidence.timings, evidence.drawn)
     panels = [panel["title"] for panel in switch.switch_chart_spec(points, toy=False, label="switch")["panels"]]
     assert sum(title.startswith("Blocks of four layers") for title in panels) == 2
     assert sum(title.startswith("Whole models") for title in panels) == 1
@@ -427,11 +427,31 @@ def test_the_interactive_chart_holds_every_point_of_the_picture(tmp_path: Path) 
     write_gpu_records(tmp_path)
     write_speed_records(tmp_path)
     evidence = frontpage.Evidence.read(tmp_path)
-    points = switch.chart_points(evidence.timings, evidence.runs)
+    points = switch.chart_points(evidence.timings, evidence.drawn)
     drawn = switch.switch_chart(points, toy=False)
     marks = [sum(line.get_marker() not in ("None", None, "") for line in axes.lines) for axes in drawn.axes]
     spec = switch.switch_chart_spec(points, toy=False, label="switch")
     assert [len(panel["points"]) for panel in spec["panels"]] == marks == [3 * 4, 3 * 3 * 2]
+
+
+def test_many_seeds_are_drawn_beside_the_ladders_one_and_never_beside_the_demo(tmp_path: Path) -> None:
+    for recipe in ("bf16", "fused"):
+        for seed in (1, 2, 3):
+            write_run(tmp_path, "seeds-h200", SIZES[0], recipe, seed=seed, device_name="NVIDIA H200")
+        write_run(tmp_path, "demo", SIZES[0], recipe)
+    demo = frontpage.Evidence.read(tmp_path)
+    assert [runs.plan for runs in demo.drawn] == ["demo"]
+    for recipe in ("bf16", "fused"):
+        write_run(tmp_path, "ladder-h200", SIZES[0], recipe, device_name="NVIDIA H200")
+    evidence = frontpage.Evidence.read(tmp_path)
+    points = switch.chart_points(evidence.timings, evidence.drawn)
+    assert points["panel"].value_counts().to_dict() == {
+        "Loss of every run of ladder-h200 against BF16": 2,
+        "Loss of every run of seeds-h200 against BF16": 6,
+    }
+    # Each plan's losses are held against its own BF16.
+    own = points[points["panel"].str.contains("seeds") & (points["series"] == "bf16")]
+    assert own["y"].sum() == pytest.approx(0, abs=1e-9)
 
 
 def test_the_device_with_most_settings_is_drawn_first(tmp_path: Path) -> None:
@@ -439,7 +459,7 @@ def test_the_device_with_most_settings_is_drawn_first(tmp_path: Path) -> None:
     timings = frontpage.Evidence.read(tmp_path).timings
     other = timings[timings["model"] == "1.5B"].assign(device="Another GPU")
     both = pd.concat([other, timings])
-    points = switch.chart_points(both, RunSet("demo", ()))
+    points = switch.chart_points(both, [])
     assert len(points) == (both["recipe"] != "bf16").sum()
     assert [panel.split(":")[0] for panel in points["panel"].unique()] == [
         "Whole models on NVIDIA H200",

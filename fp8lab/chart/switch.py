@@ -5,6 +5,7 @@ The picture and the data of its interactive twin are made of the same points.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -18,18 +19,18 @@ from fp8lab.timings import fp8_only
 from fp8lab.units import number
 
 
-def chart_points(table: pd.DataFrame, runs: RunSet) -> pd.DataFrame:
+def chart_points(table: pd.DataFrame, sets: Sequence[RunSet]) -> pd.DataFrame:
     """What the first page's chart draws, interactive or not: timed settings, and trained runs.
 
     Args:
         table: `timings.with_verdicts`, or an empty frame.
-        runs: the runs shown, maybe none.
+        sets: plans whose runs are shown, each against its own BF16.
 
     Returns:
         A row a point. Columns: panel (its title: whole models, and the speed map's blocks, of each device, the one
-        with most settings first; then the losses), axes (key of `CHART_AXES`), series (recipe), hollow (head in FP8),
-        x, tick (what x is called), y, low, high (95%, NaN without an interval), title, facts (dict of what a reader
-        sees of the record).
+        with most settings first; then the losses, plan by plan), axes (key of `CHART_AXES`), series (recipe), hollow
+        (head in FP8), x, tick (what x is called), y, low, high (95%, NaN without an interval), title, facts (dict of
+        what a reader sees of the record).
     """
     points = []
     if len(table):
@@ -38,7 +39,7 @@ def chart_points(table: pd.DataFrame, runs: RunSet) -> pd.DataFrame:
             own = shown[shown["kind"] == kind]
             settings = own.groupby("device")["setting"].transform("nunique").to_numpy()
             points += [_speed_point(own.iloc[index]) for index in (-settings).argsort(kind="stable")]
-    if runs:
+    for runs in sets:
         baselines = {
             size: sum(losses) / len(losses)
             for size in runs.sizes
@@ -88,7 +89,7 @@ def _loss_point(run: Run, baseline: float) -> dict[str, object]:
     difference = run.validation_loss - baseline
     facts = {
         "validation loss": f"{run.validation_loss:.4f} nats/token",
-        "minus BF16's mean at this size": f"{difference:+.4f}".replace("-", "−"),
+        "minus the mean of the plan's BF16 at this size": f"{difference:+.4f}".replace("-", "−"),
         "parameters, width": f"{number(run.parameters)}, {record.model.d_model:,}",
         "trained on": f"{number(record.tokens)} tokens",
         "seed": str(record.seed),
@@ -106,7 +107,7 @@ def _loss_point(run: Run, baseline: float) -> dict[str, object]:
         "commit": record.provenance.git_commit[:7],
     }
     return {
-        "panel": "Loss of every run against BF16",
+        "panel": f"Loss of every run of {record.plan} against BF16",
         "axes": "loss",
         "series": run.recipe,
         "hollow": record.head == "fp8",

@@ -12,6 +12,7 @@ from fp8lab.decision import Matched, Payoff
 from fp8lab.numerics import HeadCost
 from fp8lab.results import (
     MAP_PLAN,
+    SEEDS_PLAN,
     Run,
     RunSet,
     SpeedRun,
@@ -33,6 +34,8 @@ class Evidence:
 
     runs: RunSet
     """The runs that the article shows."""
+    seeds: RunSet
+    """Runs of many seeds."""
     others: tuple[Run, ...]
     """Runs that a verdict, a score or a gap of the page rests on besides: of other plans, and decay branches."""
     speeds: list[SpeedRun]
@@ -67,6 +70,7 @@ class Evidence:
         scored = scored_runs(records_dir)
         return cls(
             runs=runs,
+            seeds=plan_runs(records_dir, SEEDS_PLAN),
             others=tuple(
                 run for plan in (*plans, ladder, scored) if not plan.toy for run in (*plan.runs, *plan.branches)
             ),
@@ -86,6 +90,11 @@ class Evidence:
                 scored=scored,
             ),
         )
+
+    @property
+    def drawn(self) -> list[RunSet]:
+        """The runs shown and, beside those of a GPU, many seeds, which say how far one of them can be trusted."""
+        return [runs for runs in (self.runs, self.seeds) if runs and runs.toy == self.runs.toy]
 
     @property
     def devices(self) -> str:
