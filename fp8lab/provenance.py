@@ -31,8 +31,6 @@ VERSIONED_PACKAGES = (
     "lm_eval",
     "transformers",
 )
-
-
 _KERNEL_MODULES = ("attention", "block", "head", "operations", "scaling", "triton_ops")
 
 

@@ -57,7 +57,7 @@ class Recorder:
         if not self._session.world.leads:
             return
         self._note(status, reason)
-        self.record.speed = speed(self._session)
+        self.record.speed = _speed(self._session)
         self.record.stability = self._stability()
         self._write_tables()
         records.write(self.record, self._records_dir)
@@ -111,7 +111,7 @@ class Recorder:
         )
 
 
-def speed(session: Session) -> Speed | None:
+def _speed(session: Session) -> Speed | None:
     """The session's speed as far as it has been measured; None before the first step."""
     if not session.own_tokens:
         return None

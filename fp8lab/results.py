@@ -375,7 +375,7 @@ def scored_runs(records_dir: Path, plans: Iterable[str] = (*MEASURED_PLANS, DEMO
 
 def data_record(records_dir: Path, runs: RunSet) -> DataRecord | None:
     """What the build of the mixture that `runs` trained on recorded, or None."""
-    for mixture in unique(Path(run.record.config["mixture"]).stem for run in runs.runs):
+    for mixture in unique(run.mixture for run in runs.runs):
         folder = records.record_dir(records_dir, DATA_PLAN, mixture)
         if (folder / "record.json").exists():
             record = records.read(folder)

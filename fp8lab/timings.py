@@ -99,10 +99,10 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
         .agg(step_ms=("step_ms", "median"), tokens=("tokens", "first"), memory=("peak_memory_bytes", "max"))
         .reset_index()
     )
+    rounds["is_settled"] = _is_settled(rounds)
     rounds = rounds.merge(_baselines(rounds), on=[*SETTING, "occasion", "round"])
     rounds["ratio"] = rounds["bf16_ms"] / rounds["step_ms"]
     rounds = _with_latest_kernels(rounds, speeds)
-    rounds["is_settled"] = _is_settled(rounds)
     several = rounds["device"].nunique() > 1
     spans = {_occasion(speed): speed.span for speed in speeds}
     table = pd.DataFrame(
@@ -136,7 +136,6 @@ def _with_latest_kernels(rounds: pd.DataFrame, speeds: Sequence[SpeedRun]) -> pd
 def _baselines(rounds: pd.DataFrame) -> pd.DataFrame:
     """The rounds of each occasion's fastest BF16. Columns: those of a setting, occasion, round, bf16_ms, baseline."""
     bf16 = rounds[_is_bf16(rounds)]
-    bf16 = bf16.assign(is_settled=_is_settled(bf16))
     fastest = [
         min((own for _, own in of_occasion.groupby("recipe", sort=False)), key=_settled_ms)
         for _, of_occasion in bf16.groupby([*SETTING, "occasion"], sort=False)

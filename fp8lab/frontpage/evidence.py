@@ -70,7 +70,7 @@ class Evidence:
         scored = scored_runs(records_dir)
         return cls(
             runs=runs,
-            seeds=plan_runs(records_dir, SEEDS_PLAN),
+            seeds=next(plan for plan in plans if plan.plan == SEEDS_PLAN),
             others=tuple(
                 run for plan in (*plans, ladder, scored) if not plan.toy for run in (*plan.runs, *plan.branches)
             ),
