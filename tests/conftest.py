@@ -9,8 +9,7 @@ import fcntl
 import gc
 import os
 from dataclasses import dataclass
-from multiprocessing.connection import wait
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,8 @@ from tests.forks import ROOT
 if TYPE_CHECKING:
     from fp8lab import records
     from fp8lab.config import Plan, RunConfig
+
+PATIENCE_SECONDS = 3600
 
 __all__ = ["ROOT", "demo_runs", "fault_report", "pytest_addoption", "pytest_configure", "server"]
 
@@ -90,26 +91,17 @@ def _train_demo(demo: DemoRuns, root: Path, server: ForkServerContext) -> None:
     from fp8lab.data import build, load_mixture
 
     build(load_mixture("demo"), demo.data_dir)
-    waiting = list(demo.plan.runs)
-    running: dict[int, tuple[ForkServerProcess, Path]] = {}
-    failures: list[str] = []
-    while (waiting and not failures) or running:
-        while waiting and not failures and len(running) < (os.cpu_count() or 1):
-            config = waiting.pop(0)
-            path, errors = root / f"{config.run}.json", root / f"{config.run}.txt"
-            path.write_text(config.model_dump_json())
-            arguments = [str(path)]
-            for option in ("records_dir", "data_dir", "checkpoints_dir"):
-                arguments += [f"--{option.replace('_', '-')}", str(getattr(demo, option))]
-            process = server.Process(target=forks.run, args=(trainer.main, arguments, errors))
-            process.start()
-            running[process.sentinel] = process, errors
-        for sentinel in wait(list(running)):
-            process, errors = running.pop(sentinel)  # type: ignore[arg-type]
-            process.join()
-            if process.exitcode:
-                failures.append(f"{errors.stem}: exit code {process.exitcode}\n{errors.read_text()}")
-    assert not failures, "\n".join(failures)
+    processes = []
+    for config in demo.plan.runs:
+        path = root / f"{config.run}.json"
+        path.write_text(config.model_dump_json())
+        arguments = [str(path)]
+        for option in ("records_dir", "data_dir", "checkpoints_dir"):
+            arguments += [f"--{option.replace('_', '-')}", str(getattr(demo, option))]
+        errors = root / f"errors-{config.run}.txt"
+        processes.append(server.Process(name=config.run, target=forks.run, args=(trainer.main, arguments, errors)))
+    failure = forks.run_all(processes, os.cpu_count() or 1, PATIENCE_SECONDS)
+    assert failure is None, forks.told(failure, root)
 
 
 def pytest_collection_finish() -> None:

@@ -43,21 +43,36 @@ def run(main: Callable[[list[str]], int], arguments: list[str], errors: Path) ->
     sys.exit(main(arguments))
 
 
-def wait_for(processes: Sequence[ForkServerProcess], seconds: float) -> str | None:
-    """Wait until all have ended well. Otherwise what went wrong, as soon as it does; none of them then goes on."""
-    running = {process.sentinel: number for number, process in enumerate(processes)}
+def run_all(processes: Sequence[ForkServerProcess], at_once: int, seconds: float) -> str | None:
+    """Run them in their order, so many at once, until all have ended well.
+
+    Returns:
+        What went wrong, as soon as it does; none of them then goes on. Otherwise None.
+    """
+    waiting = list(processes)
+    running: dict[int, ForkServerProcess] = {}
     deadline = time.monotonic() + seconds
     try:
-        while running:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                process = waiting.pop(0)
+                process.start()
+                running[process.sentinel] = process
             ended = wait(list(running), max(0.0, deadline - time.monotonic()))
             if not ended:
-                return f"processes {sorted(running.values())} still ran after {seconds:.0f} s"
+                names = ", ".join(process.name for process in running.values())
+                return f"{names}: not ended after {seconds:.0f} s"
             for sentinel in ended:
-                number = running.pop(sentinel)  # type: ignore[call-overload]
-                processes[number].join()
-                if processes[number].exitcode:
-                    return f"process {number} ended with exit code {processes[number].exitcode}"
+                process = running.pop(sentinel)  # type: ignore[arg-type]
+                process.join()
+                if process.exitcode:
+                    return f"{process.name}: exit code {process.exitcode}"
         return None
     finally:
-        for process in processes:
+        for process in running.values():
             process.kill()
+
+
+def told(failure: str, root: Path) -> str:
+    """A failure of `run_all`, with what the processes that write their errors to `root` had to say."""
+    return "\n".join([failure, *(path.read_text() for path in sorted(root.glob("errors-*.txt")))])

@@ -37,6 +37,7 @@ from tests.rule_data import tiny_config, tiny_model
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one worker launches for all
 PATIENCE_SECONDS = 240
+TARGETS = {"asleep": time.sleep, "failing": sys.exit}
 
 
 def train_on(ranks: int, root: Path, configs: list[RunConfig], server: ForkServerContext) -> None:
@@ -44,11 +45,20 @@ def train_on(ranks: int, root: Path, configs: list[RunConfig], server: ForkServe
     path = root / "configs.json"
     path.write_text(json.dumps([config.model_dump(mode="json") for config in configs]))
     arguments = ranks, root / "store", path, root
-    processes = [server.Process(target=forked, args=(rank, *arguments)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    failure = forks.wait_for(processes, PATIENCE_SECONDS)
-    assert failure is None, "\n".join([failure, *(path.read_text() for path in sorted(root.glob("errors-*.txt")))])
+    processes = [server.Process(name=f"rank {rank}", target=forked, args=(rank, *arguments)) for rank in range(ranks)]
+    failure = forks.run_all(processes, ranks, PATIENCE_SECONDS)
+    assert failure is None, forks.told(failure, root)
+
+
+def test_of_processes_that_run_together_the_first_to_fail_ends_all(server) -> None:
+    asleep, failing = (server.Process(name=name, target=target, args=(60,)) for name, target in TARGETS.items())
+    assert forks.run_all([asleep, failing], 2, PATIENCE_SECONDS) == "failing: exit code 60"
+    asleep.join()
+    assert asleep.exitcode == -signal.SIGKILL
+    late = server.Process(name="late", target=time.sleep, args=(60,))
+    assert forks.run_all([late], 1, 0.1) == "late: not ended after 0 s"
+    late.join()
+    assert late.exitcode == -signal.SIGKILL
 
 
 def train(root: Path, config: RunConfig) -> None:
@@ -165,7 +175,7 @@ def test_torchrun_trains_the_same_run(two, tmp_path) -> None:
     command += ["-m", "tests.faults.worker", str(path)]
     for name in ("records_dir", "data_dir", "checkpoints_dir"):
         command += [f"--{name.replace('_', '-')}", str(tmp_path / name)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | forks.ENVIRONMENT
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
     )
