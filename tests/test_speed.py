@@ -105,6 +105,14 @@ def test_a_budget_ends_a_plan_early_and_says_so(tmp_path) -> None:
     assert "budget" in (record.reason or "")
 
 
+def test_a_turn_of_short_steps_has_more_of_them(tmp_path) -> None:
+    measure(write_plan(tmp_path, seconds_per_turn=2.0), tmp_path)
+    steps = records.read_table(tmp_path / "speed-test" / "first", "steps")
+    counts = steps.groupby(["seq_len", "recipe", "head", "round"])["step"].agg(["size", "max"])
+    assert (counts["size"] > PLAN["steps_per_round"]).all()
+    assert (counts["max"] == counts["size"] - 1).all()
+
+
 def test_an_occasion_goes_on_with_the_cases_that_are_missing(tmp_path, monkeypatch) -> None:
     path = write_plan(tmp_path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 import traceback
@@ -132,13 +133,11 @@ class Measurement:
         """The timed steps of one contestant's turn."""
         release_memory(self._device)
         on_gpu = self._device.type == "cuda"
-        for index in range(SETTLING_STEPS):
-            self._step(entrant.model, index)
-        self._synchronise()
+        steps = max(self._plan.steps_per_round, math.ceil(self._plan.seconds_per_turn / self._settle(entrant.model)))
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         telemetry = Telemetry()
-        milliseconds = self._timed(entrant.model, self._plan.steps_per_round, telemetry)
+        milliseconds = self._timed(entrant.model, steps, telemetry)
         model = self._case.sized_model
         return [
             {
@@ -157,6 +156,15 @@ class Measurement:
             }
             for step, step_ms in enumerate(milliseconds)
         ]
+
+    def _settle(self, model: GPT) -> float:
+        """Take the untimed steps; returns about how many seconds one takes, the host's part included."""
+        for index in range(SETTLING_STEPS):
+            self._synchronise()
+            began = time.perf_counter()
+            self._step(model, index)
+        self._synchronise()
+        return time.perf_counter() - began
 
     def _timed(self, model: GPT, steps: int, telemetry: Telemetry) -> list[float]:
         """Milliseconds of each of `steps` steps; the host runs ahead, as in training, then reads the GPU's state."""

@@ -72,7 +72,10 @@ class SpeedPlan(Config):
     rounds: int = Field(default=6, gt=0)
     """Turns of each contestant."""
     steps_per_round: int = Field(default=5, gt=0)
-    """Timed steps a turn."""
+    """Timed steps a turn, at least."""
+    seconds_per_turn: float = Field(default=0.0, ge=0)
+    """About how long a turn's timed steps last: more of them where they are short. At its power limit a GPU keeps a
+    clock that it cannot hold for the first half second."""
     heat_up_seconds: float = Field(default=0.0, ge=0)
     """Untimed turns before the first round: at its power limit a GPU lowers its clock for a while."""
     warmup_steps: int = Field(default=10, gt=0)
