@@ -28,8 +28,8 @@ test: .venv/installed-dev browser
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 reliability: .venv/installed-dev
-	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/faults tests/test_checkpoint.py tests/test_distributed.py \
-	  tests/test_trainer.py --record-faults runs/records
+	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/faults tests/training/test_checkpoint.py \
+	  tests/training/test_distributed.py tests/training/test_trainer.py --record-faults runs/records
 
 check: .venv/installed-dev
 	@$(BIN)/ruff check .

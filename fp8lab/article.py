@@ -18,8 +18,8 @@ from IPython.display import Markdown, display
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
+from fp8lab.analysis.results import DEMO_COMMAND, RunSet
 from fp8lab.chart.page import chart_html
-from fp8lab.results import DEMO_COMMAND, RunSet
 
 
 def say(text: str) -> None:

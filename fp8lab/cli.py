@@ -87,10 +87,10 @@ def run(
     checkpoints_dir: CheckpointsDir = CHECKPOINTS,
 ) -> None:
     """Execute every run of a plan through papermill; skip finished runs, resume interrupted ones."""
-    from fp8lab import plans
     from fp8lab.config import load_plan
     from fp8lab.data import load_mixture
-    from fp8lab.workspace import Workspace
+    from fp8lab.running import plans
+    from fp8lab.running.workspace import Workspace
 
     resolved = load_plan(plan, mixture).only(only or [])
     mixtures = list(dict.fromkeys(config.mixture for config in resolved.runs))
@@ -125,7 +125,7 @@ def status(
 ) -> None:
     """Show every run: finished, in progress (loss in nats, tokens/s, time left), or still to do."""
     from fp8lab.config import load_plan
-    from fp8lab.status import status_rows
+    from fp8lab.running.status import status_rows
 
     _expect_records(records_dir)
     table = Table("plan", "run", "status", "step", "loss (nats)", "tokens/s", "detail")
@@ -159,9 +159,9 @@ def generate(
     checkpoints_dir: CheckpointsDir = CHECKPOINTS,
 ) -> None:
     """Let a trained model continue a prompt."""
-    from fp8lab.checkpoint import load_model
     from fp8lab.data import TokenDataset, load_mixture
     from fp8lab.generation import generate as continue_prompt
+    from fp8lab.training.checkpoint import load_model
 
     model, config = load_model(_run_folder(run, checkpoints_dir))
     encoding = TokenDataset.open(load_mixture(config.mixture), data_dir).encoding
@@ -186,8 +186,8 @@ def evaluate(
     checkpoints_dir: CheckpointsDir = CHECKPOINTS,
 ) -> None:
     """Score a finished run with lm-eval, through runs/evaluate.ipynb."""
-    from fp8lab import plans
-    from fp8lab.workspace import Workspace
+    from fp8lab.running import plans
+    from fp8lab.running.workspace import Workspace
 
     folder = _run_folder(run, checkpoints_dir)
     workspace = Workspace(records=records_dir, data=data_dir, checkpoints=checkpoints_dir)
@@ -216,9 +216,10 @@ def speed(
     checkpoints_dir: CheckpointsDir = CHECKPOINTS,
 ) -> None:
     """Time whole optimizer steps (ms) of several recipes in turns, through runs/speed.ipynb."""
-    from fp8lab import plans, records
+    from fp8lab import records
+    from fp8lab.running import plans
+    from fp8lab.running.workspace import Workspace
     from fp8lab.speed import load_speed_plan, new_occasion, summary
-    from fp8lab.workspace import Workspace
 
     speed_plan = load_speed_plan(plan)
     speed_plan.only(only or [])
@@ -362,7 +363,7 @@ def _print_frame(frame: object) -> None:
 
 def main() -> None:
     """Entry point: turns the user's mistakes into one line and exit code 2."""
-    from fp8lab.stage import Interrupted
+    from fp8lab.running.stage import Interrupted
 
     try:
         app()

@@ -289,7 +289,7 @@ class RunConfig(Config):
     """Of several GPUs, each holds all of the state (ddp) or its share (fsdp).
 
     With fsdp some is whole on each GPU nevertheless: the embedding, `fused`'s FP8 weights (2 bytes each), and while
-    it validates all weights (4 bytes each). See `fp8lab.distributed`.
+    it validates all weights (4 bytes each). See `fp8lab.training.distributed`.
     """
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
@@ -309,7 +309,7 @@ class RunConfig(Config):
     log_interval: int = Field(default=1, gt=0)
     """Steps between rows of metrics.parquet."""
     health_interval: int = Field(default=100, ge=0)
-    """Steps between rows of health.parquet (`fp8lab.health`); 0: none."""
+    """Steps between rows of health.parquet (`fp8lab.training.health`); 0: none."""
     health_layers: tuple[str, ...] = Field(default=("*",), min_length=1)
     """Linears to measure: shell patterns on names ('blocks.0.*', '*.down'). One that matches nothing is an error."""
     checkpoint_interval: int = Field(default=500, gt=0)
@@ -324,7 +324,7 @@ class RunConfig(Config):
     """For plans of many short runs: keep a finished run's record alone, without weights, samples and notebook.
 
     Its tables go into those that the plan's runs share. Of one GPU each, an entry's compact runs train one after
-    another in one process a job (`fp8lab.series`), so that its start and compilation are paid once.
+    another in one process a job (`fp8lab.training.series`), so that its start and compilation are paid once.
     """
 
     @model_validator(mode="after")

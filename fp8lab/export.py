@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING
 import tiktoken
 from torch import Tensor
 
-from fp8lab.checkpoint import load_model
 from fp8lab.config import ModelConfig
 from fp8lab.data import TokenDataset, load_mixture
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
 from fp8lab.tokenizer import END_OF_TEXT, byte_of_printable
+from fp8lab.training.checkpoint import load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3Config

@@ -22,7 +22,7 @@ def generate(
     """Continue `prompt`, under BF16 autocast.
 
     Args:
-        model: weights as `fp8lab.checkpoint.load_model` returns them.
+        model: weights as `fp8lab.training.checkpoint.load_model` returns them.
         encoding: the tokenizer it was trained with.
         prompt: text; special tokens in it are read as plain text. May be empty.
         max_tokens: tokens to write at most; ends earlier at the end-of-text token.

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from fp8lab import checkpoint
-from fp8lab.checkpoint import PARTS, TrainingState
+from fp8lab.training import checkpoint
+from fp8lab.training.checkpoint import PARTS, TrainingState
 
 
 def load_latest(folder: Path) -> TrainingState | None:

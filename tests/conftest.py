@@ -87,8 +87,8 @@ def demo_runs(tmp_path_factory: pytest.TempPathFactory, server: ForkServerContex
 
 
 def _train_demo(demo: DemoRuns, root: Path, server: ForkServerContext) -> None:
-    from fp8lab import trainer
     from fp8lab.data import build, load_mixture
+    from fp8lab.training import trainer
 
     build(load_mixture("demo"), demo.data_dir)
     processes = []

@@ -17,7 +17,9 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
-from fp8lab import flops, records, roofline
+from fp8lab import flops, records
+from fp8lab.analysis import roofline
+from fp8lab.analysis.scaling import Chinchilla, JointLaw
 from fp8lab.config import (
     MODELS,
     Head,
@@ -44,7 +46,6 @@ from fp8lab.records import (
     TrainRecord,
     ValidationLosses,
 )
-from fp8lab.scaling import Chinchilla, JointLaw
 
 DOMAINS = ("prose", "python", "c", "science")
 DESIGN_LEARNING_RATE = 3e-3

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
-from fp8lab import distributed, session, trainer
 from fp8lab.config import RunConfig
 from fp8lab.kernels import block
+from fp8lab.training import distributed, session, trainer
 from tests import rule_data
 from tests.forks import errors_to
 

@@ -94,5 +94,5 @@ class RuleLoader:
 
 
 def open_data(config: RunConfig, data_dir: Path) -> tuple[RuleDataset, RuleLoader]:
-    """Stands in for `fp8lab.trainer.open_data`."""
+    """Stands in for `fp8lab.training.trainer.open_data`."""
     return RuleDataset(), RuleLoader(config)

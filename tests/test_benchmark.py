@@ -12,12 +12,13 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from fp8lab import records, trainer
+from fp8lab import records
 from fp8lab.benchmark import overhead, paced, resuming, saving
 from fp8lab.benchmark.__main__ import app
-from fp8lab.checkpoint import CheckpointWriter
-from fp8lab.health import HealthProbe
-from fp8lab.session import Session
+from fp8lab.training import trainer
+from fp8lab.training.checkpoint import CheckpointWriter
+from fp8lab.training.health import HealthProbe
+from fp8lab.training.session import Session
 from tests import rule_data
 from tests.faults import worker
 from tests.rule_data import tiny_config, tiny_model

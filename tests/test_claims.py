@@ -11,13 +11,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fp8lab import claims, decision, records, tables
+from fp8lab import claims, records, tables
+from fp8lab.analysis import decision
+from fp8lab.analysis.comparison import Gap
+from fp8lab.analysis.losses import MeasuredGap, measured_gaps, measured_sets
+from fp8lab.analysis.results import RunSet, plan_runs, speed_runs
+from fp8lab.analysis.timings import with_verdicts
 from fp8lab.claims import Finding
-from fp8lab.comparison import Gap
 from fp8lab.config import ModelConfig
-from fp8lab.losses import MeasuredGap, measured_gaps, measured_sets
-from fp8lab.results import RunSet, plan_runs, speed_runs
-from fp8lab.timings import with_verdicts
 from tests.fixtures import SIZES, write_gpu_records, write_run, write_speed_records
 
 FOUR_SIZES = (

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fp8lab.checkpoint import load_model
 from fp8lab.data import TokenDataset, load_mixture
 from fp8lab.evaluation.adapter import GPTAdapter
 from fp8lab.evaluation.suites import demo_suite
 from fp8lab.export import export
+from fp8lab.training.checkpoint import load_model
 from tests.conftest import DemoRuns
 from tests.test_export import assert_same_scores
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fp8lab import estimate
+from fp8lab.analysis.results import speed_runs
 from fp8lab.config import MODELS, OptimizerConfig, ParentConfig, RunConfig
-from fp8lab.results import speed_runs
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,15 +15,16 @@ import torch
 import yaml
 from rich.console import Console
 
-from fp8lab import checkpoint, evaluation, records
+from fp8lab import evaluation, records
 from fp8lab.config import RunConfig
 from fp8lab.data import build, load_mixture
 from fp8lab.errors import UserError
 from fp8lab.export import export
 from fp8lab.model import GPT
-from fp8lab.plans import evaluate_run
 from fp8lab.provenance import collect_provenance
-from fp8lab.workspace import Workspace
+from fp8lab.running.plans import evaluate_run
+from fp8lab.running.workspace import Workspace
+from fp8lab.training import checkpoint
 from tests.data.conftest import sentence, write_jsonl
 from tests.evaluation_items import write_items
 from tests.rule_data import tiny_config, tiny_model

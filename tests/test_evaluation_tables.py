@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from fp8lab import records, scores, tables
-from fp8lab.results import Run, RunSet
+from fp8lab import records, tables
+from fp8lab.analysis import scores
+from fp8lab.analysis.results import Run, RunSet
 from tests.fixtures import SIZES, write_run
 
 TASKS = ("hellaswag", "sciq", "mmlu")

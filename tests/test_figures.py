@@ -12,9 +12,10 @@ from matplotlib import pyplot
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from fp8lab import figures, losses, scaling, variance
+from fp8lab import figures
+from fp8lab.analysis import losses, scaling, variance
+from fp8lab.analysis.results import Run, RunSet, data_record, speed_runs, training_runs
 from fp8lab.config import RECIPES
-from fp8lab.results import Run, RunSet, data_record, speed_runs, training_runs
 from tests.fixtures import (
     DOMAINS,
     LADDER_LAW,

@@ -21,9 +21,9 @@ import nbformat
 import pandas as pd
 import pytest
 
-from fp8lab import scores, timings
+from fp8lab.analysis import scores, timings
+from fp8lab.analysis.results import speed_runs
 from fp8lab.publish import read_book
-from fp8lab.results import speed_runs
 from tests.chapters import Shown, shown
 from tests.fixtures import (
     DEFAULT,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
+import pytest
+
+from fp8lab.analysis.results import speed_runs
+from fp8lab.analysis.timings import short_device
 from fp8lab.publish import read_book, readme
 from fp8lab.publish.dependencies import PACKAGE, package_files
-from fp8lab.results import speed_runs
-from fp8lab.timings import short_device
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"errors", "estimate", "schedule", "spikes", "units", "published_scores.csv"}
+SMALL = {"errors", "estimate", "schedule", "spikes", "units"}
 """Helpers that need no place in the order."""
 
 
@@ -49,3 +52,10 @@ def test_the_reading_order_names_every_module_that_a_page_rests_on() -> None:
     notebooks = [chapter.source for chapter in read_book(ROOT).chapters]
     modules = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in package_files(notebooks)}
     assert modules - SMALL - {"__init__"} <= named
+
+
+@pytest.mark.parametrize("package", ["analysis", "running", "training"])
+def test_a_package_says_what_each_of_its_modules_is_for(package: str) -> None:
+    order = importlib.import_module(f"fp8lab.{package}").__doc__
+    named = re.findall(r"`(\w+)`", order)
+    assert sorted(named) == sorted(path.stem for path in (PACKAGE / package).glob("[!_]*.py")), "each, and once"

@@ -83,7 +83,7 @@ def started(project: Path) -> list[str]:
 DATA = "--nodes=1 --ntasks=1 fp8lab data build demo"
 TRAIN = [
     f"torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=node1:29500 --rdzv-id=7-{run} "
-    f"-m fp8lab.trainer plan.yaml {run}"
+    f"-m fp8lab.training.trainer plan.yaml {run}"
     for run in ("t-bf16-s1", "t-bf16-s3")
 ]
 

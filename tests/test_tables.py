@@ -10,11 +10,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fp8lab import losses, records, roofline, scaling, tables, timings
-from fp8lab.comparison import Deviation
-from fp8lab.config import MODELS, load_plan
-from fp8lab.errors import UserError
-from fp8lab.results import (
+from fp8lab import records, tables
+from fp8lab.analysis import losses, roofline, scaling, timings
+from fp8lab.analysis.comparison import Deviation
+from fp8lab.analysis.results import (
     MAP_PLAN,
     RunSet,
     SpeedRun,
@@ -25,8 +24,10 @@ from fp8lab.results import (
     trainer_benchmarks,
     training_runs,
 )
-from fp8lab.scaling import HOFFMANN
-from fp8lab.slopes import PUBLISHED_LAW
+from fp8lab.analysis.scaling import HOFFMANN
+from fp8lab.analysis.slopes import PUBLISHED_LAW
+from fp8lab.config import MODELS, load_plan
+from fp8lab.errors import UserError
 from fp8lab.units import signed
 from tests.fixtures import (
     LADDER_LAW,

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from fp8lab.benchmark.paced import PacedSession, drive, paced, shortened, tokens_a_step
-from fp8lab.compilation import compile_blocks
 from fp8lab.config import RunConfig
 from fp8lab.data import Loader
 from fp8lab.measurement import summary
 from fp8lab.model import GPT
 from fp8lab.precision import convert
-from fp8lab.session import make_optimizer
 from fp8lab.speed.step import optimizer_step
+from fp8lab.training.compilation import compile_blocks
+from fp8lab.training.session import make_optimizer
 
 
 class _BareStep:

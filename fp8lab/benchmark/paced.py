@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8lab import records, trainer
+from fp8lab import records
 from fp8lab.config import RunConfig, validate
 from fp8lab.data import Loader
-from fp8lab.session import Session
+from fp8lab.training import trainer
+from fp8lab.training.session import Session
 
 
 class Enough(Exception):

@@ -18,16 +18,17 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file
 
-from fp8lab import records, trainer
+from fp8lab import records
 from fp8lab.benchmark.paced import shortened
-from fp8lab.checkpoint import MODEL_FILE, saved_steps
 from fp8lab.config import RunConfig
+from fp8lab.training import trainer
+from fp8lab.training.checkpoint import MODEL_FILE, saved_steps
 
 POLL_SECONDS = 0.01
 PATIENCE_SECONDS = 600
 
 StartWorker = Callable[[list[str], Path], BaseProcess]
-"""Starts a process that trains by the arguments of `fp8lab.trainer.main`, and says to a file what it has to say."""
+"""Starts a process that trains by the arguments of `fp8lab.training.trainer.main`, and tells a file what it does."""
 
 
 def spawn(arguments: list[str], output: Path) -> BaseProcess:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fp8lab.benchmark.paced import PacedSession, drive, paced, shortened
-from fp8lab.checkpoint import CheckpointWriter
 from fp8lab.config import RunConfig
 from fp8lab.measurement import summary
+from fp8lab.training.checkpoint import CheckpointWriter
 
 SAVE_EVERY = 500
 """Steps between checkpoints that the cost of one is spread over."""

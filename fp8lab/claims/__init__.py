@@ -11,14 +11,14 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from fp8lab.analysis.losses import MeasuredGap
+from fp8lab.analysis.results import RunSet
 from fp8lab.claims.benchmarks import barely_above_guessing, other_models
 from fp8lab.claims.curves import curves_follow
 from fp8lab.claims.finding import Finding
 from fp8lab.claims.line import on_a_line
 from fp8lab.claims.speed import OURS, STOCK_RECIPES, forty_percent
 from fp8lab.claims.stability import stable_almost_to_the_end
-from fp8lab.losses import MeasuredGap
-from fp8lab.results import RunSet
 
 __all__ = [
     "CLAIMED_TRAININGS",

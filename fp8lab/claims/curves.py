@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fp8lab.analysis.comparison import EQUIVALENCE_MARGIN, LEVEL, holm
+from fp8lab.analysis.losses import MeasuredGap, left_out
 from fp8lab.claims.finding import Finding, Verdict
-from fp8lab.comparison import EQUIVALENCE_MARGIN, LEVEL, holm
 from fp8lab.config import RECIPES
-from fp8lab.losses import MeasuredGap, left_out
 from fp8lab.units import listing
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fp8lab.analysis.results import RunSet, unique
+from fp8lab.analysis.scaling import predict_largest
+from fp8lab.analysis.straightness import log_noise, straightness
 from fp8lab.claims.finding import Finding, Verdict
-from fp8lab.results import RunSet, unique
-from fp8lab.scaling import predict_largest
-from fp8lab.straightness import log_noise, straightness
 from fp8lab.units import signed_percent
 
 CLAIMED_SIZES = 4

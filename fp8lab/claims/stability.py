@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fp8lab import trouble
+from fp8lab.analysis import trouble
+from fp8lab.analysis.comparison import LEVEL, holm
+from fp8lab.analysis.results import RunSet
+from fp8lab.analysis.trouble import JUDGED, LAST_PART, Family
 from fp8lab.claims.finding import Finding, Verdict
-from fp8lab.comparison import LEVEL, holm
 from fp8lab.config import RECIPES
-from fp8lab.results import RunSet
-from fp8lab.trouble import JUDGED, LAST_PART, Family
 from fp8lab.units import listing, number
 
 CLAIMED_TOKENS_PER_PARAMETER = 20

@@ -38,7 +38,6 @@ from lm_eval.tasks import TaskManager
 
 from fp8lab import precision as precision_swap
 from fp8lab import records
-from fp8lab.checkpoint import load_model
 from fp8lab.config import RECIPES, Recipe, RunConfig
 from fp8lab.data import TokenDataset, load_mixture
 from fp8lab.errors import UserError
@@ -46,7 +45,8 @@ from fp8lab.evaluation import answers
 from fp8lab.evaluation.adapter import GPTAdapter
 from fp8lab.evaluation.suites import Suite, demo_suite, full_suite_from_files, full_suite_from_hub
 from fp8lab.model import GPT
-from fp8lab.progress import Progress, ProgressFile
+from fp8lab.running.progress import Progress, ProgressFile
+from fp8lab.training.checkpoint import load_model
 
 SuiteName = Literal["demo", "full"]
 

@@ -6,7 +6,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from fp8lab import results
+from fp8lab.analysis import results
 from fp8lab.figures.style import SLATE, WIDTH, finish
 from fp8lab.records import DataRecord
 

@@ -11,7 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from fp8lab.comparison import EQUIVALENCE_MARGIN, TARGET_HALF_WIDTH
+from fp8lab.analysis.comparison import EQUIVALENCE_MARGIN, TARGET_HALF_WIDTH
+from fp8lab.analysis.losses import MeasuredGap, domain_gaps
+from fp8lab.analysis.results import Run, RunSet, unique
+from fp8lab.analysis.variance import Line
 from fp8lab.figures.style import (
     NEUTRAL,
     RECIPE_COLOURS,
@@ -23,9 +26,6 @@ from fp8lab.figures.style import (
     recipes_at,
     symmetric_limits,
 )
-from fp8lab.losses import MeasuredGap, domain_gaps
-from fp8lab.results import Run, RunSet, unique
-from fp8lab.variance import Line
 
 
 def loss_curves(runs: RunSet, size: str) -> Figure:

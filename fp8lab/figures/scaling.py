@@ -12,11 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from fp8lab import scaling
+from fp8lab.analysis import scaling
+from fp8lab.analysis.losses import final_losses
+from fp8lab.analysis.results import RunSet
+from fp8lab.analysis.scaling import JointLaw
 from fp8lab.figures.style import NEUTRAL, RECIPE_COLOURS, WIDTH, finish, label, line_style, point_style
-from fp8lab.losses import final_losses
-from fp8lab.results import RunSet
-from fp8lab.scaling import JointLaw
 from fp8lab.units import number
 
 

@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from fp8lab.analysis.results import RunSet, unique
+from fp8lab.analysis.scores import usual_accuracies
 from fp8lab.figures.style import NEUTRAL, RECIPE_COLOURS, RECIPE_MARKERS, WIDTH, finish
-from fp8lab.results import RunSet, unique
-from fp8lab.scores import usual_accuracies
 
 
 def benchmark_scores(runs: RunSet) -> Figure:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from fp8lab import claims, decision, losses, numerics, slopes
-from fp8lab.decision import Matched, Payoff
-from fp8lab.numerics import HeadCost
-from fp8lab.results import (
+from fp8lab import claims
+from fp8lab.analysis import decision, losses, numerics, slopes
+from fp8lab.analysis.decision import Matched, Payoff
+from fp8lab.analysis.numerics import HeadCost
+from fp8lab.analysis.results import (
     MAP_PLAN,
     SEEDS_PLAN,
     Run,
@@ -23,8 +24,8 @@ from fp8lab.results import (
     training_runs,
     unique,
 )
-from fp8lab.slopes import FittedLaw
-from fp8lab.timings import break_even, comparable, with_verdicts
+from fp8lab.analysis.slopes import FittedLaw
+from fp8lab.analysis.timings import break_even, comparable, with_verdicts
 from fp8lab.units import listing
 
 

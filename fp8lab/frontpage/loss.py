@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fp8lab import decision, matched
+from fp8lab.analysis import decision, matched
+from fp8lab.analysis.decision import Matched
+from fp8lab.analysis.losses import MeasuredGap, left_out
+from fp8lab.analysis.results import unique
+from fp8lab.analysis.timings import short_device
 from fp8lab.claims import OURS
 from fp8lab.config import MODELS
-from fp8lab.decision import Matched
 from fp8lab.frontpage.evidence import Evidence
-from fp8lab.losses import MeasuredGap, left_out
-from fp8lab.results import unique
-from fp8lab.timings import short_device
 from fp8lab.units import listing
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from fp8lab.decision import Payoff
+from fp8lab.analysis.decision import Payoff
 from fp8lab.units import listing
 
 

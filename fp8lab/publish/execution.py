@@ -16,11 +16,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
+from fp8lab.analysis.results import outdated_runs
 from fp8lab.errors import UserError
 from fp8lab.publish.book import Chapter, read_book
 from fp8lab.publish.dependencies import PACKAGE, package_files
 from fp8lab.records import write_atomically
-from fp8lab.results import outdated_runs
 
 WORKERS = 2
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import typer
 
 from fp8lab import figures
+from fp8lab.analysis.results import speed_runs
 from fp8lab.records import write_atomically
-from fp8lab.results import speed_runs
 
 FIGURE = Path("assets/speed.svg")
 PLAN = "speed-h200"

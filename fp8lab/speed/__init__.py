@@ -28,7 +28,6 @@ import pandas as pd
 import torch
 
 from fp8lab import records
-from fp8lab.device import device_name, older_objects_kept, release_memory, training_device
 from fp8lab.errors import UserError
 from fp8lab.precision import fp8_tensor_cores
 from fp8lab.provenance import collect_provenance, utc_now
@@ -36,6 +35,7 @@ from fp8lab.records import SpeedRecord
 from fp8lab.speed.batches import batch_source
 from fp8lab.speed.case import Measurement, failure
 from fp8lab.speed.plan import SpeedCase, SpeedPlan, load_speed_plan
+from fp8lab.training.device import device_name, older_objects_kept, release_memory, training_device
 
 __all__ = ["SpeedPlan", "load_speed_plan", "measure", "new_occasion", "summary"]
 

@@ -14,9 +14,6 @@ import torch
 from torch import Tensor
 
 from fp8lab import flops
-from fp8lab.compilation import compile_blocks
-from fp8lab.device import release_memory
-from fp8lab.failures import one_line
 from fp8lab.model import GPT
 from fp8lab.precision import uses_fp8
 from fp8lab.speed.batches import Batches
@@ -25,6 +22,9 @@ from fp8lab.speed.contestants import build, fused_settings, initialised
 from fp8lab.speed.plan import Contestant, SpeedCase, SpeedPlan
 from fp8lab.speed.step import optimizer_step
 from fp8lab.timing import Telemetry
+from fp8lab.training.compilation import compile_blocks
+from fp8lab.training.device import release_memory
+from fp8lab.training.failures import one_line
 
 SETTLING_STEPS = 2
 """Untimed steps after a change of contestant: the allocator's cache fills again."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
+from fp8lab.analysis.results import data_composition
 from fp8lab.errors import UserError
 from fp8lab.records import BenchmarkRecord, DataRecord
-from fp8lab.results import data_composition
 from fp8lab.units import number
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from fp8lab import diagnosis, trouble
-from fp8lab.results import Run, RunSet
+from fp8lab.analysis import diagnosis, trouble
+from fp8lab.analysis.results import Run, RunSet
 from fp8lab.units import ranges
 
 
@@ -61,7 +61,7 @@ def health(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def rounding_losses(runs: Sequence[Run]) -> pd.DataFrame:
-    """The operands of FP8 `runs` that pass a limit of `fp8lab.diagnosis`, a row a kind of Linear; maybe empty."""
+    """Operands of FP8 `runs` that pass a limit of `fp8lab.analysis.diagnosis`, a row a kind of Linear; maybe empty."""
     rows = []
     for run in runs:
         found = diagnosis.violations(run)

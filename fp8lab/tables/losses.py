@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from fp8lab.comparison import EQUIVALENCE_MARGIN, LEVEL, TARGET_HALF_WIDTH, Deviation, Gap
-from fp8lab.losses import MeasuredGap
-from fp8lab.numerics import Variant, find
-from fp8lab.results import unique
+from fp8lab.analysis.comparison import EQUIVALENCE_MARGIN, LEVEL, TARGET_HALF_WIDTH, Deviation, Gap
+from fp8lab.analysis.losses import MeasuredGap
+from fp8lab.analysis.numerics import Variant, find
+from fp8lab.analysis.results import unique
+from fp8lab.analysis.variance import Study
 from fp8lab.units import number, p_value, signed, signed_percent
-from fp8lab.variance import Study
 
 
 def budget_table(points: pd.DataFrame) -> pd.DataFrame:
@@ -115,7 +115,7 @@ def _with_reach(gap: Gap) -> str:
 
 
 def numerics(variants: Sequence[Variant]) -> pd.DataFrame:
-    """What each variant of `fp8lab.numerics` ends at, and its differences to BF16 and ``tensorwise`` by default.
+    """What each variant of `fp8lab.analysis.numerics` ends at, and its differences to BF16 and default ``tensorwise``.
 
     That to ``tensorwise`` is to the one with the same head; of heads in FP8 there is one more, to the same in BF16.
     """

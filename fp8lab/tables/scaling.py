@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from fp8lab import scaling
-from fp8lab.scaling import HeldOut, JointLaw
+from fp8lab.analysis import scaling
+from fp8lab.analysis.scaling import HeldOut, JointLaw
 from fp8lab.units import number, scientific, signed, signed_percent
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from fp8lab import scores
-from fp8lab.results import Run, RunSet
+from fp8lab.analysis import scores
+from fp8lab.analysis.results import Run, RunSet
 from fp8lab.units import number
 
 

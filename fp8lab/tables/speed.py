@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from fp8lab.analysis.decision import Matched, affordable_gap
+from fp8lab.analysis.results import RunSet, SpeedRun
+from fp8lab.analysis.slopes import FittedLaw
+from fp8lab.analysis.timings import fp8_only, short_device, speed_ratios
 from fp8lab.config import HEADS, MODELS, RECIPES
-from fp8lab.decision import Matched, affordable_gap
 from fp8lab.flops import flops_per_token, fp8_share, linear_weights
-from fp8lab.results import RunSet, SpeedRun
-from fp8lab.slopes import FittedLaw
-from fp8lab.timings import fp8_only, short_device, speed_ratios
 from fp8lab.units import signed
 
 

@@ -44,8 +44,8 @@ class _FaultRecord:
     """Gathers the reports of one session and writes them at its end."""
 
     def __init__(self, records_dir: Path) -> None:
-        from fp8lab.device import device_name, training_device
         from fp8lab.provenance import collect_provenance
+        from fp8lab.training.device import device_name, training_device
 
         self._records_dir = records_dir
         self._faults: list[dict[str, Any]] = []
@@ -66,8 +66,8 @@ class _FaultRecord:
 
     def pytest_sessionfinish(self) -> None:
         from fp8lab import records
+        from fp8lab.analysis.results import FAULT_RUN, RELIABILITY_PLAN
         from fp8lab.provenance import utc_now
-        from fp8lab.results import FAULT_RUN, RELIABILITY_PLAN
 
         self._provenance.ended_utc = utc_now()
         record = records.TestRecord(

@@ -25,24 +25,25 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM
 
-from fp8lab import checkpoint, export, records, tokenizer, trainer
-from fp8lab.checkpoint import load_model, save_final, write
+from fp8lab import export, records, tokenizer
 from fp8lab.config import load_plan, read_run_config
 from fp8lab.data import TokenDataset, load_mixture
 from fp8lab.data.cleaning import EvaluationItems
 from fp8lab.data.shards import DomainManifest, Manifest, Removed, Shard, SplitManifest, TokenizerManifest
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
-from fp8lab.progress import read_progress
 from fp8lab.publish import execute_stale_chapters, notebook_filter, pandoc_edition, read_book
+from fp8lab.running.progress import read_progress
 from fp8lab.speed import load_speed_plan
+from fp8lab.training import checkpoint, trainer
+from fp8lab.training.checkpoint import load_model, save_final, write
 from tests import rule_data
 from tests.checkpoints import load_latest, replace_file
 from tests.fixtures import write_demo_records
 from tests.projects import make_project
 from tests.rule_data import tiny_config, tiny_model
 from tests.small_gpt import make_encoding, make_model
-from tests.test_checkpoint import some_state
+from tests.training.test_checkpoint import some_state
 
 RESUME_FILES = (
     "model.safetensors",

@@ -18,8 +18,9 @@ import torch
 # A run imports this for its first tensor without data: once here, not in every fork.
 import torch._dynamo
 
-from fp8lab import checkpoint, records, session, trainer
-from fp8lab.guard import StepGuard
+from fp8lab import records
+from fp8lab.training import checkpoint, session, trainer
+from fp8lab.training.guard import StepGuard
 from tests import rule_data
 from tests.forks import errors_to
 
@@ -86,7 +87,7 @@ def run_out_of_memory(step: int) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """`fp8lab.trainer.main` on the rule's tokens."""
+    """`fp8lab.training.trainer.main` on the rule's tokens."""
     trainer.open_data = rule_data.open_data
     rank, _, step = os.environ.get(OUT_OF_MEMORY, ",").partition(",")
     if rank and rank == os.environ.get("RANK"):

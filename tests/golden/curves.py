@@ -17,8 +17,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fp8lab import cpu, records, trainer
+from fp8lab import cpu, records
 from fp8lab.config import RECIPES, RunConfig
+from fp8lab.training import trainer
 from tests import rule_data
 from tests.rule_data import tiny_config
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8lab import precision, session
+from fp8lab import precision
 from fp8lab.config import ModelConfig
+from fp8lab.training import session
 from tests.rule_data import tiny_config
 
 MODEL = ModelConfig(name="tiny", d_model=48, n_layers=1, n_heads=3, d_ff=112, vocab_size=304, seq_len=32)

@@ -1,0 +1,145 @@
+"""How fast a loss still falls when a training ends, and where one may know it from.
+
+In this order: runs of the same size and recipe that ended, learning rate decayed, after fewer tokens (decay
+branches); the law that our own ladder was fitted to, inside the sizes and tokens of its runs; a published law, inside
+those of its. Elsewhere the slope is unknown, and no law is asked outside what it was fitted to: at 138M tokens the
+published one promises a slope of 0.80 where our own validation curves fall by less than half of that, and what a gap
+costs in tokens would be told as half. A loss that rose or hardly fell has no slope to go by either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fp8lab.analysis import scaling
+from fp8lab.analysis.comparison import Deviation, student_quantile
+from fp8lab.analysis.losses import final_losses
+from fp8lab.analysis.matched import Interval, Slope
+from fp8lab.analysis.results import Run, RunSet, seed_deviation
+from fp8lab.analysis.scaling import BESIROGLU, Chinchilla
+from fp8lab.errors import UserError
+
+FLATTEST = 0.01
+"""Nats for every factor e in tokens: of a loss that may fall by less, no number of tokens makes up a gap."""
+REFITS = 100
+"""Of our own law, for the interval of its slope."""
+
+
+@dataclass(frozen=True)
+class FittedLaw:
+    """A law of BF16's loss, and the range of the runs that it was fitted to."""
+
+    law: Chinchilla
+    parameters: Interval
+    tokens: Interval
+    source: str
+    draws: tuple[Chinchilla, ...] = ()
+    """Refits, for the interval; without any the slope has none."""
+
+    def slope(self, parameters: float, tokens: float) -> Slope | None:
+        """The slope at one size and length; None outside the range."""
+        inside = all(
+            low * (1 - 1e-3) <= value <= high * (1 + 1e-3)
+            for value, (low, high) in ((parameters, self.parameters), (tokens, self.tokens))
+        )
+        if not inside:
+            return None
+        spread = scaling.interval([law_slope(law, tokens) for law in self.draws]) if self.draws else None
+        return Slope(law_slope(self.law, tokens), self.source, spread)
+
+
+PUBLISHED_LAW = FittedLaw(BESIROGLU, parameters=(70e6, 16e9), tokens=(5e9, 500e9), source="published law")
+"""Fitted to runs of 70M to 16B parameters on 5B to 500B tokens (2203.15556; constants of 2404.10102)."""
+
+
+def law_slope(law: Chinchilla, tokens: float) -> float:
+    """The slope of ``L(N, D)`` at `tokens`: beta * B / D ** beta, whatever the size."""
+    return law.beta * law.B / tokens**law.beta
+
+
+def measured_slope(tokens: Sequence[float], losses: Sequence[float], noise: Deviation | None = None) -> Slope:
+    """The slope at the largest of `tokens`, from the final losses of runs of one size and recipe.
+
+    A parabola in ln D through three budgets or more, a line through two; runs of one budget count by their mean.
+
+    Args:
+        noise: of a final loss between seeds, for the interval. Branches share a part of their run's, which cancels in
+            a slope: the interval is rather too wide than too narrow.
+
+    Raises:
+        UserError: fewer than two budgets.
+    """
+    budgets = sorted(set(tokens))
+    if len(budgets) < 2:
+        raise UserError("a slope needs runs that ended after different numbers of tokens")
+    groups = [[y for x, y in zip(tokens, losses, strict=True) if x == budget] for budget in budgets]
+    # Distances from the largest, so that the linear coefficient is the derivative there.
+    distance = np.log(np.array(budgets) / budgets[-1])
+    weights = -np.linalg.pinv(np.vander(distance, min(3, len(budgets))))[-2]
+    nats = float(weights @ [np.mean(group) for group in groups])
+    if noise is None:
+        return Slope(nats, "decay branches")
+    error = noise.value * math.sqrt(sum(w**2 / len(group) for w, group in zip(weights, groups, strict=True)))
+    reach = student_quantile(noise.degrees) * error
+    return Slope(nats, "decay branches", (nats - reach, nats + reach))
+
+
+def ladder_law(sets: Sequence[RunSet]) -> FittedLaw | None:
+    """The law of BF16's losses in the first of `sets` that can identify one; None where none can."""
+    for runs in sets:
+        points = final_losses(runs) if runs.where(recipe="bf16") else None
+        if points is None:
+            continue
+        bf16 = points[points["recipe"] == "bf16"]
+        if scaling.unidentified(bf16["parameters"], bf16["tokens"]):
+            continue
+        noise = seed_deviation(sets, runs.runs[0])
+        law, draws = scaling.fit_with_draws(bf16, noise=noise.value if noise else 0.0, samples=REFITS)
+        n, d = bf16["parameters"], bf16["tokens"]
+        return FittedLaw(
+            law.bf16,
+            parameters=(float(n.min()), float(n.max())),
+            tokens=(float(d.min()), float(d.max())),
+            source=f"law of {runs.plan}",
+            draws=tuple(drawn.bf16 for drawn in draws),
+        )
+    return None
+
+
+def known_laws(sets: Sequence[RunSet]) -> list[FittedLaw]:
+    """What may be asked for a slope, the nearest to our runs first."""
+    own = ladder_law(sets)
+    return [own, PUBLISHED_LAW] if own else [PUBLISHED_LAW]
+
+
+def by_law(laws: Sequence[FittedLaw], parameters: float, tokens: float) -> Slope | None:
+    """Of the first law that was fitted to runs as large and as long; None where none was."""
+    return next((slope for law in laws if (slope := law.slope(parameters, tokens)) is not None), None)
+
+
+def slope_at(sets: Sequence[RunSet], run: Run, laws: Sequence[FittedLaw]) -> Slope | None:
+    """The slope of the loss at the end of `run`; None where it is unknown, or may be as flat as `FLATTEST`.
+
+    Args:
+        sets: plans that may hold decay branches of the run's size.
+        laws: `known_laws`.
+    """
+    for runs in sets:
+        ends = [end for end in (*runs.runs, *runs.branches) if (end.size, end.recipe) == (run.size, run.recipe)]
+        tokens, losses = [end.record.tokens for end in ends], [end.validation_loss for end in ends]
+        if len(set(tokens)) > 1 and max(tokens) == run.record.tokens:
+            noise = seed_deviation(sets, run, size=run.size) or seed_deviation(sets, run, below=run.parameters)
+            return _if_falling(measured_slope(tokens, losses, noise))
+    return _if_falling(by_law(laws, run.parameters, run.record.tokens))
+
+
+def _if_falling(slope: Slope | None) -> Slope | None:
+    """None of a slope that is below `FLATTEST`, or whose interval reaches there."""
+    if slope is None:
+        return None
+    lowest = slope.interval[0] if slope.interval else slope.nats
+    return slope if lowest > FLATTEST else None

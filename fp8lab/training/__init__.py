@@ -1,0 +1,13 @@
+"""Training: a validated configuration in, a run record and trained weights out.
+
+`trainer` is the loop, and `series` the same for many small runs in one process; `session` is a run on its device, and
+advances it by one optimizer step. What they lean on has a module each:
+
+- the device and what compiles for it: `device`, `compilation`;
+- several GPUs: `distributed`, the start of their processes in `launch`, whose error it was in `failures`;
+- a step that must not be taken: `guard`, and a run that takes none any more: `divergence`;
+- what is measured on the way: `metrics`, `validation`, `health`, and `averaging` of the weights;
+- what outlives the process: `checkpoint`, `recorder`, `events`; and `signals`, which ask it to end.
+
+`fp8lab.speed` and `fp8lab.benchmark` time what is here; nothing that reads records imports it.
+"""

@@ -1,0 +1,215 @@
+"""Which records the article draws, and the differences that it reports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fp8lab.analysis.results import (
+    DEMO_COMMAND,
+    LADDER_COMMAND,
+    Gap,
+    RunSet,
+    bytes_per_token,
+    data_record,
+    has_ladder,
+    outdated_runs,
+    plan_runs,
+    seed_deviation,
+    speed_runs,
+    training_command,
+    training_runs,
+)
+from fp8lab.errors import UserError
+from tests.fixtures import (
+    SIZES,
+    write_demo_records,
+    write_gpu_records,
+    write_ladder_records,
+    write_run,
+    write_speed_records,
+)
+
+
+def test_runs_of_a_gpu_replace_the_demos_and_are_never_mixed_with_them(tmp_path: Path) -> None:
+    write_demo_records(tmp_path)
+    assert training_runs(tmp_path).toy
+    assert training_runs(tmp_path).source == "Toy scale, CPU."
+    for recipe in ("bf16", "fused"):
+        write_run(tmp_path, "ladder-h200", SIZES[0], recipe, device_name="NVIDIA H200")
+    runs = training_runs(tmp_path)
+    assert (runs.plan, runs.toy, runs.source) == ("ladder-h200", False, "Measured on NVIDIA H200.")
+    assert {run.record.provenance.device_name for run in runs.runs} == {"NVIDIA H200"}
+
+
+def test_what_a_chapter_lacks_beside_runs_of_a_gpu_is_never_filled_with_the_demos(tmp_path: Path) -> None:
+    assert training_command(tmp_path) == DEMO_COMMAND
+    write_demo_records(tmp_path)
+    assert training_runs(tmp_path, suits=lambda runs: len(runs.sizes) > 2).toy
+    assert training_command(tmp_path) == DEMO_COMMAND
+    for recipe in ("bf16", "fused"):
+        write_run(tmp_path, "pilot-h200", SIZES[0], recipe, device_name="NVIDIA H200")
+    assert not training_runs(tmp_path, suits=lambda runs: len(runs.sizes) > 2)
+    assert training_command(tmp_path) == LADDER_COMMAND
+
+
+def test_runs_from_before_a_plan_got_another_tokenizer_are_left_out_and_named(tmp_path: Path) -> None:
+    write_demo_records(tmp_path)
+    assert outdated_runs(tmp_path) == []
+    names = {run.record.run for run in plan_runs(tmp_path, "demo").runs}
+    older = tmp_path / "demo" / "0.2M-bf16-s1"
+    shutil.copytree(tmp_path / "demo" / min(names), older)
+    record = json.loads((older / "record.json").read_text())
+    record["run"] = older.name
+    record["config"]["mixture"] = f"runs/mixtures/{record['config']['mixture']}.yaml"
+    record["provenance"] |= {"tokenizer_sha256": "0" * 64, "started_utc": "2020-01-01T00:00:00+00:00"}
+    (older / "record.json").write_text(json.dumps(record))
+    assert outdated_runs(tmp_path) == ["demo/0.2M-bf16-s1"]
+    assert {run.record.run for run in plan_runs(tmp_path, "demo").runs} == names
+    # A later run that has not finished makes none of the others outdated.
+    record["provenance"]["started_utc"] = "2030-01-01T00:00:00+00:00"
+    for status in ("running", "failed"):
+        (older / "record.json").write_text(json.dumps(record | {"status": status}))
+        assert outdated_runs(tmp_path) == ["demo/0.2M-bf16-s1"]
+        assert {run.record.run for run in plan_runs(tmp_path, "demo").runs} == names
+
+
+def test_a_plan_with_one_precision_is_no_comparison(tmp_path: Path) -> None:
+    write_run(tmp_path, "article", SIZES[0], "bf16", device_name="NVIDIA H200")
+    write_demo_records(tmp_path)
+    assert training_runs(tmp_path).plan == "demo"
+
+
+def test_an_unfinished_run_is_left_out_and_named(tmp_path: Path) -> None:
+    write_demo_records(tmp_path)
+    path = tmp_path / "demo" / "0.4M-tensorwise-s1" / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "diverged"}))
+    runs = plan_runs(tmp_path, "demo")
+    assert [run.record.run for run in runs.unfinished] == ["0.4M-tensorwise-s1"]
+    assert "0.4M-tensorwise-s1" not in [run.record.run for run in runs.runs]
+
+
+def test_a_branch_that_did_not_finish_is_kept_apart_from_those_that_did(tmp_path: Path) -> None:
+    write_ladder_records(tmp_path)
+    path = tmp_path / "ladder-h200" / "7M-fused-s1-d5" / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "diverged"}))
+    runs = plan_runs(tmp_path, "ladder-h200")
+    assert [run.record.run for run in runs.unfinished_branches] == [path.parent.name]
+    assert path.parent.name not in [run.record.run for run in runs.branches]
+
+
+def test_runs_are_in_order_of_size_and_recipe(tmp_path: Path) -> None:
+    write_demo_records(tmp_path)
+    runs = training_runs(tmp_path)
+    assert runs.sizes == [model.name for model in SIZES]
+    assert runs.recipes == ["bf16", "tensorwise", "rowwise", "rowwise_with_gw_hp"]
+
+
+def test_branches_are_no_runs_of_their_own(tmp_path: Path) -> None:
+    write_ladder_records(tmp_path)
+    runs = training_runs(tmp_path)
+    assert (len(runs.runs), len(runs.branches)) == (15, 30)
+    assert all(run.record.parent is None for run in runs.runs)
+    assert {run.record.parent.run for run in runs.branches if run.record.parent} == {
+        run.record.run for run in runs.runs
+    }
+
+
+def test_bytes_of_a_token_are_weighted_as_training_draws_them(tmp_path: Path) -> None:
+    write_demo_records(tmp_path)
+    record = data_record(tmp_path, training_runs(tmp_path))
+    assert record is not None
+    for values in record.results["domains"].values():
+        values["train"] |= {"text_bytes": 3000, "tokens": 1000}
+    assert bytes_per_token(record) == pytest.approx(3.0)
+    record.results["domains"]["prose"]["train"]["text_bytes"] = 4000
+    assert bytes_per_token(record) == pytest.approx(3.65)
+    del record.results["domains"]["prose"]["train"]["tokens"]
+    with pytest.raises(UserError, match="tokens: missing"):
+        bytes_per_token(record)
+
+
+def test_a_gap_is_fp8_minus_bf16_with_welchs_interval() -> None:
+    gap = Gap.between([3.02, 3.06, 3.04, 3.08], [3.00, 3.01])
+    # Variances of the means 1.667e-4 and 0.25e-4; 3.717 degrees of freedom by Welch and Satterthwaite, t = 2.862.
+    assert gap.mean == pytest.approx(0.045)
+    half_width = 2.862 * (1.6667e-4 + 0.25e-4) ** 0.5
+    assert gap.interval == pytest.approx((0.045 - half_width, 0.045 + half_width), abs=2e-5)
+    assert gap.seeds == 2
+
+
+def test_runs_that_differ_in_more_than_their_seed_are_never_taken_for_one_another(tmp_path: Path) -> None:
+    for recipe in ("bf16", "fused"):
+        write_run(tmp_path, "a", SIZES[0], recipe, seed=1)
+    assert plan_runs(tmp_path, "a").gap("0.4M", "fused").seeds == 1
+
+    def with_another(name: str, **changes: object) -> RunSet:
+        source = json.loads((tmp_path / "a" / "0.4M-fused-s1" / "record.json").read_text())
+        folder = tmp_path / "a" / name
+        shutil.copytree(tmp_path / "a" / "0.4M-fused-s1", folder)
+        (folder / "record.json").write_text(json.dumps(source | {"run": name} | changes))
+        runs = plan_runs(tmp_path, "a")
+        shutil.rmtree(folder)
+        return runs
+
+    for name, changes in {
+        "0.4M-fused-head_fp8-s1": {"head": "fp8"},
+        "0.4M-fused-s2": {"seed": 2, "tokens": 1},
+        "0.4M-fused-s1-low-rate": {},
+    }.items():
+        with pytest.raises(UserError, match="differ in more than their seed"):
+            with_another(name, **changes).gap("0.4M", "fused")
+    twice = with_another("0.4M-fused-s1 ", run="0.4M-fused-s1")
+    with pytest.raises(UserError, match="differ in nothing but their name"):
+        twice.gap("0.4M", "fused")
+    apart = with_another("0.4M-fused-s2-low-rate", seed=2)
+    assert seed_deviation([apart], apart.runs[0]) is None
+
+
+def test_one_seed_has_no_interval() -> None:
+    gap = Gap.between([3.02, 3.05], [3.00])
+    assert gap.interval is None
+    assert "one seed" in str(gap)
+
+
+def test_a_validation_curve_ends_at_the_records_validation_loss(tmp_path: Path) -> None:
+    write_demo_records(tmp_path)
+    runs = training_runs(tmp_path)
+    data = data_record(tmp_path, runs)
+    assert data is not None
+    weights = {domain: values["weight"] for domain, values in data.config["domains"].items()}
+    for run in runs.runs:
+        curve = run.validation_curve(weights)
+        assert curve.iloc[-1] == pytest.approx(run.validation_loss)
+        assert curve.index[-1] == run.record.tokens
+
+
+@pytest.mark.parametrize("change", [{"emulated": True}, {"status": "failed"}])
+def test_emulated_or_failed_measurements_of_speed_are_never_shown(tmp_path: Path, change: dict) -> None:
+    folder = write_speed_records(tmp_path)
+    assert len(speed_runs(tmp_path)) == 1
+    record = json.loads((folder / "record.json").read_text())
+    record["results"] |= {key: value for key, value in change.items() if key == "emulated"}
+    record |= {key: value for key, value in change.items() if key == "status"}
+    (folder / "record.json").write_text(json.dumps(record))
+    assert speed_runs(tmp_path) == []
+
+
+def test_what_could_not_be_timed_is_named_with_its_error(tmp_path: Path) -> None:
+    write_speed_records(tmp_path)
+    (speed,) = speed_runs(tmp_path)
+    assert speed.failures() == {"1.5B-T2048-B16, rowwise-head_fp8": "OutOfMemoryError: tried to allocate 12 GiB"}
+
+
+def test_a_ladder_has_bf16_at_three_sizes(tmp_path: Path) -> None:
+    write_gpu_records(tmp_path, sizes=SIZES)
+    runs = plan_runs(tmp_path, "pilot-h200")
+    assert has_ladder(runs)
+    for path in tmp_path.glob(f"pilot-h200/{SIZES[0].name}-bf16-*"):
+        shutil.rmtree(path)
+    few = plan_runs(tmp_path, "pilot-h200")
+    assert len(few.sizes) > 2
+    assert not has_ladder(few)
