@@ -18,7 +18,7 @@ from IPython.display import Markdown, display
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from fp8lab.analysis.results import DEMO_COMMAND, RunSet
+from fp8lab.analysis.runs import DEMO_COMMAND, RunSet
 from fp8lab.chart.page import chart_html
 
 

@@ -1,4 +1,4 @@
-"""Numbers as the article writes them."""
+"""Numbers and lists as the article writes them."""
 
 from __future__ import annotations
 
@@ -47,3 +47,8 @@ def ranges(numbers: Iterable[int]) -> str:
 def listing(items: Sequence[str]) -> str:
     """'a', 'a and b', 'a, b and c'."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def unique(values: Iterable[str]) -> list[str]:
+    """Values in order of first appearance, each once."""
+    return list(dict.fromkeys(values))

@@ -15,7 +15,8 @@ from fp8lab import claims, records, tables
 from fp8lab.analysis import decision
 from fp8lab.analysis.comparison import Gap
 from fp8lab.analysis.losses import MeasuredGap, measured_gaps, measured_sets
-from fp8lab.analysis.results import RunSet, plan_runs, speed_runs
+from fp8lab.analysis.occasions import speed_runs
+from fp8lab.analysis.runs import RunSet, plan_runs
 from fp8lab.analysis.timings import with_verdicts
 from fp8lab.claims import Finding
 from fp8lab.config import ModelConfig

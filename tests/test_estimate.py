@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fp8lab import estimate
-from fp8lab.analysis.results import speed_runs
+from fp8lab.analysis.occasions import speed_runs
 from fp8lab.config import MODELS, OptimizerConfig, ParentConfig, RunConfig
 
 ROOT = Path(__file__).parents[1]

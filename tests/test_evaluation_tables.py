@@ -11,7 +11,7 @@ import pytest
 
 from fp8lab import records, tables
 from fp8lab.analysis import scores
-from fp8lab.analysis.results import Run, RunSet
+from fp8lab.analysis.runs import Run, RunSet
 from tests.fixtures import SIZES, write_run
 
 TASKS = ("hellaswag", "sciq", "mmlu")

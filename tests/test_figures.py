@@ -14,7 +14,9 @@ from matplotlib.figure import Figure
 
 from fp8lab import figures
 from fp8lab.analysis import losses, scaling, variance
-from fp8lab.analysis.results import Run, RunSet, data_record, speed_runs, training_runs
+from fp8lab.analysis.composition import data_record
+from fp8lab.analysis.occasions import speed_runs
+from fp8lab.analysis.runs import Run, RunSet, training_runs
 from fp8lab.config import RECIPES
 from tests.fixtures import (
     DOMAINS,

@@ -14,7 +14,7 @@ import pytest
 
 from fp8lab import records
 from fp8lab.analysis import timings
-from fp8lab.analysis.results import speed_runs
+from fp8lab.analysis.occasions import speed_runs
 from tests.chapters import shown
 from tests.fixtures import OTHER_SIZES, SIZES, write_gpu_records, write_speed_records
 from tests.projects import copy_sources

@@ -22,7 +22,7 @@ import pandas as pd
 import pytest
 
 from fp8lab.analysis import scores, timings
-from fp8lab.analysis.results import speed_runs
+from fp8lab.analysis.occasions import speed_runs
 from fp8lab.publish import read_book
 from tests.chapters import Shown, shown
 from tests.fixtures import (

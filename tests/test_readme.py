@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fp8lab.analysis.results import speed_runs
+from fp8lab.analysis.occasions import speed_runs
 from fp8lab.analysis.timings import short_device
 from fp8lab.publish import read_book, readme
 from fp8lab.publish.dependencies import PACKAGE, package_files

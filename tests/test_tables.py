@@ -13,17 +13,9 @@ import pytest
 from fp8lab import records, tables
 from fp8lab.analysis import losses, roofline, scaling, timings
 from fp8lab.analysis.comparison import Deviation
-from fp8lab.analysis.results import (
-    MAP_PLAN,
-    RunSet,
-    SpeedRun,
-    data_benchmarks,
-    fault_record,
-    plan_runs,
-    speed_runs,
-    trainer_benchmarks,
-    training_runs,
-)
+from fp8lab.analysis.occasions import MAP_PLAN, SpeedRun, speed_runs
+from fp8lab.analysis.operation import data_benchmarks, fault_record, trainer_benchmarks
+from fp8lab.analysis.runs import RunSet, plan_runs, training_runs
 from fp8lab.analysis.scaling import HOFFMANN
 from fp8lab.analysis.slopes import PUBLISHED_LAW
 from fp8lab.config import MODELS, load_plan

@@ -1,6 +1,7 @@
 """From records to numbers: what a set of runs can tell, and what it cannot.
 
-- `results` groups records into runs that may be compared.
+- Records of one kind, ready to be asked: training `runs` in sets that may be compared, the `occasions` on which speed
+  was measured, the `composition` of the text, and what `operation` costs and survives (benchmarks, faults).
 - The arithmetic, of plain numbers: `comparison` of groups of seeds, `rounds` of speeds that alternate, `straightness`
   of a line, `matched` loss, `scaling` laws, and the `roofline`.
 - The same applied to records: `losses` and their `slopes`, `timings`, `scores`, the `variance` study, `numerics` of

@@ -12,7 +12,7 @@ can be trusted depends on the scatter between seeds alone:
 - `Design` turns a scatter into what a reader plans with: the half-width that a number of pairs buys, and
   the pairs that a half-width costs.
 
-Everything here is arithmetic on losses in nats a token; where they come from is `fp8lab.analysis.results`' business.
+Everything here is arithmetic on losses in nats a token; where they come from is `fp8lab.analysis.runs`' business.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import pandas as pd
 from fp8lab.analysis import matched, slopes
 from fp8lab.analysis.losses import MeasuredGap, measured_gaps
 from fp8lab.analysis.matched import Estimate, Slope
-from fp8lab.analysis.results import Run, RunSet
+from fp8lab.analysis.runs import Run, RunSet
 from fp8lab.analysis.slopes import FittedLaw
 from fp8lab.analysis.timings import fp8_only
 from fp8lab.config import MODELS, parameter_count

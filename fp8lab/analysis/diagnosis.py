@@ -20,7 +20,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from fp8lab.analysis.results import Run, RunSet, unique
+from fp8lab.analysis.runs import Run, RunSet
+from fp8lab.units import unique
 
 MIN_SQNR_DB = 20.0
 MAX_UNDERFLOW = 0.01

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp8lab.analysis.comparison import Gap
-from fp8lab.analysis.results import SEEDS_PLAN, Run, RunSet, by_seed, plan_runs, unique
+from fp8lab.analysis.runs import SEEDS_PLAN, Run, RunSet, by_seed, plan_runs
 from fp8lab.analysis.variance import VARIANCE_PLAN, Study, design_of
 from fp8lab.config import FusedConfig, recorded_fused
+from fp8lab.units import unique
 
 NUMERICS_PLAN = "numerics-h200"
 REFERENCES = {NUMERICS_PLAN: VARIANCE_PLAN, "candidates-h200": SEEDS_PLAN}

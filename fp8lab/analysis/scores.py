@@ -10,7 +10,7 @@ from importlib import resources
 import numpy as np
 import pandas as pd
 
-from fp8lab.analysis.results import Run, RunSet
+from fp8lab.analysis.runs import Run, RunSet
 from fp8lab.errors import UserError
 
 RANDOM_GUESS = {

@@ -19,7 +19,7 @@ from fp8lab.analysis import scaling
 from fp8lab.analysis.comparison import Deviation, student_quantile
 from fp8lab.analysis.losses import final_losses
 from fp8lab.analysis.matched import Interval, Slope
-from fp8lab.analysis.results import Run, RunSet, seed_deviation
+from fp8lab.analysis.runs import Run, RunSet, seed_deviation
 from fp8lab.analysis.scaling import BESIROGLU, Chinchilla
 from fp8lab.errors import UserError
 

@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 
 from fp8lab.analysis import roofline
-from fp8lab.analysis.results import MAP_PLAN, SpeedRun, unique
+from fp8lab.analysis.occasions import MAP_PLAN, SpeedRun
 from fp8lab.analysis.rounds import MIN_ROUNDS, Occasion, SpeedRatio, apart, settled_count, side
 from fp8lab.config import MODELS, ModelConfig
 from fp8lab.errors import UserError
-from fp8lab.units import listing
+from fp8lab.units import listing, unique
 
 BF16_CONTESTANTS = ("bf16", "te_bf16")
 """What is timed in BF16: ours, and Transformer Engine's. FP8 is held against the faster of the two."""

@@ -19,7 +19,7 @@ import numpy as np
 from scipy import stats
 
 from fp8lab.analysis.comparison import LEVEL
-from fp8lab.analysis.results import Run, RunSet
+from fp8lab.analysis.runs import Run, RunSet
 from fp8lab.config import RECIPES, recorded_fused
 from fp8lab.spikes import spikes
 

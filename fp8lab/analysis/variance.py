@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from fp8lab.analysis.comparison import TARGET_HALF_WIDTH, Design, Deviation, Gap
-from fp8lab.analysis.results import Run, RunSet, by_seed, plan_runs, seed_deviation, unique
+from fp8lab.analysis.runs import Run, RunSet, by_seed, plan_runs, seed_deviation
 from fp8lab.config import Plan
-from fp8lab.units import listing
+from fp8lab.units import listing, unique
 
 VARIANCE_PLAN = "variance-h200"
 VARIANCE_COMMAND = "fp8lab run runs/plans/variance-h200.yaml"

@@ -13,10 +13,10 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from fp8lab.analysis.results import Run, RunSet, unique
+from fp8lab.analysis.runs import Run, RunSet
 from fp8lab.analysis.timings import fp8_only
 from fp8lab.figures.style import RECIPE_COLOURS, RECIPE_MARKERS, WIDTH, finish, point_style
-from fp8lab.units import number
+from fp8lab.units import number, unique
 
 
 def chart_points(table: pd.DataFrame, sets: Sequence[RunSet]) -> pd.DataFrame:

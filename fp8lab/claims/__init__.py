@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from fp8lab.analysis.losses import MeasuredGap
-from fp8lab.analysis.results import RunSet
+from fp8lab.analysis.runs import RunSet
 from fp8lab.claims.benchmarks import barely_above_guessing, other_models
 from fp8lab.claims.curves import curves_follow
 from fp8lab.claims.finding import Finding

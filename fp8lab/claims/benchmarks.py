@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from fp8lab.analysis import scores
-from fp8lab.analysis.results import RunSet
+from fp8lab.analysis.runs import RunSet
 from fp8lab.claims.finding import Finding, Verdict
 from fp8lab.units import listing
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fp8lab.analysis.results import RunSet, unique
+from fp8lab.analysis.runs import RunSet
 from fp8lab.analysis.scaling import predict_largest
 from fp8lab.analysis.straightness import log_noise, straightness
 from fp8lab.claims.finding import Finding, Verdict
-from fp8lab.units import signed_percent
+from fp8lab.units import signed_percent, unique
 
 CLAIMED_SIZES = 4
 LINE_LEVEL = 0.01

@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping
 
 import pandas as pd
 
-from fp8lab.analysis.results import unique
 from fp8lab.analysis.rounds import DRIFT, MIN_OCCASIONS, side
 from fp8lab.analysis.timings import device_label, short_device
 from fp8lab.claims.finding import Finding, Verdict
-from fp8lab.units import listing
+from fp8lab.units import listing, unique
 
 CLAIMED_RATIO = 1.40
 """Tokens a second of FP8 over BF16, at 1.5B."""

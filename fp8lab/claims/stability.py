@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from fp8lab.analysis import trouble
 from fp8lab.analysis.comparison import LEVEL, holm
-from fp8lab.analysis.results import RunSet
+from fp8lab.analysis.runs import RunSet
 from fp8lab.analysis.trouble import JUDGED, LAST_PART, Family
 from fp8lab.claims.finding import Finding, Verdict
 from fp8lab.config import RECIPES

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from fp8lab.analysis import diagnosis
-from fp8lab.analysis.results import Run, RunSet, unique
+from fp8lab.analysis.runs import Run, RunSet
 from fp8lab.figures.style import RECIPE_COLOURS, WIDTH, finish, line_style, mark_toy, plain_log_scale, recipes_at
-from fp8lab.units import number
+from fp8lab.units import number, unique
 
 
 def gradient_norms(runs: RunSet, size: str) -> Figure:

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from fp8lab.analysis.comparison import EQUIVALENCE_MARGIN, TARGET_HALF_WIDTH
 from fp8lab.analysis.losses import MeasuredGap, domain_gaps
-from fp8lab.analysis.results import Run, RunSet, unique
+from fp8lab.analysis.runs import Run, RunSet
 from fp8lab.analysis.variance import Line
 from fp8lab.figures.style import (
     NEUTRAL,
@@ -26,6 +26,7 @@ from fp8lab.figures.style import (
     recipes_at,
     symmetric_limits,
 )
+from fp8lab.units import unique
 
 
 def loss_curves(runs: RunSet, size: str) -> Figure:

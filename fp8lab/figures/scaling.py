@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from fp8lab.analysis import scaling
 from fp8lab.analysis.losses import final_losses
-from fp8lab.analysis.results import RunSet
+from fp8lab.analysis.runs import RunSet
 from fp8lab.analysis.scaling import JointLaw
 from fp8lab.figures.style import NEUTRAL, RECIPE_COLOURS, WIDTH, finish, label, line_style, point_style
 from fp8lab.units import number

@@ -8,9 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from fp8lab.analysis.results import RunSet, unique
+from fp8lab.analysis.runs import RunSet
 from fp8lab.analysis.scores import usual_accuracies
 from fp8lab.figures.style import NEUTRAL, RECIPE_COLOURS, RECIPE_MARKERS, WIDTH, finish
+from fp8lab.units import unique
 
 
 def benchmark_scores(runs: RunSet) -> Figure:

@@ -1,6 +1,6 @@
 """Speed and memory, drawn.
 
-From measurements on GPUs only (`fp8lab.analysis.results.speed_runs`).
+From measurements on GPUs only (`fp8lab.analysis.occasions.speed_runs`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from fp8lab.analysis.results import SpeedRun, unique
+from fp8lab.analysis.occasions import SpeedRun
 from fp8lab.analysis.timings import BUSY, fp8_only, speed_ratios
 from fp8lab.figures.style import RECIPE_COLOURS, WIDTH, finish, point_style
+from fp8lab.units import unique
 
 
 def throughput(speeds: Sequence[SpeedRun]) -> Figure:

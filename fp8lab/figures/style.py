@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from fp8lab.analysis.results import RunSet
+from fp8lab.analysis.runs import RunSet
 
 RECIPE_COLOURS: dict[str, str] = {
     "bf16": "#0072B2",

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fp8lab.analysis.decision import Payoff
-from fp8lab.analysis.results import unique
 from fp8lab.analysis.timings import BUSY, device_label, short_device
 from fp8lab.claims import OURS
 from fp8lab.frontpage.evidence import Evidence
 from fp8lab.frontpage.loss import loss_costs
 from fp8lab.frontpage.payoff import span, times, where, widths_by_tokens
-from fp8lab.units import listing
+from fp8lab.units import listing, unique
 
 
 def conclusions(evidence: Evidence) -> list[str]:

@@ -11,22 +11,11 @@ from fp8lab import claims
 from fp8lab.analysis import decision, losses, numerics, slopes
 from fp8lab.analysis.decision import Matched, Payoff
 from fp8lab.analysis.numerics import HeadCost
-from fp8lab.analysis.results import (
-    MAP_PLAN,
-    SEEDS_PLAN,
-    Run,
-    RunSet,
-    SpeedRun,
-    has_ladder,
-    plan_runs,
-    scored_runs,
-    speed_runs,
-    training_runs,
-    unique,
-)
+from fp8lab.analysis.occasions import MAP_PLAN, SpeedRun, speed_runs
+from fp8lab.analysis.runs import SEEDS_PLAN, Run, RunSet, has_ladder, plan_runs, scored_runs, training_runs
 from fp8lab.analysis.slopes import FittedLaw
 from fp8lab.analysis.timings import break_even, comparable, with_verdicts
-from fp8lab.units import listing
+from fp8lab.units import listing, unique
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fp8lab import claims
 from fp8lab.analysis.decision import Payoff
-from fp8lab.analysis.results import SPEED_COMMAND, unique
+from fp8lab.analysis.occasions import SPEED_COMMAND
 from fp8lab.analysis.rounds import MIN_OCCASIONS
 from fp8lab.analysis.timings import BUSY, short_device
 from fp8lab.article import scale_note
@@ -14,7 +14,7 @@ from fp8lab.claims import OURS
 from fp8lab.frontpage.evidence import Evidence
 from fp8lab.frontpage.loss import loss_costs, speed_at_matched_loss
 from fp8lab.frontpage.payoff import span, times, where, widths_by_tokens
-from fp8lab.units import listing
+from fp8lab.units import listing, unique
 
 
 def lead(evidence: Evidence) -> str:

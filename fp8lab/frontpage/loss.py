@@ -8,12 +8,11 @@ from dataclasses import replace
 from fp8lab.analysis import decision, matched
 from fp8lab.analysis.decision import Matched
 from fp8lab.analysis.losses import MeasuredGap, left_out
-from fp8lab.analysis.results import unique
 from fp8lab.analysis.timings import short_device
 from fp8lab.claims import OURS
 from fp8lab.config import MODELS
 from fp8lab.frontpage.evidence import Evidence
-from fp8lab.units import listing
+from fp8lab.units import listing, unique
 
 
 def loss_costs(evidence: Evidence) -> str:

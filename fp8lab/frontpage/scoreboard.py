@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fp8lab.analysis.results import unique
 from fp8lab.claims import Finding
+from fp8lab.units import unique
 
 VERDICTS = ("contradicted", "confirmed", "untested")
 """In the order of the scoreboard."""

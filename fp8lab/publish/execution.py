@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
-from fp8lab.analysis.results import outdated_runs
+from fp8lab.analysis.runs import outdated_runs
 from fp8lab.errors import UserError
 from fp8lab.publish.book import Chapter, read_book
 from fp8lab.publish.dependencies import PACKAGE, package_files

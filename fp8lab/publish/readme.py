@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from fp8lab import figures
-from fp8lab.analysis.results import speed_runs
+from fp8lab.analysis.occasions import speed_runs
 from fp8lab.records import write_atomically
 
 FIGURE = Path("assets/speed.svg")

@@ -7,14 +7,14 @@ from typing import Any
 
 import pandas as pd
 
-from fp8lab.analysis.results import data_composition
+from fp8lab.analysis.composition import data_composition
 from fp8lab.errors import UserError
 from fp8lab.records import BenchmarkRecord, DataRecord
 from fp8lab.units import number
 
 
 def data_table(record: DataRecord) -> pd.DataFrame:
-    """`results.data_composition` for reading."""
+    """`data_composition` for reading."""
     table = data_composition(record)
     return pd.DataFrame(
         {

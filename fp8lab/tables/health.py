@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from fp8lab.analysis import diagnosis, trouble
-from fp8lab.analysis.results import Run, RunSet
+from fp8lab.analysis.runs import Run, RunSet
 from fp8lab.units import ranges
 
 

@@ -10,9 +10,8 @@ import pandas as pd
 from fp8lab.analysis.comparison import EQUIVALENCE_MARGIN, LEVEL, TARGET_HALF_WIDTH, Deviation, Gap
 from fp8lab.analysis.losses import MeasuredGap
 from fp8lab.analysis.numerics import Variant, find
-from fp8lab.analysis.results import unique
 from fp8lab.analysis.variance import Study
-from fp8lab.units import number, p_value, signed, signed_percent
+from fp8lab.units import number, p_value, signed, signed_percent, unique
 
 
 def budget_table(points: pd.DataFrame) -> pd.DataFrame:

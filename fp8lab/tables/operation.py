@@ -7,10 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from fp8lab.analysis.results import unique
 from fp8lab.errors import UserError
 from fp8lab.records import BenchmarkRecord, TestRecord
-from fp8lab.units import signed
+from fp8lab.units import signed, unique
 
 FAULT_TOPICS = ("kill", "signal", "damage", "disk", "non-finite", "memory", "lock", "strangers", "writing")
 """What the fault tests report on, in the order of the article."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from fp8lab import estimate, flops
-from fp8lab.analysis.results import Run, RunSet
+from fp8lab.analysis.runs import Run, RunSet
 from fp8lab.config import ModelConfig, Plan, Recipe, parameter_count
 from fp8lab.units import number, scientific
 

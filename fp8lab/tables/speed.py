@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from fp8lab.analysis.decision import Matched, affordable_gap
-from fp8lab.analysis.results import RunSet, SpeedRun
+from fp8lab.analysis.occasions import SpeedRun
+from fp8lab.analysis.runs import RunSet
 from fp8lab.analysis.slopes import FittedLaw
 from fp8lab.analysis.timings import fp8_only, short_device, speed_ratios
 from fp8lab.config import HEADS, MODELS, RECIPES

@@ -178,3 +178,18 @@ def test_a_gap_in_prose_has_its_interval_and_its_seeds() -> None:
     gap = Gap(0.00412, (-0.00161, 0.01), 20)
     assert gap.text() == "+0.0041 nats (−0.0016 to +0.0100, 20 seeds)"
     assert Gap(-0.0041, None, 1).text("nats/token") == "−0.0041 nats/token (one seed)"
+
+
+def test_a_gap_is_fp8_minus_bf16_with_welchs_interval() -> None:
+    gap = Gap.between([3.02, 3.06, 3.04, 3.08], [3.00, 3.01])
+    # Variances of the means 1.667e-4 and 0.25e-4; 3.717 degrees of freedom by Welch and Satterthwaite, t = 2.862.
+    assert gap.mean == pytest.approx(0.045)
+    half_width = 2.862 * (1.6667e-4 + 0.25e-4) ** 0.5
+    assert gap.interval == pytest.approx((0.045 - half_width, 0.045 + half_width), abs=2e-5)
+    assert gap.seeds == 2
+
+
+def test_one_seed_has_no_interval() -> None:
+    gap = Gap.between([3.02, 3.05], [3.00])
+    assert gap.interval is None
+    assert "one seed" in str(gap)

@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 
 from fp8lab import figures, frontpage, records, tables
 from fp8lab.analysis import decision, losses, roofline, slopes
-from fp8lab.analysis.results import speed_runs
+from fp8lab.analysis.occasions import speed_runs
 from fp8lab.analysis.rounds import side
 from fp8lab.analysis.timings import with_verdicts
 from fp8lab.chart import switch

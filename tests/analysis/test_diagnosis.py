@@ -9,7 +9,7 @@ import pytest
 
 from fp8lab import records, tables
 from fp8lab.analysis import diagnosis
-from fp8lab.analysis.results import Run, plan_runs, training_runs
+from fp8lab.analysis.runs import Run, plan_runs, training_runs
 from fp8lab.config import Recipe
 from tests.fixtures import SIZES, write_demo_records, write_run
 

@@ -12,7 +12,7 @@ import pytest
 from fp8lab import tables
 from fp8lab.analysis import losses, numerics, variance
 from fp8lab.analysis.comparison import Gap
-from fp8lab.analysis.results import plan_runs
+from fp8lab.analysis.runs import plan_runs
 from fp8lab.analysis.trouble import training_key
 from fp8lab.config import FusedConfig, Recipe, load_plan
 from fp8lab.frontpage.conclusions import conclusions

@@ -66,7 +66,7 @@ class _FaultRecord:
 
     def pytest_sessionfinish(self) -> None:
         from fp8lab import records
-        from fp8lab.analysis.results import FAULT_RUN, RELIABILITY_PLAN
+        from fp8lab.analysis.operation import FAULT_RUN, RELIABILITY_PLAN
         from fp8lab.provenance import utc_now
 
         self._provenance.ended_utc = utc_now()

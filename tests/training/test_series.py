@@ -13,7 +13,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from fp8lab import records
-from fp8lab.analysis.results import plan_runs
+from fp8lab.analysis.runs import plan_runs
 from fp8lab.config import RunConfig
 from fp8lab.records import TrainRecord
 from fp8lab.training import compilation, session, trainer

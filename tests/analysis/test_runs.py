@@ -1,4 +1,4 @@
-"""Which records the article draws, and the differences that it reports."""
+"""Which runs the article draws, and the differences that it reports."""
 
 from __future__ import annotations
 
@@ -8,18 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from fp8lab.analysis.results import (
+from fp8lab.analysis.composition import data_record
+from fp8lab.analysis.runs import (
     DEMO_COMMAND,
     LADDER_COMMAND,
-    Gap,
     RunSet,
-    bytes_per_token,
-    data_record,
     has_ladder,
     outdated_runs,
     plan_runs,
     seed_deviation,
-    speed_runs,
     training_command,
     training_runs,
 )
@@ -30,7 +27,6 @@ from tests.fixtures import (
     write_gpu_records,
     write_ladder_records,
     write_run,
-    write_speed_records,
 )
 
 
@@ -118,29 +114,6 @@ def test_branches_are_no_runs_of_their_own(tmp_path: Path) -> None:
     }
 
 
-def test_bytes_of_a_token_are_weighted_as_training_draws_them(tmp_path: Path) -> None:
-    write_demo_records(tmp_path)
-    record = data_record(tmp_path, training_runs(tmp_path))
-    assert record is not None
-    for values in record.results["domains"].values():
-        values["train"] |= {"text_bytes": 3000, "tokens": 1000}
-    assert bytes_per_token(record) == pytest.approx(3.0)
-    record.results["domains"]["prose"]["train"]["text_bytes"] = 4000
-    assert bytes_per_token(record) == pytest.approx(3.65)
-    del record.results["domains"]["prose"]["train"]["tokens"]
-    with pytest.raises(UserError, match="tokens: missing"):
-        bytes_per_token(record)
-
-
-def test_a_gap_is_fp8_minus_bf16_with_welchs_interval() -> None:
-    gap = Gap.between([3.02, 3.06, 3.04, 3.08], [3.00, 3.01])
-    # Variances of the means 1.667e-4 and 0.25e-4; 3.717 degrees of freedom by Welch and Satterthwaite, t = 2.862.
-    assert gap.mean == pytest.approx(0.045)
-    half_width = 2.862 * (1.6667e-4 + 0.25e-4) ** 0.5
-    assert gap.interval == pytest.approx((0.045 - half_width, 0.045 + half_width), abs=2e-5)
-    assert gap.seeds == 2
-
-
 def test_runs_that_differ_in_more_than_their_seed_are_never_taken_for_one_another(tmp_path: Path) -> None:
     for recipe in ("bf16", "fused"):
         write_run(tmp_path, "a", SIZES[0], recipe, seed=1)
@@ -169,12 +142,6 @@ def test_runs_that_differ_in_more_than_their_seed_are_never_taken_for_one_anothe
     assert seed_deviation([apart], apart.runs[0]) is None
 
 
-def test_one_seed_has_no_interval() -> None:
-    gap = Gap.between([3.02, 3.05], [3.00])
-    assert gap.interval is None
-    assert "one seed" in str(gap)
-
-
 def test_a_validation_curve_ends_at_the_records_validation_loss(tmp_path: Path) -> None:
     write_demo_records(tmp_path)
     runs = training_runs(tmp_path)
@@ -185,23 +152,6 @@ def test_a_validation_curve_ends_at_the_records_validation_loss(tmp_path: Path) 
         curve = run.validation_curve(weights)
         assert curve.iloc[-1] == pytest.approx(run.validation_loss)
         assert curve.index[-1] == run.record.tokens
-
-
-@pytest.mark.parametrize("change", [{"emulated": True}, {"status": "failed"}])
-def test_emulated_or_failed_measurements_of_speed_are_never_shown(tmp_path: Path, change: dict) -> None:
-    folder = write_speed_records(tmp_path)
-    assert len(speed_runs(tmp_path)) == 1
-    record = json.loads((folder / "record.json").read_text())
-    record["results"] |= {key: value for key, value in change.items() if key == "emulated"}
-    record |= {key: value for key, value in change.items() if key == "status"}
-    (folder / "record.json").write_text(json.dumps(record))
-    assert speed_runs(tmp_path) == []
-
-
-def test_what_could_not_be_timed_is_named_with_its_error(tmp_path: Path) -> None:
-    write_speed_records(tmp_path)
-    (speed,) = speed_runs(tmp_path)
-    assert speed.failures() == {"1.5B-T2048-B16, rowwise-head_fp8": "OutOfMemoryError: tried to allocate 12 GiB"}
 
 
 def test_a_ladder_has_bf16_at_three_sizes(tmp_path: Path) -> None:

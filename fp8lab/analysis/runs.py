@@ -1,11 +1,8 @@
-"""What the article draws: records grouped into comparable sets of runs.
+"""Training runs, grouped into sets that may be compared.
 
-`training_runs` picks the plan whose runs the article shows: one measured on GPUs where there is
-one, else the demo's, never a mixture of both. `speed_runs` accepts GPU measurements only, since the
-speed of emulated FP8 says nothing about FP8.
-
-Differences between precisions are `fp8lab.analysis.comparison.Gap`s: they carry an interval only where several
-seeds were trained.
+`training_runs` picks the plan whose runs the article shows: one measured on GPUs where there is one, else the demo's,
+never a mixture of both. Differences between precisions are `fp8lab.analysis.comparison.Gap`s: they carry an interval
+only where several seeds were trained.
 """
 
 from __future__ import annotations
@@ -23,8 +20,8 @@ from fp8lab import records
 from fp8lab.analysis.comparison import Deviation, Gap
 from fp8lab.config import RECIPES, Head, Recipe
 from fp8lab.errors import UserError
-from fp8lab.records import BENCHMARK_PLAN, BenchmarkRecord, DataRecord, SpeedRecord, TestRecord, TrainRecord
-from fp8lab.units import listing
+from fp8lab.records import TrainRecord
+from fp8lab.units import listing, unique
 
 MEASURED_PLANS = ("article", "ladder-h200", "pilot-h200")
 """Plans trained on GPUs that the article draws, the most complete first."""
@@ -32,22 +29,10 @@ SEEDS_PLAN = "seeds-h200"
 """Many seeds of the ladder's smallest sizes, at half its learning rate."""
 LARGER_PLAN = "125m-h200"
 """A size above the ladder, in another vocabulary."""
+SCALING_OUT_PLAN = "scaling-out-h200"
 DEMO_PLAN = "demo"
 DEMO_COMMAND = "fp8lab run runs/plans/demo.yaml"
 LADDER_COMMAND = "fp8lab run runs/plans/ladder-h200.yaml"
-SPEED_PLANS = "speed-"
-"""Beginning of the names of the plans that time whole models, each on a device of its own."""
-MAP_PLAN = "speed-map"
-"""The plan that times blocks of many widths, for the break-even."""
-SPEED_COMMAND = "fp8lab speed runs/plans/speed-h200.yaml"
-DATA_PLAN = "data"
-"""Data builds are recorded under this plan, each as a run with the mixture's name."""
-SCALING_OUT_PLAN = "scaling-out-h200"
-RELIABILITY_PLAN = "reliability"
-FAULT_RUN = "fault-tests"
-"""The record that the fault tests wrote themselves."""
-FAULT_COMMAND = "make reliability"
-BENCHMARK_COMMAND = "python -m fp8lab.benchmark"
 
 
 @dataclass(frozen=True)
@@ -371,179 +356,3 @@ def scored_runs(records_dir: Path, plans: Iterable[str] = (*MEASURED_PLANS, DEMO
         if scored:
             return RunSet(plan, scored)
     return RunSet(plan=DEMO_PLAN, runs=())
-
-
-def data_record(records_dir: Path, runs: RunSet) -> DataRecord | None:
-    """What the build of the mixture that `runs` trained on recorded, or None."""
-    for mixture in unique(run.mixture for run in runs.runs):
-        folder = records.record_dir(records_dir, DATA_PLAN, mixture)
-        if (folder / "record.json").exists():
-            record = records.read(folder)
-            if isinstance(record, DataRecord):
-                return record
-    return None
-
-
-def bytes_per_token(record: DataRecord) -> float:
-    """Bytes of training text that a token stands for, the domains in the shares that training draws them in.
-
-    Raises:
-        UserError: a domain or field is missing.
-    """
-    try:
-        return sum(
-            record.config["domains"][domain]["weight"] * values["train"]["text_bytes"] / values["train"]["tokens"]
-            for domain, values in record.results["domains"].items()
-        )
-    except KeyError as error:
-        raise UserError(f"{record.plan}/{record.run}/record.json: {error.args[0]}: missing") from None
-
-
-def data_composition(record: DataRecord) -> pd.DataFrame:
-    """A row a domain of a data set.
-
-    Args:
-        record: its `results` are the data set's manifest, its `config` the mixture.
-
-    Returns:
-        Columns: domain, weight (share of each batch), documents, train_tokens, validation_tokens, removed
-        (documents), contaminated (documents that share text with an evaluation item; among the removed).
-
-    Raises:
-        UserError: a domain or field is missing.
-    """
-    try:
-        rows = [
-            {
-                "domain": domain,
-                "weight": float(record.config["domains"][domain]["weight"]),
-                "documents": values["train"]["documents"],
-                "train_tokens": values["train"]["tokens"],
-                "validation_tokens": values["validation"]["tokens"],
-                "removed": sum(values["removed"].values()),
-                "contaminated": values["removed"]["contaminated"],
-            }
-            for domain, values in record.results["domains"].items()
-        ]
-    except KeyError as error:
-        raise UserError(f"{record.plan}/{record.run}/record.json: {error.args[0]}: missing") from None
-    return pd.DataFrame(rows)
-
-
-def data_benchmarks(records_dir: Path) -> list[BenchmarkRecord]:
-    """What `fp8lab.data.benchmark` measured, by name."""
-    return _benchmarks(records_dir, "data-")
-
-
-def trainer_benchmarks(records_dir: Path) -> list[BenchmarkRecord]:
-    """What `fp8lab.benchmark` measured on GPUs, by name: off them it measures nothing that a reader wants to know."""
-    return [
-        record
-        for record in _benchmarks(records_dir, "trainer-")
-        if not record.provenance.device_name.upper().startswith("CPU")
-    ]
-
-
-def _benchmarks(records_dir: Path, prefix: str) -> list[BenchmarkRecord]:
-    found = (record for _, record in records.read_plan(records_dir, BENCHMARK_PLAN))
-    return [record for record in found if isinstance(record, BenchmarkRecord) and record.run.startswith(prefix)]
-
-
-def fault_record(records_dir: Path) -> TestRecord | None:
-    """What the fault tests saw, or None where they have written no record."""
-    folder = records.record_dir(records_dir, RELIABILITY_PLAN, FAULT_RUN)
-    if not (folder / "record.json").exists():
-        return None
-    record = records.read(folder)
-    return record if isinstance(record, TestRecord) else None
-
-
-UNSAID_KERNELS = dict.fromkeys(("fdd9729", "33acd60"), "of 2026-11-27")
-"""Of records that do not say which kernels they timed: commits whose kernels are the same."""
-
-
-@dataclass(frozen=True)
-class SpeedRun:
-    """One process that measured speed."""
-
-    folder: Path
-    record: SpeedRecord
-
-    @property
-    def device(self) -> str:
-        return self.record.provenance.device_name
-
-    @property
-    def span(self) -> tuple[str, str]:
-        """When it began and ended, UTC in ISO 8601."""
-        return self.record.provenance.started_utc, self.record.provenance.ended_utc
-
-    @property
-    def kernels(self) -> str:
-        """Version of this project's kernels. Of records that do not say it, `UNSAID_KERNELS` or the commit."""
-        provenance = self.record.provenance
-        unsaid = UNSAID_KERNELS.get(provenance.git_commit[:7], provenance.git_commit)
-        return provenance.versions.get(records.KERNELS, unsaid)
-
-    @cached_property
-    def steps(self) -> pd.DataFrame:
-        """Every timed step, with its device and occasion."""
-        occasion = f"{self.record.plan}/{self.record.run}"
-        return records.read_table(self.folder, "steps").assign(device=self.device, occasion=occasion)
-
-    @property
-    def cases(self) -> dict[str, dict[str, Any]]:
-        """Results of the cases that could be measured, by name ('1.5B-T2048-B16')."""
-        cases = self.record.results.get("cases", {})
-        return {name: results for name, results in cases.items() if results.get("contestants")}
-
-    def profiles(self) -> dict[str, dict[str, dict[str, float]]]:
-        """case -> contestant -> category -> GPU milliseconds a step, where they were profiled."""
-        return {
-            case: {
-                name: contestant["profile"]["ms_by_category"]
-                for name, contestant in results["contestants"].items()
-                if contestant.get("profile")
-            }
-            for case, results in self.cases.items()
-        }
-
-    @property
-    def peers(self) -> dict[str, str]:
-        """Version of each peer that was timed, by recipe."""
-        return {recipe: version for case in self.cases.values() for recipe, version in case.get("peers", {}).items()}
-
-    def failures(self) -> dict[str, str]:
-        """What could not be timed ('1.5B-T2048-B16' or '1.5B-T2048-B16, rowwise') and its error."""
-        failures = {}
-        for case, results in self.record.results.get("cases", {}).items():
-            if "error" in results:
-                failures[case] = results["error"]
-            for contestant, failure in results.get("errors", {}).items():
-                failures[f"{case}, {contestant}"] = failure["error"]
-        return failures
-
-
-def speed_runs(records_dir: Path, plan: str | None = None) -> list[SpeedRun]:
-    """Measurements of speed with FP8 in hardware; what was emulated or failed is left out.
-
-    A measurement that its time budget ended holds whole rounds of the cases that it reached, and counts.
-
-    Args:
-        plan: the plan whose occasions are wanted; those of every plan that times whole models if None.
-    """
-    folders = sorted(folder.name for folder in records_dir.glob(f"{SPEED_PLANS}*") if folder.is_dir())
-    plans = [plan] if plan else [name for name in folders if name != MAP_PLAN]
-    return [
-        SpeedRun(folder, record)
-        for name in plans
-        for folder, record in records.read_plan(records_dir, name)
-        if isinstance(record, SpeedRecord)
-        and record.status in ("finished", "interrupted")
-        and record.results.get("emulated") is False
-    ]
-
-
-def unique(values: Iterable[str]) -> list[str]:
-    """Values in order of first appearance, each once."""
-    return list(dict.fromkeys(values))
