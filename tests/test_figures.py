@@ -140,9 +140,10 @@ def test_every_final_loss_is_in_every_panel_of_scaling(tmp_path: Path) -> None:
         assert drawn == set(zip(points[column], points["loss"], strict=True))
 
 
-def test_the_law_is_drawn_over_what_was_measured_and_no_further(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_law", [True, False])
+def test_lines_are_drawn_over_what_was_measured_and_no_further(tmp_path: Path, has_law: bool) -> None:
     runs, law = ladder(tmp_path)
-    compute, *panels = figures.scaling.scaling_panels(runs, law).axes
+    compute, *panels = figures.scaling.scaling_panels(runs, law if has_law else None).axes
     points = losses.final_losses(runs)
     for axes, column in zip(panels, ("parameters", "tokens"), strict=True):
         lines = [line for line in axes.lines if line.get_marker() in ("None", None, "")]

@@ -78,13 +78,7 @@ def _compute_panel(axes: Axes, runs: RunSet, points: pd.DataFrame) -> None:
 
 def _parameters_panel(axes: Axes, points: pd.DataFrame, law: JointLaw | None) -> None:
     _plot_points(axes, points, "parameters")
-    for _, group in points.groupby(["recipe", "budget"], sort=False):
-        recipe, budget = str(group["recipe"].iloc[0]), float(group["budget"].iloc[0])
-        if group["size"].nunique() < 2 or (law and not law.covers(recipe)):
-            continue
-        n = np.geomspace(group["parameters"].min(), group["parameters"].max(), 40)
-        line = law(n, budget * n, recipe) if law else scaling.fit_power_law(group["parameters"], group["loss"])(n)
-        axes.plot(n, line, color=RECIPE_COLOURS[recipe], linewidth=0.9, alpha=0.7)
+    _plot_lines(axes, points, "parameters", "budget", law)
     for _, group in points.groupby("budget"):
         last = group.iloc[int(group["parameters"].to_numpy().argmax())]
         label(axes, f"{last['budget']:g} tokens/N", last["parameters"], last["loss"])
@@ -93,14 +87,23 @@ def _parameters_panel(axes: Axes, points: pd.DataFrame, law: JointLaw | None) ->
 
 def _tokens_panel(axes: Axes, points: pd.DataFrame, law: JointLaw | None) -> None:
     _plot_points(axes, points, "tokens")
-    for _, group in points.groupby(["size", "recipe"], sort=False):
-        recipe, n = str(group["recipe"].iloc[0]), float(group["parameters"].iloc[0])
-        if law is None or not law.covers(recipe) or group["tokens"].nunique() < 2:
-            continue
-        d = np.geomspace(group["tokens"].min(), group["tokens"].max(), 40)
-        axes.plot(d, law(n, d, recipe), color=RECIPE_COLOURS[recipe], linewidth=0.9, alpha=0.7)
+    _plot_lines(axes, points, "tokens", "parameters", law)
     _label_sizes(axes, points, "tokens")
     _frame(axes, points["tokens"], (1.4, 2), "against tokens", "training tokens D")
+
+
+def _plot_lines(axes: Axes, points: pd.DataFrame, x: str, alike: str, law: JointLaw | None) -> None:
+    """Lines along `x` through the markers of one recipe that share what `alike` names: `law`, or power laws."""
+    for _, group in points.groupby(["recipe", alike], sort=False):
+        recipe, shared = str(group["recipe"].iloc[0]), float(group[alike].iloc[0])
+        if group[x].nunique() < 2 or (law and not law.covers(recipe)):
+            continue
+        at = np.geomspace(group[x].min(), group[x].max(), 40)
+        if law is None:
+            line = scaling.fit_power_law(group[x], group["loss"])(at)
+        else:
+            line = law(at, shared * at, recipe) if x == "parameters" else law(shared, at, recipe)
+        axes.plot(at, line, color=RECIPE_COLOURS[recipe], linewidth=0.9, alpha=0.7)
 
 
 def _frame(axes: Axes, x: pd.Series, room: tuple[float, float], title: str, x_label: str) -> None:
