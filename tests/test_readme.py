@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from fp8lab.analysis.occasions import speed_runs
 from fp8lab.analysis.timings import short_device
 from fp8lab.publish import read_book, readme
 from fp8lab.publish.dependencies import PACKAGE, package_files
@@ -37,12 +36,12 @@ def test_the_figure_is_what_the_records_draw() -> None:
     assert points(committed) == points(drawn) != [], "stale: python -m fp8lab.publish.readme draws it again"
 
 
-def test_every_device_drawn_is_the_one_that_the_readme_names() -> None:
+def test_the_readme_names_the_device_and_the_plans_that_are_drawn() -> None:
     _, _, below = (ROOT / "README.md").read_text().partition(f"]({readme.FIGURE})\n\n")
     caption = below.partition("\n\n")[0]
-    assert f"`runs/records/{readme.PLAN}`" in caption
-    drawn = {short_device(speed.device) for speed in speed_runs(ROOT / "runs" / "records", readme.PLAN)}
-    assert drawn == set(re.findall(r"\b[A-Z]\d{2,3}\b", caption)) != set()
+    drawn = readme.occasions(ROOT / "runs" / "records")
+    assert {short_device(speed.device) for speed in drawn} == set(re.findall(r"\b[A-Z]\d{2,3}\b", caption)) != set()
+    assert {speed.record.plan for speed in drawn} == set(re.findall(r"`runs/records/([^`]+)`", caption))
 
 
 def test_the_reading_order_names_every_module_that_a_page_rests_on() -> None:
