@@ -87,8 +87,8 @@ def run(
     checkpoints_dir: CheckpointsDir = CHECKPOINTS,
 ) -> None:
     """Execute every run of a plan through papermill; skip finished runs, resume interrupted ones."""
-    from fp8lab.config import load_plan
     from fp8lab.data import load_mixture
+    from fp8lab.plan import load_plan
     from fp8lab.running import plans
     from fp8lab.running.workspace import Workspace
 
@@ -124,7 +124,7 @@ def status(
     checkpoints_dir: CheckpointsDir = CHECKPOINTS,
 ) -> None:
     """Show every run: finished, in progress (loss in nats, tokens/s, time left), or still to do."""
-    from fp8lab.config import load_plan
+    from fp8lab.plan import load_plan
     from fp8lab.running.status import status_rows
 
     _expect_records(records_dir)

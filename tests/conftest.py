@@ -21,7 +21,8 @@ from tests.forks import ROOT
 
 if TYPE_CHECKING:
     from fp8lab import records
-    from fp8lab.config import Plan, RunConfig
+    from fp8lab.config import RunConfig
+    from fp8lab.plan import Plan
 
 PATIENCE_SECONDS = 3600
 
@@ -70,7 +71,7 @@ def server() -> ForkServerContext:
 @pytest.fixture(scope="session")
 def demo_runs(tmp_path_factory: pytest.TempPathFactory, server: ForkServerContext) -> DemoRuns:
     """Every run of ``runs/plans/demo.yaml``, trained by the worker in processes of one thread: about two minutes."""
-    from fp8lab.config import load_plan
+    from fp8lab.plan import load_plan
 
     base = tmp_path_factory.getbasetemp()
     # pytest-xdist gives each of its workers a base of its own; they share the one above, and the demo in it.

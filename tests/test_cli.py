@@ -10,7 +10,7 @@ import yaml
 
 from fp8lab import cli
 from tests.fixtures import SIZES, write_run
-from tests.test_config import ENTRY, write_plan
+from tests.test_plan import ENTRY, write_plan
 
 
 def fp8lab(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -11,8 +11,9 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from fp8lab.config import RunConfig, load_plan, parameter_count
+from fp8lab.config import RunConfig, parameter_count
 from fp8lab.data import Loader, TokenDataset, load_mixture
+from fp8lab.plan import load_plan
 from tests.conftest import ROOT, DemoRuns
 from tests.ngram import CountModel
 

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from fp8lab import records
-from fp8lab.config import RunConfig, load_plan
+from fp8lab.config import RunConfig
+from fp8lab.plan import load_plan
 from fp8lab.provenance import collect_provenance
 from tests.conftest import ROOT
 

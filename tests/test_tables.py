@@ -18,8 +18,9 @@ from fp8lab.analysis.operation import data_benchmarks, fault_record, trainer_ben
 from fp8lab.analysis.runs import RunSet, plan_runs, training_runs
 from fp8lab.analysis.scaling import HOFFMANN
 from fp8lab.analysis.slopes import PUBLISHED_LAW
-from fp8lab.config import MODELS, load_plan
+from fp8lab.config import MODELS
 from fp8lab.errors import UserError
+from fp8lab.plan import load_plan
 from fp8lab.units import signed
 from tests.fixtures import (
     LADDER_LAW,

@@ -22,7 +22,7 @@ import numpy as np
 
 from fp8lab.analysis.comparison import TARGET_HALF_WIDTH, Design, Deviation, Gap
 from fp8lab.analysis.runs import Run, RunSet, by_seed, plan_runs, seed_deviation
-from fp8lab.config import Plan
+from fp8lab.plan import Plan
 from fp8lab.units import listing, unique
 
 VARIANCE_PLAN = "variance-h200"

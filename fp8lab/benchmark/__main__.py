@@ -15,8 +15,9 @@ from fp8lab.benchmark.overhead import measure_overhead
 from fp8lab.benchmark.paced import tokens_a_step
 from fp8lab.benchmark.resuming import measure_resume
 from fp8lab.benchmark.saving import SAVE_EVERY, measure_checkpoint
-from fp8lab.config import RunConfig, load_plan
+from fp8lab.config import RunConfig
 from fp8lab.measurement import begin_provenance, console, print_summary, run_app, summary, write_benchmark
+from fp8lab.plan import load_plan
 from fp8lab.precision import fp8_tensor_cores, uses_fp8
 from fp8lab.training.device import device_name, training_device
 

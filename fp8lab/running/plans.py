@@ -19,8 +19,9 @@ from pathlib import Path
 from rich.console import Console
 
 from fp8lab import records
-from fp8lab.config import Plan, RunConfig, changed_fields, earlier_config, read_run_config
+from fp8lab.config import RunConfig, changed_fields, earlier_config, read_run_config
 from fp8lab.errors import UserError
+from fp8lab.plan import Plan
 from fp8lab.running.gpus import Share, shares, visible_gpus
 from fp8lab.running.progress import is_locked
 from fp8lab.running.stage import POLL_SECONDS, Stage, open_stage

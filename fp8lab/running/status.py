@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fp8lab import records
-from fp8lab.config import Plan
+from fp8lab.plan import Plan
 from fp8lab.running.progress import SILENT_SECONDS, Progress, clock, is_locked, read_progress
 
 

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from fp8lab.config import MODELS, Config, Head, Mixture, ModelConfig, Name, Recipe, matching, read_yaml, validate
-
-
-def _named_model(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    if value not in MODELS:
-        raise ValueError(f"no model {value!r}; known: {', '.join(MODELS)}")
-    return MODELS[value]
+from fp8lab.config import Config, Head, Mixture, ModelConfig, Name, NamedModel, Recipe, matching, read_yaml, validate
 
 
 class Contestant(Config):
@@ -35,7 +27,7 @@ class Contestant(Config):
 class SpeedCase(Config):
     """One model and batch, and who runs it."""
 
-    model: Annotated[ModelConfig, BeforeValidator(_named_model)]
+    model: NamedModel
     """A named size, or dimensions of one's own."""
     seq_len: int | None = Field(default=None, gt=0)
     """Context length in tokens; the model's own if left out."""

@@ -6,7 +6,8 @@ import pandas as pd
 
 from fp8lab import estimate, flops
 from fp8lab.analysis.runs import Run, RunSet
-from fp8lab.config import ModelConfig, Plan, Recipe, parameter_count
+from fp8lab.config import ModelConfig, Recipe, parameter_count
+from fp8lab.plan import Plan
 from fp8lab.units import number, scientific
 
 

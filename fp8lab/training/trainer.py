@@ -34,9 +34,10 @@ from torch import distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from fp8lab import flops, records
-from fp8lab.config import RunConfig, changed_fields, earlier_config, load_run, read_run_config
+from fp8lab.config import RunConfig, changed_fields, earlier_config, read_run_config
 from fp8lab.data import Loader, TokenDataset, load_mixture
 from fp8lab.errors import UserError
+from fp8lab.plan import load_run
 from fp8lab.precision import FP8_MULTIPLE, uses_fp8
 from fp8lab.records import TrainRecord
 from fp8lab.running.progress import Progress, ProgressFile

@@ -14,9 +14,10 @@ from fp8lab.analysis import losses, numerics, variance
 from fp8lab.analysis.comparison import Gap
 from fp8lab.analysis.runs import plan_runs
 from fp8lab.analysis.trouble import training_key
-from fp8lab.config import FusedConfig, Recipe, load_plan
+from fp8lab.config import FusedConfig, Recipe
 from fp8lab.frontpage.conclusions import conclusions
 from fp8lab.frontpage.evidence import Evidence
+from fp8lab.plan import load_plan
 from fp8lab.units import signed
 from tests.fixtures import (
     NUMERICS_VARIANTS,

@@ -18,7 +18,7 @@ from fp8lab.analysis import variance
 from fp8lab.analysis.comparison import Gap
 from fp8lab.analysis.losses import GAP_PLANS, measured_gaps, measured_sets
 from fp8lab.analysis.runs import SEEDS_PLAN, RunSet, plan_runs, seed_deviation
-from fp8lab.config import load_plan
+from fp8lab.plan import load_plan
 from tests.fixtures import SIZES, VARIANCE_DESIGNS, Measured, write_run, write_variance_records
 
 ROOT = Path(__file__).parents[2]

@@ -26,12 +26,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM
 
 from fp8lab import export, records, tokenizer
-from fp8lab.config import load_plan, read_run_config
+from fp8lab.config import read_run_config
 from fp8lab.data import TokenDataset, load_mixture
 from fp8lab.data.cleaning import EvaluationItems
 from fp8lab.data.shards import DomainManifest, Manifest, Removed, Shard, SplitManifest, TokenizerManifest
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
+from fp8lab.plan import load_plan
 from fp8lab.publish import execute_stale_chapters, notebook_filter, pandoc_edition, read_book
 from fp8lab.running.progress import read_progress
 from fp8lab.speed import load_speed_plan

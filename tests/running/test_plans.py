@@ -25,8 +25,8 @@ import yaml
 from rich.console import Console
 
 from fp8lab import records
-from fp8lab.config import Plan, load_plan, load_run
 from fp8lab.errors import UserError
+from fp8lab.plan import Plan, load_plan, load_run
 from fp8lab.provenance import collect_provenance, command_line
 from fp8lab.running import plans, stage
 from fp8lab.running.gpus import Share
@@ -41,7 +41,7 @@ PARAMETERS = "plan = run = runs = records_dir = data_dir = checkpoints_dir = mix
 START = """
 from pathlib import Path
 from fp8lab import records
-from fp8lab.config import load_run
+from fp8lab.plan import load_run
 from fp8lab.provenance import collect_provenance
 config = load_run(plan, run, mixture)
 record = records.started(config, collect_provenance("CPU"), emulated=False)
@@ -71,7 +71,7 @@ for step in range(600):
 SERIES = """
 from pathlib import Path
 from fp8lab import records
-from fp8lab.config import load_run
+from fp8lab.plan import load_run
 from fp8lab.provenance import collect_provenance
 for run in runs:
     config = load_run(plan, run, mixture)
@@ -381,7 +381,7 @@ def test_a_signal_stops_the_worker_at_a_checkpoint_and_starts_no_other(tmp_path:
     plan, workspace = make_project(tmp_path, STOP_ON_SIGNAL)
     script = (
         "import sys; from pathlib import Path; from rich.console import Console\n"
-        "from fp8lab.config import load_plan; from fp8lab.running.plans import Options, run_plan\n"
+        "from fp8lab.plan import load_plan; from fp8lab.running.plans import Options, run_plan\n"
         "from fp8lab.running.stage import Interrupted; from fp8lab.running.workspace import Workspace\n"
         f"root = Path({str(tmp_path)!r})\n"
         "workspace = Workspace(root, root / 'records', root / 'data', root / 'checkpoints')\n"

@@ -22,10 +22,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8lab import records, spikes
-from fp8lab.config import RECIPES, load_plan, parameter_count
+from fp8lab.config import RECIPES, parameter_count
 from fp8lab.errors import OutOfMemory, UserError
 from fp8lab.generation import generate
 from fp8lab.model import GPT
+from fp8lab.plan import load_plan
 from fp8lab.running.progress import read_progress
 from fp8lab.training import checkpoint, compilation, guard, metrics, session, trainer, validation
 from fp8lab.training.checkpoint import load_model

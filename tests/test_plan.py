@@ -10,18 +10,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp8lab.config import (
-    MODELS,
-    UNSAID_FUSED,
-    FusedConfig,
-    earlier_config,
-    load_plan,
-    load_run,
-    parameter_count,
-    recorded_fused,
-)
+from fp8lab.config import MODELS, UNSAID_FUSED, FusedConfig, earlier_config, parameter_count, recorded_fused
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
+from fp8lab.plan import load_plan, load_run
 from fp8lab.schedule import decay_start, warmup_steps
 
 TINY = {"name": "tiny", "d_model": 32, "n_layers": 1, "n_heads": 2, "d_ff": 64, "vocab_size": 64, "seq_len": 16}
