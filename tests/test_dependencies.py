@@ -45,10 +45,33 @@ def test_every_module_that_the_chapters_load_is_one_that_they_depend_on(depended
 
 def test_tables_and_scripts_that_a_module_reads_count_and_training_does_not(depended_on: set[str]) -> None:
     assert {"analysis/published_scores.csv", "chart/chart.css", "chart/chart.js"} < depended_on
-    assert {"analysis/comparison.py", "analysis/variance.py", "analysis/roofline.py", "chart/switch.py"} < depended_on
+    assert {"analysis/comparison.py", "analysis/diagnosis.py", "analysis/roofline.py", "chart/switch.py"} < depended_on
     assert not {"cli.py", "publish/pandoc_edition.py"} & depended_on
-    # What makes records is no part of what reads them.
-    assert not {"training", "running", "speed", "evaluation", "kernels"} & {path.split("/")[0] for path in depended_on}
+
+
+def imported_by(folder: Path, *names: str) -> set[str]:
+    """Modules and packages of fp8lab that modules and packages of these names rest on, themselves included."""
+    paths = [
+        path for name in names for path in (PACKAGE / f"{name}.py", *(PACKAGE / name).rglob("*.py")) if path.exists()
+    ]
+    modules = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in paths]
+    cell = nbformat.v4.new_code_cell("\n".join(f"import {module.removesuffix('.__init__')}" for module in modules))
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), folder / "all.ipynb")
+    return {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in package_files([folder / "all.ipynb"])}
+
+
+def test_nothing_right_of_the_record_rests_on_what_makes_records(tmp_path: Path) -> None:
+    right = ("analysis", "figures", "tables", "chart", "claims", "frontpage", "article", "publish")
+    makers = {"training", "running", "speed", "evaluation", "benchmark", "kernels", "data", "model", "precision", "cli"}
+    assert imported_by(tmp_path, *right) & makers == set()
+
+
+def test_nothing_left_of_the_record_rests_on_what_reads_records(tmp_path: Path) -> None:
+    left = ("data", "kernels", "training", "running", "speed", "evaluation", "benchmark")
+    readers = {"analysis", "figures", "tables", "chart", "claims", "frontpage", "article", "publish"}
+    assert imported_by(tmp_path, *left) & readers == set()
+    assert "running" not in imported_by(tmp_path, "training")
+    assert "training" not in imported_by(tmp_path, "running")
 
 
 def test_imports_are_followed_through_functions_and_packages(tmp_path: Path) -> None:

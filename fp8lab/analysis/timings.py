@@ -84,12 +84,12 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
 
     Returns:
         A row a device, setting (model, context, micro-batch) and recipe. Columns: device, model, case, seq_len,
-        micro_batch, setting, recipe, head, baseline (the BF16 that was fastest, of the last occasion), step_ms (median
-        of the settled rounds), tokens_per_second, ratio, interval_low, interval_high (95%, NaN where too few rounds
-        give none), low, high (smallest and largest of all rounds), first, last (rounds of the occasion that drifted
-        most), drift (from the one to the other, relative), rounds (of all occasions), left_out (those of occasions too
-        short to count), occasions (those with rounds enough for an interval, `apart` in time), timed_on (names of all),
-        peak_memory_bytes.
+        micro_batch, setting, recipe, head, baseline (the BF16 that was fastest, of the last occasion), baselines (of
+        all that count), step_ms (median of the settled rounds), tokens_per_second, ratio, interval_low, interval_high
+        (95%, NaN where too few rounds give none), low, high (smallest and largest of all rounds), first, last (rounds
+        of the occasion that drifted most), drift (from the one to the other, relative), rounds (of all occasions),
+        left_out (those of occasions too short to count), occasions (those with rounds enough for an interval, `apart`
+        in time), timed_on (names of all), peak_memory_bytes.
     """
     steps = _compared_steps(speeds)
     if steps.empty:
@@ -177,6 +177,7 @@ def _ratio_row(group: pd.DataFrame, several_devices: bool, spans: Mapping[str, t
         "recipe": first["recipe"],
         "head": first["head"],
         "baseline": group["baseline"].iloc[-1],
+        "baselines": tuple(unique(counted["baseline"])),
         "step_ms": step_ms,
         "tokens_per_second": float(first["tokens"]) / step_ms * 1e3,
         "ratio": ratio.value,

@@ -28,7 +28,7 @@ POLL_SECONDS = 0.01
 PATIENCE_SECONDS = 600
 
 StartWorker = Callable[[list[str], Path], BaseProcess]
-"""Starts a process that trains by the arguments of `fp8lab.training.trainer.main`, and tells a file what it does."""
+"""Starts a process that trains by the arguments of `fp8lab.training.trainer.main`, and writes its output to a file."""
 
 
 def spawn(arguments: list[str], output: Path) -> BaseProcess:

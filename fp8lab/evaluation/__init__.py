@@ -45,7 +45,7 @@ from fp8lab.evaluation import answers
 from fp8lab.evaluation.adapter import GPTAdapter
 from fp8lab.evaluation.suites import Suite, demo_suite, full_suite_from_files, full_suite_from_hub
 from fp8lab.model import GPT
-from fp8lab.running.progress import Progress, ProgressFile
+from fp8lab.progress import Progress, ProgressFile
 from fp8lab.training.checkpoint import load_model
 
 SuiteName = Literal["demo", "full"]

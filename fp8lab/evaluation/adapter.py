@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from fp8lab.cpu import bf16_autocast
 from fp8lab.model import GPT
-from fp8lab.running.progress import Progress
+from fp8lab.progress import Progress
 
 PAD_MULTIPLE = 16
 """Lengths are padded to it: FP8 kernels want whole tiles of tokens."""

@@ -93,10 +93,10 @@ def _tokens_panel(axes: Axes, points: pd.DataFrame, law: JointLaw | None) -> Non
 
 
 def _plot_lines(axes: Axes, points: pd.DataFrame, x: str, alike: str, law: JointLaw | None) -> None:
-    """Lines along `x` through the markers of one recipe that share what `alike` names: `law`, or power laws."""
+    """Lines along `x` for the markers of one recipe that share what `alike` names: `law`, or a power law a line."""
     for _, group in points.groupby(["recipe", alike], sort=False):
         recipe, shared = str(group["recipe"].iloc[0]), float(group[alike].iloc[0])
-        if group[x].nunique() < 2 or (law and not law.covers(recipe)):
+        if group[x].nunique() < 2 or (law is not None and not law.covers(recipe)):
             continue
         at = np.geomspace(group[x].min(), group[x].max(), 40)
         if law is None:

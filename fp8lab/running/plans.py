@@ -22,8 +22,8 @@ from fp8lab import records
 from fp8lab.config import RunConfig, changed_fields, earlier_config, read_run_config
 from fp8lab.errors import UserError
 from fp8lab.plan import Plan
+from fp8lab.progress import is_locked
 from fp8lab.running.gpus import Share, shares, visible_gpus
-from fp8lab.running.progress import is_locked
 from fp8lab.running.stage import POLL_SECONDS, Stage, open_stage
 from fp8lab.running.workspace import Workspace, finished_record
 

@@ -1,7 +1,7 @@
 """Where notebooks execute: a process of papermill each, watched until it ends.
 
 A stage starts them on what each may have of the machine (`fp8lab.running.gpus`), draws progress from the file that
-each worker keeps (`fp8lab.running.progress`), passes SIGINT and SIGTERM on as requests to checkpoint and stop, and
+each worker keeps (`fp8lab.progress`), passes SIGINT and SIGTERM on as requests to checkpoint and stop, and
 makes sure that however a notebook dies, a record says so.
 """
 
@@ -26,9 +26,9 @@ from rich.progress import Progress as Bars
 
 from fp8lab import records
 from fp8lab.config import RunConfig
+from fp8lab.progress import Progress, is_locked, read_progress
 from fp8lab.provenance import collect_provenance, command_line, utc_now
 from fp8lab.running.gpus import Share
-from fp8lab.running.progress import Progress, is_locked, read_progress
 from fp8lab.running.workspace import Workspace
 
 POLL_SECONDS = 0.25

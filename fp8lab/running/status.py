@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fp8lab import records
 from fp8lab.plan import Plan
-from fp8lab.running.progress import SILENT_SECONDS, Progress, clock, is_locked, read_progress
+from fp8lab.progress import SILENT_SECONDS, Progress, clock, is_locked, read_progress
 
 
 def status_rows(plan: Plan | None, records_dir: Path, checkpoints_dir: Path) -> list[tuple[str, ...]]:

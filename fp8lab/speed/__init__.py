@@ -1,8 +1,8 @@
 """Speed: whole optimizer steps of several recipes, alternating in one process.
 
 A GPU's clock drifts with its temperature and power, and two processes never meet the same one. So the
-contestants of a case take turns (A B A B ...), a few steps each, and a ratio is formed within a round. They
-share one set of master weights and one optimizer: only what a recipe adds is in memory twice.
+contestants of a case take turns (A B A B ...), and a ratio is formed within a round. They share one set of
+master weights and one optimizer: only what a recipe adds is in memory twice.
 
 A timed step is the trainer's: forward under BF16 autocast, backward, global gradient norm, fused AdamW with
 clipping, FP32 master weights. Before the rounds, every contestant trains from the same initial weights on

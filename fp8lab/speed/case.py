@@ -29,7 +29,9 @@ from fp8lab.training.failures import one_line
 SETTLING_STEPS = 2
 """Untimed steps after a change of contestant: the allocator's cache fills again."""
 TELEMETRY_SECONDS = 0.02
-"""Between readings of clock and power."""
+"""Between readings of clock and power, while the host waits for the GPU."""
+QUEUEING_TELEMETRY_SECONDS = 0.5
+"""The same while it queues steps, which a reading holds up."""
 MINIMUM_ROUNDS = 2
 ERROR_LENGTH = 500
 """Characters; compilers say much more."""
@@ -176,9 +178,13 @@ class Measurement:
             return [(end - start) * 1e3 for start, end in itertools.pairwise(times)]
         events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
         events[0].record()
+        last_read = time.perf_counter()
         for index in range(steps):
             self._step(model, index)
             events[index + 1].record()
+            if time.perf_counter() - last_read > QUEUEING_TELEMETRY_SECONDS:
+                telemetry.read()
+                last_read = time.perf_counter()
         while not events[-1].query():
             telemetry.read()
             time.sleep(TELEMETRY_SECONDS)

@@ -66,8 +66,8 @@ class SpeedPlan(Config):
     steps_per_round: int = Field(default=5, gt=0)
     """Timed steps a turn, at least."""
     seconds_per_turn: float = Field(default=0.0, ge=0)
-    """About how long a turn's timed steps last: more of them where they are short. At its power limit a GPU keeps a
-    clock that it cannot hold for the first half second."""
+    """About how long a turn's timed steps last: more of them where they are short, so that their median is not that of
+    the first moments after a change of contestant."""
     heat_up_seconds: float = Field(default=0.0, ge=0)
     """Untimed turns before the first round: at its power limit a GPU lowers its clock for a while."""
     warmup_steps: int = Field(default=10, gt=0)

@@ -28,6 +28,7 @@ def speed_table(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
             "step (ms)": table["step_ms"].map("{:.1f}".format),
             "tokens/s": table["tokens_per_second"].map("{:,.0f}".format),
             "× BF16": table["ratio"].map("{:.3f}".format),
+            "over": table["baselines"].map(", ".join),
             "95% interval": [
                 "–" if low != low else f"{low:.3f}–{high:.3f}"
                 for low, high in zip(table["interval_low"], table["interval_high"], strict=True)

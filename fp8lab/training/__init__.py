@@ -4,7 +4,7 @@
 advances it by one optimizer step. What they lean on has a module each:
 
 - the device and what compiles for it: `device`, `compilation`;
-- several GPUs: `distributed`, the start of their processes in `launch`, whose error it was in `failures`;
+- several GPUs: `distributed`; `launch` starts a run's processes, and `failures` tells whose error ended them;
 - a step that must not be taken: `guard`, and a run that takes none any more: `divergence`;
 - what is measured on the way: `metrics`, `validation`, `health`, and `averaging` of the weights;
 - what outlives the process: `checkpoint`, `recorder`, `events`; and `signals`, which ask it to end.

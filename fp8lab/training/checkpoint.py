@@ -57,8 +57,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from fp8lab.config import RunConfig, read_run_config
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
+from fp8lab.progress import LOCK_FILE_NAME
 from fp8lab.records import TRAINING_TABLES, write_atomically
-from fp8lab.running.progress import LOCK_FILE_NAME
 from fp8lab.training import distributed
 from fp8lab.training.distributed import ALONE, World
 

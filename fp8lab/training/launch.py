@@ -28,8 +28,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from fp8lab import records
 from fp8lab.config import RunConfig
 from fp8lab.errors import UserError
+from fp8lab.progress import Progress, ProgressFile
 from fp8lab.records import TrainRecord
-from fp8lab.running.progress import Progress, ProgressFile
 from fp8lab.training.checkpoint import saved_steps
 from fp8lab.training.failures import PeerFailed
 from fp8lab.training.signals import Interrupted

@@ -15,9 +15,9 @@ from pathlib import Path
 from fp8lab import records
 from fp8lab.config import RunConfig
 from fp8lab.errors import UserError
+from fp8lab.progress import is_locked
 from fp8lab.provenance import collect_provenance
 from fp8lab.records import TrainRecord
-from fp8lab.running.progress import is_locked
 from fp8lab.training.divergence import Diverged
 from fp8lab.training.signals import Interrupted, stop_signals
 from fp8lab.training.trainer import train

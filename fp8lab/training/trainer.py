@@ -39,8 +39,8 @@ from fp8lab.data import Loader, TokenDataset, load_mixture
 from fp8lab.errors import UserError
 from fp8lab.plan import load_run
 from fp8lab.precision import FP8_MULTIPLE, uses_fp8
+from fp8lab.progress import Progress, ProgressFile
 from fp8lab.records import TrainRecord
-from fp8lab.running.progress import Progress, ProgressFile
 from fp8lab.training import checkpoint, distributed, failures
 from fp8lab.training.distributed import ALONE, World
 from fp8lab.training.divergence import Diverged, Divergence

@@ -7,13 +7,9 @@ from pathlib import Path
 import pytest
 
 from fp8lab.analysis.composition import bytes_per_token, data_record
-from fp8lab.analysis.runs import (
-    training_runs,
-)
+from fp8lab.analysis.runs import training_runs
 from fp8lab.errors import UserError
-from tests.fixtures import (
-    write_demo_records,
-)
+from tests.fixtures import write_demo_records
 
 
 def test_bytes_of_a_token_are_weighted_as_training_draws_them(tmp_path: Path) -> None:

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 from fp8lab.analysis.occasions import speed_runs
-from tests.fixtures import (
-    write_speed_records,
-)
+from tests.fixtures import write_speed_records
 
 
 @pytest.mark.parametrize("change", [{"emulated": True}, {"status": "failed"}])

@@ -33,8 +33,8 @@ from fp8lab.data.shards import DomainManifest, Manifest, Removed, Shard, SplitMa
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
 from fp8lab.plan import load_plan
+from fp8lab.progress import read_progress
 from fp8lab.publish import execute_stale_chapters, notebook_filter, pandoc_edition, read_book
-from fp8lab.running.progress import read_progress
 from fp8lab.speed import load_speed_plan
 from fp8lab.training import checkpoint, trainer
 from fp8lab.training.checkpoint import load_model, save_final, write

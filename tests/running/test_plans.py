@@ -27,11 +27,11 @@ from rich.console import Console
 from fp8lab import records
 from fp8lab.errors import UserError
 from fp8lab.plan import Plan, load_plan, load_run
+from fp8lab.progress import Progress, ProgressFile
 from fp8lab.provenance import collect_provenance, command_line
 from fp8lab.running import plans, stage
 from fp8lab.running.gpus import Share
 from fp8lab.running.plans import Options, run_plan
-from fp8lab.running.progress import Progress, ProgressFile
 from fp8lab.running.stage import Interrupted
 from fp8lab.running.status import status_rows
 from fp8lab.running.workspace import Workspace
@@ -55,7 +55,7 @@ FAIL = "records.write(record, Path(records_dir))\nraise RuntimeError('the loss i
 DIE = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
 STOP_ON_SIGNAL = """
 import signal, time
-from fp8lab.running.progress import Progress, ProgressFile
+from fp8lab.progress import Progress, ProgressFile
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
 for step in range(600):

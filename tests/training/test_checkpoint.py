@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
-from fp8lab.running.progress import LOCK_FILE_NAME, is_locked
+from fp8lab.progress import LOCK_FILE_NAME, is_locked
 from fp8lab.training import checkpoint, trainer
 from fp8lab.training.checkpoint import (
     CHECKSUMS_FILE,

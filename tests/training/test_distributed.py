@@ -24,7 +24,7 @@ import torch
 from fp8lab import records
 from fp8lab.config import RunConfig
 from fp8lab.errors import UserError
-from fp8lab.running.progress import read_progress
+from fp8lab.progress import read_progress
 from fp8lab.training import checkpoint, distributed, launch, trainer
 from fp8lab.training.checkpoint import load_model
 from fp8lab.training.signals import Interrupted

@@ -27,7 +27,7 @@ from fp8lab.errors import OutOfMemory, UserError
 from fp8lab.generation import generate
 from fp8lab.model import GPT
 from fp8lab.plan import load_plan
-from fp8lab.running.progress import read_progress
+from fp8lab.progress import read_progress
 from fp8lab.training import checkpoint, compilation, guard, metrics, session, trainer, validation
 from fp8lab.training.checkpoint import load_model
 from fp8lab.training.divergence import Diverged

@@ -11,8 +11,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp8lab.running import progress
-from fp8lab.running.progress import Progress, ProgressFile, read_progress
+from fp8lab import progress
+from fp8lab.progress import Progress, ProgressFile, read_progress
 
 
 def test_what_is_written_is_read(tmp_path) -> None:
