@@ -363,14 +363,14 @@ def _print_frame(frame: object) -> None:
 
 def main() -> None:
     """Entry point: turns the user's mistakes into one line and exit code 2."""
-    from fp8lab.running.stage import Interrupted
+    from fp8lab.running.stage import StageInterrupted
 
     try:
         app()
     except UserError as error:
         print(f"fp8lab: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except Interrupted as interruption:
+    except StageInterrupted as interruption:
         print(f"fp8lab: stopped by {interruption}; the same command resumes", file=sys.stderr)
         raise SystemExit(interruption.exit_code) from None
 

@@ -27,7 +27,7 @@ from fp8lab.running.gpus import Share, shares, visible_gpus
 from fp8lab.running.stage import POLL_SECONDS, Stage, open_stage
 from fp8lab.running.workspace import Workspace, finished_record
 
-ALONE = (Share((), 1),)
+ONE_AT_A_TIME = (Share((), 1),)
 """One notebook at a time, on whatever GPUs this process sees."""
 
 
@@ -55,7 +55,7 @@ def run_plan(plan: Plan, workspace: Workspace, options: Options, console: Consol
 
     Raises:
         UserError: a finished record was made with another configuration and `options.replace` is off.
-        Interrupted: SIGINT or SIGTERM arrived; the runs in progress have checkpoints.
+        StageInterrupted: SIGINT or SIGTERM arrived; the runs in progress have checkpoints.
     """
     for config in plan.runs:
         _check_unchanged(config, workspace, replace=options.replace)
@@ -67,7 +67,7 @@ def run_plan(plan: Plan, workspace: Workspace, options: Options, console: Consol
     errands = _errands(plan.runs, options, done)
     to_do = sum(any(config.run not in done for config in errand) for errand in errands)
     jobs = max(1, min(options.jobs, to_do))
-    machine = shares(jobs, options.nproc, visible_gpus()) if jobs > 1 else ALONE
+    machine = shares(jobs, options.nproc, visible_gpus()) if jobs > 1 else ONE_AT_A_TIME
     with open_stage(workspace, console, machine, options.nproc) as stage:
         with ThreadPoolExecutor(jobs) as pool:
             futures = [pool.submit(_execute, errand, plan, options, stage, labels) for errand in errands]
@@ -89,13 +89,13 @@ def evaluate_run(
 
     Raises:
         UserError: the folder's configuration is damaged.
-        Interrupted: SIGINT or SIGTERM arrived.
+        StageInterrupted: SIGINT or SIGTERM arrived.
     """
     # From the configuration saved beside the weights, not from a plan that may have moved on.
     path = folder / "config.json"
     config = read_run_config(path)
     label = f"{config.plan} {config.run}"
-    with open_stage(workspace, console, ALONE) as stage:
+    with open_stage(workspace, console, ONE_AT_A_TIME) as stage:
         done = _evaluate(stage, config, path, None, suite, evaluation_data, precision, label)
     console.print(
         f"{label}: {'scored' if done else 'scoring failed'}; see {workspace.record(config) / 'evaluate.ipynb'}"
@@ -115,12 +115,12 @@ def measure_speed(
     """Time the steps of the speed plan `name` in the file `plan`. True if the notebook ran to its end.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM arrived; cases that were done are recorded.
+        StageInterrupted: SIGINT or SIGTERM arrived; cases that were done are recorded.
     """
     parameters = {"plan": str(plan), "occasion": occasion, "only": list(only), "budget_seconds": budget_seconds}
     folder = records.record_dir(workspace.records, name, occasion)
     work = workspace.checkpoints / name / occasion
-    with open_stage(workspace, console, ALONE) as stage:
+    with open_stage(workspace, console, ONE_AT_A_TIME) as stage:
         done = stage.notebook("speed", folder, work, parameters, {work: f"{name} {occasion}"})
         if not done:
             _end_speed_record(folder, stage.reason(work / "speed.log"), workspace.records)

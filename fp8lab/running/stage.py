@@ -36,7 +36,7 @@ LINE_SECONDS = 15.0
 """Between progress lines where the output is not a terminal."""
 
 
-class Interrupted(Exception):
+class StageInterrupted(Exception):
     """The user's signal, after the workers have stopped."""
 
     def __init__(self, signal_number: int) -> None:
@@ -53,7 +53,7 @@ def open_stage(workspace: Workspace, console: Console, machine: Sequence[Share],
         processes: of each notebook.
 
     Raises:
-        Interrupted: on leaving, if a signal arrived.
+        StageInterrupted: on leaving, if a signal arrived.
     """
     text, state = (TextColumn(field, markup=False) for field in ("{task.description}", "{task.fields[state]}"))
     columns = (text, BarColumn(), state, TimeElapsedColumn())
@@ -66,7 +66,7 @@ def open_stage(workspace: Workspace, console: Console, machine: Sequence[Share],
             for number, handler in previous.items():
                 signal.signal(number, handler)
     if stage.received is not None:
-        raise Interrupted(stage.received)
+        raise StageInterrupted(stage.received)
 
 
 class Worker:

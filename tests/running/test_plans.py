@@ -32,7 +32,7 @@ from fp8lab.provenance import collect_provenance, command_line
 from fp8lab.running import plans, stage
 from fp8lab.running.gpus import Share
 from fp8lab.running.plans import Options, run_plan
-from fp8lab.running.stage import Interrupted
+from fp8lab.running.stage import StageInterrupted
 from fp8lab.running.status import status_rows
 from fp8lab.running.workspace import Workspace
 from fp8lab.training import checkpoint
@@ -372,7 +372,7 @@ def test_a_second_signal_ends_a_worker_that_is_slow_to_stop(tmp_path: Path, monk
             os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(Interrupted) as stopped:
+    with pytest.raises(StageInterrupted) as stopped:
         execute(plan, workspace)
     assert stopped.value.exit_code == 130
 
@@ -382,11 +382,11 @@ def test_a_signal_stops_the_worker_at_a_checkpoint_and_starts_no_other(tmp_path:
     script = (
         "import sys; from pathlib import Path; from rich.console import Console\n"
         "from fp8lab.plan import load_plan; from fp8lab.running.plans import Options, run_plan\n"
-        "from fp8lab.running.stage import Interrupted; from fp8lab.running.workspace import Workspace\n"
+        "from fp8lab.running.stage import StageInterrupted; from fp8lab.running.workspace import Workspace\n"
         f"root = Path({str(tmp_path)!r})\n"
         "workspace = Workspace(root, root / 'records', root / 'data', root / 'checkpoints')\n"
         "try: run_plan(load_plan(root / 'runs/plans/p.yaml'), workspace, Options(), Console())\n"
-        "except Interrupted as interruption: sys.exit(interruption.exit_code)\n"
+        "except StageInterrupted as interruption: sys.exit(interruption.exit_code)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script])
     progress = workspace.work(plan.runs[0]) / "progress.json"
