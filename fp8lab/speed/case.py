@@ -169,7 +169,7 @@ class Measurement:
         return time.perf_counter() - began
 
     def _timed(self, model: GPT, steps: int, telemetry: Telemetry) -> list[float]:
-        """Milliseconds of each of `steps` steps; the host runs ahead, as in training, then reads the GPU's state."""
+        """Milliseconds of each of `steps` steps; the host runs ahead, as in training, and reads clock and power."""
         if self._device.type != "cuda":
             times = [time.perf_counter()]
             for index in range(steps):
