@@ -16,18 +16,26 @@ PACKAGE = Path(fp8lab.__file__).parent
 def package_files(notebooks: Iterable[Path]) -> list[Path]:
     """Files of the package that the code cells of `notebooks` depend on, sorted.
 
-    Modules are found by reading imports, those inside functions too, without executing any. A data file (a table,
-    a style, a script) counts where a module in the same folder names it.
+    A data file (a table, a style, a script) counts where a module in the same folder names it.
+    """
+    modules = imported_modules(_code(notebook) for notebook in notebooks)
+    return sorted(modules | {data for path in modules for data in _data_files(path)})
+
+
+def imported_modules(sources: Iterable[str]) -> set[Path]:
+    """Files of the package's modules that Python `sources` import, directly or not.
+
+    They are found by reading imports, those inside functions too, without executing any.
     """
     found: set[Path] = set()
-    waiting = [module for notebook in notebooks for module in _imported(_code(notebook))]
+    waiting = [module for source in sources for module in _imported(source)]
     while waiting:
         path = waiting.pop()
         if path in found:
             continue
         found.add(path)
         waiting += _imported(path.read_text(encoding="utf-8"))
-    return sorted(found | {data for path in found for data in _data_files(path)})
+    return found
 
 
 def _code(notebook: Path) -> str:

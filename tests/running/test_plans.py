@@ -36,6 +36,7 @@ from fp8lab.running.stage import StageInterrupted
 from fp8lab.running.status import status_rows
 from fp8lab.running.workspace import Workspace
 from fp8lab.training import checkpoint
+from tests.test_plan import ENTRY, TINY
 
 PARAMETERS = "plan = run = runs = records_dir = data_dir = checkpoints_dir = mixture = None"
 START = """
@@ -93,17 +94,8 @@ def make_project(root: Path, train: str, template: str = "train", **changes: obj
     notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
     nbformat.write(notebook, root / "runs" / f"{template}.ipynb")
     path = root / "runs" / "plans" / "p.yaml"
-    model = {"name": "t", "d_model": 32, "n_layers": 1, "n_heads": 2, "d_ff": 64, "vocab_size": 64, "seq_len": 16}
-    entry = {
-        "models": [model],
-        "recipes": ["bf16"],
-        "seeds": [1, 2],
-        "mixture": "demo",
-        "tokens": 64,
-        "global_batch_tokens": 32,
-        "micro_batch": 2,
-        "optimizer": {"peak_learning_rate": 0.001},
-    }
+    model = TINY | {"name": "t"}
+    entry = ENTRY | {"models": [model], "recipes": ["bf16"], "tokens": 64, "global_batch_tokens": 32}
     path.write_text(yaml.safe_dump({"name": "p", "description": "d", "entries": [entry | changes]}))
     workspace = Workspace(root, root / "records", root / "data", root / "checkpoints")
     return load_plan(path), workspace
