@@ -248,7 +248,7 @@ def write_run(
             "status": "finished",
             "parent": Parent(**config.parent.model_dump()) if config.parent else None,
             "tokens": tokens,
-            "steps": STEPS,
+            "steps": config.steps,
             "flops": Flops(**flops.flops_record(model, tokens)),
             "final": FinalLosses(
                 train_loss=float(metrics["loss"].tail(20).mean()),

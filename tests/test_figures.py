@@ -156,6 +156,15 @@ def test_lines_are_drawn_over_what_was_measured_and_no_further(tmp_path: Path, h
     assert len([line for line in compute.lines if line.get_marker() in ("None", None, "")]) == len(points) + 3
 
 
+def test_a_law_is_not_drawn_over_what_it_was_not_fitted_to(tmp_path: Path) -> None:
+    runs, law = ladder(tmp_path)
+    points = losses.final_losses(runs)
+    fitted = points[points["tokens"] > points["tokens"].min()]
+    *_, tokens = figures.scaling.scaling_panels(runs, law, fitted).axes
+    drawn = [line.get_xdata() for line in tokens.lines if line.get_marker() in ("None", None, "")]
+    assert min(map(np.min, drawn)) == pytest.approx(fitted["tokens"].min())
+
+
 def test_what_is_extrapolated_is_dashed_and_named(tmp_path: Path) -> None:
     runs, law = ladder(tmp_path)
     points = losses.final_losses(runs)

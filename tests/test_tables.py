@@ -87,6 +87,16 @@ def test_gaps_by_budget_are_means_over_sizes(tmp_path: Path) -> None:
             assert table.loc[recipe, f"{budget} tokens/N"] == f"{signed(gap)} ± {scatter.reach(5):.4f}"
 
 
+def test_a_size_without_every_budget_has_no_part_in_gaps_by_budget(tmp_path: Path) -> None:
+    write_ladder_records(tmp_path)
+    points = losses.final_losses(training_runs(tmp_path))
+    smallest, budget = points["size"].iloc[0], points["budget"].min()
+    incomplete = points[(points["size"] != smallest) | (points["budget"] > budget)]
+    without = losses.gaps_by_budget(points[points["size"] != smallest], LADDER_LAW, None)
+    pd.testing.assert_frame_equal(losses.gaps_by_budget(incomplete, LADDER_LAW, None), without)
+    assert without["sizes"].iloc[0] == list(dict.fromkeys(points["size"]))[1:]
+
+
 def test_more_seeds_of_a_size_narrow_the_gap_of_a_budget_and_do_not_outweigh_other_sizes(tmp_path: Path) -> None:
     write_ladder_records(tmp_path)
     points = losses.final_losses(training_runs(tmp_path))
@@ -547,7 +557,8 @@ def test_a_gap_stands_beside_the_runs_that_diverged(tmp_path: Path) -> None:
 
 def test_a_spike_score_stands_beside_the_steps_that_it_judged(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "demo", SIZES[0], "bf16")
-    assert tables.health.spikes([plan_runs(tmp_path, "demo")])["steps judged"].tolist() == ["40 of 60"]
+    steps = json.loads((folder / "record.json").read_text())["steps"]
+    assert tables.health.spikes([plan_runs(tmp_path, "demo")])["steps judged"].tolist() == [f"40 of {steps}"]
     record = records.read(folder)
     assert isinstance(record, records.TrainRecord)
     assert record.stability is not None

@@ -25,7 +25,7 @@ def final_losses(runs: RunSet) -> pd.DataFrame:
 
     Returns:
         Columns: size, recipe, seed, run (the stable run; its branches share it), is_branch, budget (tokens a
-        parameter), parameters (N, total), non_embedding, matmul, tokens, loss (nats a token), bits_per_byte, and
+        parameter), parameters (N, total), non_embedding, matmul, tokens, steps, loss (nats a token), bits_per_byte, and
         training FLOPs by convention: flops_6n, flops_matmul_attention, flops_causal.
     """
     rows = []
@@ -43,6 +43,7 @@ def final_losses(runs: RunSet) -> pd.DataFrame:
                 "non_embedding": record.parameters.non_embedding,
                 "matmul": record.parameters.matmul,
                 "tokens": record.tokens,
+                "steps": record.steps,
                 "loss": run.validation_loss,
                 "bits_per_byte": run.bits_per_byte,
                 "flops_6n": record.flops.per_token_6n * record.tokens,
@@ -71,31 +72,38 @@ def domain_gaps(runs: RunSet, size: str) -> dict[tuple[str, str], Gap]:
 
 
 def gaps_by_budget(points: pd.DataFrame, law: JointLaw, scatter: Deviation | None) -> pd.DataFrame:
-    """Loss of each FP8 recipe minus BF16's at the same size and budget, meaned over the sizes.
+    """Loss of each FP8 recipe minus BF16's at the same size and budget, meaned over the sizes that have every budget.
+
+    A size without some budget would make the means differ by size where they are to tell of budgets.
 
     Args:
         points: `final_losses` that `law` was fitted to.
         scatter: of seeds, for the 95% intervals.
 
     Returns:
-        A row a recipe and budget. Columns: recipe, budget (tokens a parameter), mean, reach (half-width of its 95%
-        interval; NaN without `scatter`), by_law (the same by the joint law); nats a token.
+        A row a recipe and budget. Columns: recipe, budget (tokens a parameter), sizes (small ones first), mean, reach
+        (half-width of its 95% interval; NaN without `scatter`), by_law (the same by the joint law); nats a token.
     """
     points = points.assign(law=law.of(points))
     rows = []
     for recipe in law.multipliers:
         sides = [points[points["recipe"] == name].groupby(["budget", "size"]) for name in (recipe, "bf16")]
-        loss, by_law = (sides[0][column].mean() - sides[1][column].mean() for column in ("loss", "law"))
+        # A row a budget, a column a size that has them all.
+        loss, by_law = (
+            (sides[0][column].mean() - sides[1][column].mean()).unstack("size").dropna(axis="columns")
+            for column in ("loss", "law")
+        )
         runs = pd.concat([side.size() for side in sides], axis=1, join="inner")
-        for budget, at_budget in loss.dropna().groupby("budget"):
-            counts = [(int(ours), int(bf16)) for ours, bf16 in runs.loc[at_budget.index].to_numpy()]
+        for (budget, at_budget), mean_by_law in zip(loss.T.items(), by_law.mean(axis="columns"), strict=True):
+            counts = [(int(ours), int(bf16)) for ours, bf16 in runs.loc[[(budget, size) for size in loss]].to_numpy()]
             rows.append(
                 {
                     "recipe": recipe,
                     "budget": budget,
+                    "sizes": [size for size in unique(points["size"]) if size in loss],
                     "mean": float(at_budget.mean()),
                     "reach": scatter.reach_of_mean(counts) if scatter else float("nan"),
-                    "by_law": float(by_law[at_budget.index].mean()),
+                    "by_law": float(mean_by_law),
                 }
             )
     return pd.DataFrame(rows)

@@ -426,8 +426,8 @@ def unidentified(parameters: ArrayLike, tokens: ArrayLike) -> list[str]:
     return reasons
 
 
-EXTRAPOLATED = ("125M", "250M", "350M", "1.5B")
-"""Sizes of the source article, which our runs do not reach at full length."""
+EXTRAPOLATED = ("48M", "125M", "250M", "350M", "1.5B")
+"""The ladder's last size and those of the source article; of ours, those that are not measured yet are shown."""
 
 
 def extrapolated(points: pd.DataFrame, law: JointLaw, draws: Sequence[JointLaw], budget: float) -> pd.DataFrame:
@@ -446,9 +446,12 @@ def extrapolated(points: pd.DataFrame, law: JointLaw, draws: Sequence[JointLaw],
     largest = points.iloc[int(points["parameters"].to_numpy().argmax())]
     counts = {name: flops.parameters(MODELS[name]) for name in EXTRAPOLATED}
     rows = [(str(largest["size"]), float(largest["parameters"]), float(largest["non_embedding"]))]
-    rows += [(name, float(count.total), float(count.non_embedding)) for name, count in counts.items()]
+    rows += [
+        (name, float(count.total), float(count.non_embedding))
+        for name, count in counts.items()
+        if count.total > largest["parameters"]
+    ]
     table = pd.DataFrame(rows, columns=["size", "parameters", "non_embedding"])
-    table = table[table["parameters"] >= table["parameters"].iloc[0]].reset_index(drop=True)
     n = table["parameters"].to_numpy()
     table["tokens"], table["factor"] = budget * n, n / n[0]
     table["loss"] = law(n, budget * n)

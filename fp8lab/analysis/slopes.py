@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fp8lab.analysis import scaling
+from fp8lab.analysis import scaling, selection
 from fp8lab.analysis.comparison import Deviation, student_quantile
 from fp8lab.analysis.losses import final_losses
 from fp8lab.analysis.matched import Interval, Slope
@@ -94,10 +94,11 @@ def ladder_law(sets: Sequence[RunSet]) -> FittedLaw | None:
         points = final_losses(runs) if runs.where(recipe="bf16") else None
         if points is None:
             continue
+        noise = seed_deviation(sets, runs.runs[0])
+        points = selection.long_enough(selection.several_sizes(points), noise)
         bf16 = points[points["recipe"] == "bf16"]
         if scaling.unidentified(bf16["parameters"], bf16["tokens"]):
             continue
-        noise = seed_deviation(sets, runs.runs[0])
         law, draws = scaling.fit_with_draws(bf16, noise=noise.value if noise else 0.0, samples=REFITS)
         n, d = bf16["parameters"], bf16["tokens"]
         return FittedLaw(

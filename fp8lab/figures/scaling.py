@@ -38,12 +38,15 @@ def loss_against_compute(runs: RunSet) -> Figure:
     return figure
 
 
-def scaling_panels(runs: RunSet, law: JointLaw | None = None) -> Figure:
+def scaling_panels(runs: RunSet, law: JointLaw | None = None, fitted: pd.DataFrame | None = None) -> Figure:
     """Loss against compute, against parameters and against tokens, one panel below the other.
 
     Curves are training losses; markers are final validation losses, small ones those of decay branches. The frontier
     of each precision is the lower convex hull of its markers. Lines through markers are `law`, or power laws where
     there is none.
+
+    Args:
+        fitted: the rows of `losses.final_losses` that `law` was fitted to, over which it is drawn; all by default.
     """
     figure, (compute, parameters, tokens) = plt.subplots(3, 1, figsize=(WIDTH, 9.6), height_ratios=(1.25, 1, 1))
     points = final_losses(runs)
@@ -53,8 +56,10 @@ def scaling_panels(runs: RunSet, law: JointLaw | None = None) -> Figure:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
     _compute_panel(compute, runs, points)
-    _parameters_panel(parameters, points, law)
-    _tokens_panel(tokens, points, law)
+    _parameters_panel(parameters, points)
+    _tokens_panel(tokens, points)
+    for axes, x, alike in ((parameters, "parameters", "budget"), (tokens, "tokens", "parameters")):
+        _plot_lines(axes, points if fitted is None else fitted, x, alike, law)
     finish(figure, compute, runs.recipes, runs.toy)
     return figure
 
@@ -76,18 +81,16 @@ def _compute_panel(axes: Axes, runs: RunSet, points: pd.DataFrame) -> None:
     _frame(axes, points["flops_causal"], (4, 3), "against compute", "training compute (FLOPs)")
 
 
-def _parameters_panel(axes: Axes, points: pd.DataFrame, law: JointLaw | None) -> None:
+def _parameters_panel(axes: Axes, points: pd.DataFrame) -> None:
     _plot_points(axes, points, "parameters")
-    _plot_lines(axes, points, "parameters", "budget", law)
     for _, group in points.groupby("budget"):
         last = group.iloc[int(group["parameters"].to_numpy().argmax())]
         label(axes, f"{last['budget']:g} tokens/N", last["parameters"], last["loss"])
     _frame(axes, points["parameters"], (1.4, 2.4), "against parameters", "parameters N (embedding included once)")
 
 
-def _tokens_panel(axes: Axes, points: pd.DataFrame, law: JointLaw | None) -> None:
+def _tokens_panel(axes: Axes, points: pd.DataFrame) -> None:
     _plot_points(axes, points, "tokens")
-    _plot_lines(axes, points, "tokens", "parameters", law)
     _label_sizes(axes, points, "tokens")
     _frame(axes, points["tokens"], (1.4, 2), "against tokens", "training tokens D")
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from fp8lab.analysis import scaling
+from fp8lab.analysis import scaling, selection
 from fp8lab.analysis.scaling import HeldOut, JointLaw
-from fp8lab.units import number, scientific, signed, signed_percent
+from fp8lab.units import listing, number, p_value, scientific, signed, signed_percent
 
 
 def extrapolation_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -59,7 +59,7 @@ def _with_interval(
     value: Callable[[JointLaw], float], law: JointLaw, draws: Sequence[JointLaw], digits: int = 3
 ) -> str:
     low, high = scaling.interval([value(drawn) for drawn in draws])
-    return f"{value(law):.{digits}f} ({_range(low, high, digits)})"
+    return f"{value(law):.{digits}f} ({_range(low, high, digits)})".replace("-", "−")
 
 
 def multiplier_table(
@@ -93,7 +93,7 @@ def gap_by_budget(gaps: pd.DataFrame) -> pd.DataFrame:
     """`losses.gaps_by_budget` for reading: a row a recipe, two columns a budget."""
     rows: dict[str, dict[str, object]] = {}
     for gap in gaps.to_dict("records"):
-        row = rows.setdefault(gap["recipe"], {"recipe": gap["recipe"]})
+        row = rows.setdefault(gap["recipe"], {"recipe": gap["recipe"], "sizes": listing(gap["sizes"])})
         reach = "" if np.isnan(gap["reach"]) else f" ± {gap['reach']:.4f}"
         row[f"{gap['budget']:g} tokens/N"] = signed(gap["mean"]) + reach
         row[f"{gap['budget']:g}, by the law"] = signed(gap["by_law"])
@@ -149,17 +149,35 @@ def exponents_by_parameters(points: pd.DataFrame, near: JointLaw) -> pd.DataFram
     rows = []
     for name, column in PARAMETER_CONVENTIONS.items():
         law = scaling.fit_joint(points.assign(parameters=points[column].astype(float)), near.on)
-        rows.append(
-            {
-                "N counts parameters": name,
-                "E (nats/token)": f"{law.bf16.E:.2f}",
-                "α": f"{law.bf16.alpha:.3f}",
-                "β": f"{law.bf16.beta:.3f}",
-                "a of N ∝ Cᵃ": f"{law.bf16.size_exponent:.2f}",
-            }
-            | {f"{recipe}, share of its {near.on}": f"{share:.3f}" for recipe, share in law.multipliers.items()}
-        )
+        rows.append({"N counts parameters": name} | _constants(law))
     return pd.DataFrame(rows)
+
+
+MOST_CHOICES = 6
+"""Of the shortest schedule, that are shown."""
+
+
+def exponents_by_length(lengths: Sequence[selection.Choice]) -> pd.DataFrame:
+    """`selection.lengths` for reading, as far as `MOST_CHOICES`."""
+    rows = [
+        {"shortest schedule (steps)": f"{choice.steps:,}", "final losses": choice.runs}
+        | _constants(choice.law)
+        | {"misfit (nats/token)": f"{choice.misfit:.4f}", "p of it": "–" if choice.p is None else p_value(choice.p)}
+        for choice in lengths[:MOST_CHOICES]
+    ]
+    return pd.DataFrame(rows)
+
+
+def _constants(law: JointLaw) -> dict[str, object]:
+    """A law's constants without intervals, to compare choices of convention or of runs."""
+    shares = {f"{recipe}, share of its {law.on}": f"{share:.3f}" for recipe, share in law.multipliers.items()}
+    return {
+        "E (nats/token)": f"{law.bf16.E:.2f}",
+        "α": f"{law.bf16.alpha:.3f}",
+        "β": f"{law.bf16.beta:.3f}",
+        "a of N ∝ Cᵃ": f"{law.bf16.size_exponent:.2f}",
+        **shares,
+    }
 
 
 def exponents_by_flops(points: pd.DataFrame) -> pd.DataFrame:

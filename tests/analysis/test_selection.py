@@ -1,0 +1,114 @@
+"""The shortest schedules are left out of a law that they do not follow, and no others."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fp8lab.analysis.comparison import Deviation
+from fp8lab.analysis.scaling import Chinchilla, JointLaw, fit_joint
+from fp8lab.analysis.selection import SIGNIFICANCE, lack_of_fit, lengths, long_enough, several_sizes
+
+LAW = JointLaw(Chinchilla(E=1.25, A=120.0, B=250.0, alpha=0.29, beta=0.28), {"fused": 0.97})
+SCATTER = Deviation(0.01, degrees=14)
+SIZES = {"7M": 6.9e6, "13M": 12.8e6, "19M": 19.1e6, "28M": 28.1e6}
+BATCH = 131072
+
+
+def ladder(sizes: int = 4) -> pd.DataFrame:
+    """Runs that lie on the law, with branches at 5 and 10 tokens a parameter."""
+    rows = [
+        (size, recipe, budget < 20, n, budget * n, int(budget * n / BATCH), float(LAW(n, budget * n, recipe)))
+        for (size, n), recipe, budget in itertools.product(list(SIZES.items())[:sizes], ("bf16", "fused"), (5, 10, 20))
+    ]
+    return pd.DataFrame(rows, columns=["size", "recipe", "is_branch", "parameters", "tokens", "steps", "loss"])
+
+
+def lifted(points: pd.DataFrame, below: int, by: float = 0.8) -> pd.DataFrame:
+    """`points`, with schedules of fewer steps ending above the law, the shortest highest."""
+    return points.assign(loss=points["loss"] + by * (points["steps"] < below) * points["steps"].min() / points["steps"])
+
+
+def test_runs_that_follow_a_law_all_take_part() -> None:
+    points = ladder()
+    pd.testing.assert_frame_equal(long_enough(points, SCATTER), points)
+
+
+@pytest.mark.parametrize("below", [300, 500, 600])
+def test_short_schedules_above_the_law_are_left_out_and_the_law_is_found(below: int) -> None:
+    points = lifted(ladder(), below)
+    kept = long_enough(points, SCATTER)
+    assert set(kept.index) == set(points.index[points["steps"] >= below])
+    assert fit_joint(kept).bf16.beta == pytest.approx(LAW.bf16.beta, rel=0.05)
+    assert abs(fit_joint(points).bf16.beta / LAW.bf16.beta - 1) > 0.1
+
+
+def test_a_long_run_that_fits_no_law_is_no_reason_to_leave_it_out() -> None:
+    points = ladder()
+    longest = points["tokens"].idxmax()
+    points.loc[longest, "loss"] += 0.5
+    assert longest in long_enough(points, SCATTER).index
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(0, 2**32 - 1), st.floats(0.0, 0.1))
+def test_what_takes_part_is_all_runs_from_some_length_on(seed: int, noise: float) -> None:
+    points = ladder()
+    points["loss"] += np.random.default_rng(seed).normal(0, noise, len(points))
+    kept = long_enough(points, SCATTER)
+    assert set(kept.index) == set(points.index[points["steps"] >= kept["steps"].min()])
+
+
+def test_without_repeated_seeds_nothing_tells_a_misfit() -> None:
+    points = lifted(ladder(), 500)
+    assert len(long_enough(points, None)) == len(points)
+    assert {choice.p for choice in lengths(points, None)} == {None}
+
+
+def test_where_no_choice_fits_all_take_part() -> None:
+    points = ladder()
+    points["loss"] += 0.3 * np.where(np.arange(len(points)) % 2, 1, -1)
+    assert len(long_enough(points, SCATTER)) == len(points)
+
+
+def test_every_choice_of_the_shortest_schedule_is_told_as_long_as_it_identifies_a_law() -> None:
+    points = lifted(ladder(), 500)
+    choices = lengths(points, SCATTER)
+    steps = sorted(points["steps"].unique())
+    assert [choice.steps for choice in choices] == steps[: len(choices)]
+    assert [choice.runs for choice in choices] == [(points["steps"] >= choice.steps).sum() for choice in choices]
+    # The next choice would have no run of 7M, and three sizes identify no law.
+    assert choices[-1].steps == points.loc[points["size"] == "7M", "steps"].max()
+    kept = long_enough(points, SCATTER)
+    first = next(choice for choice in choices if choice.p is not None and choice.p >= SIGNIFICANCE)
+    assert (first.steps, first.runs) == (kept["steps"].min(), len(kept))
+    assert first.misfit < 1e-3 < choices[0].misfit
+
+
+def test_three_sizes_leave_no_choice() -> None:
+    assert not lengths(ladder(sizes=3), SCATTER)
+    assert len(long_enough(ladder(sizes=3), SCATTER)) == 3 * 2 * 3
+
+
+def test_lack_of_fit_is_likely_where_seeds_scatter_more() -> None:
+    points = ladder()
+    law = fit_joint(points)
+    points["loss"] += 0.005 * np.where(np.arange(len(points)) % 2, 1, -1)
+    quiet, loud = (lack_of_fit(points, law, Deviation(sd, degrees=14)) for sd in (0.001, 0.02))
+    assert quiet < 0.01 < 0.5 < loud
+    # As many constants as runs fit anything.
+    assert lack_of_fit(points.head(6), law, Deviation(0.001, degrees=14)) == 1
+
+
+def test_a_precision_takes_part_from_three_complete_sizes_on() -> None:
+    points = ladder()
+    gone = points[~((points["recipe"] == "fused") & ~points["is_branch"] & points["size"].isin(["19M", "28M"]))]
+    assert set(several_sizes(gone)["recipe"]) == {"bf16"}
+    gone = points[~((points["recipe"] == "fused") & ~points["is_branch"] & (points["size"] == "28M"))]
+    # Branches of a size that has not ended its full length come along.
+    assert len(several_sizes(gone)) == len(gone)
