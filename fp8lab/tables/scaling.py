@@ -149,7 +149,8 @@ def exponents_by_parameters(points: pd.DataFrame, near: JointLaw) -> pd.DataFram
     rows = []
     for name, column in PARAMETER_CONVENTIONS.items():
         law = scaling.fit_joint(points.assign(parameters=points[column].astype(float)), near.on)
-        rows.append({"N counts parameters": name} | _constants(law))
+        shares = {f"{recipe}, share of its {near.on}": f"{share:.3f}" for recipe, share in law.multipliers.items()}
+        rows.append({"N counts parameters": name} | _constants(law) | shares)
     return pd.DataFrame(rows)
 
 
@@ -160,23 +161,22 @@ MOST_CHOICES = 6
 def exponents_by_length(lengths: Sequence[selection.Choice]) -> pd.DataFrame:
     """`selection.lengths` for reading, as far as `MOST_CHOICES`."""
     rows = [
-        {"shortest schedule (steps)": f"{choice.steps:,}", "final losses": choice.runs}
+        {"shortest (steps)": f"{choice.steps:,}", "losses": choice.runs}
         | _constants(choice.law)
-        | {"misfit (nats/token)": f"{choice.misfit:.4f}", "p of it": "–" if choice.p is None else p_value(choice.p)}
+        | {recipe: f"{share:.3f}" for recipe, share in choice.law.multipliers.items()}
+        | {"misfit (nats)": f"{choice.misfit:.4f}", "p of it": "–" if choice.p is None else p_value(choice.p)}
         for choice in lengths[:MOST_CHOICES]
     ]
     return pd.DataFrame(rows)
 
 
 def _constants(law: JointLaw) -> dict[str, object]:
-    """A law's constants without intervals, to compare choices of convention or of runs."""
-    shares = {f"{recipe}, share of its {law.on}": f"{share:.3f}" for recipe, share in law.multipliers.items()}
+    """BF16's constants without intervals, to compare choices of convention or of runs."""
     return {
-        "E (nats/token)": f"{law.bf16.E:.2f}",
+        "E (nats)": f"{law.bf16.E:.2f}",
         "α": f"{law.bf16.alpha:.3f}",
         "β": f"{law.bf16.beta:.3f}",
         "a of N ∝ Cᵃ": f"{law.bf16.size_exponent:.2f}",
-        **shares,
     }
 
 
