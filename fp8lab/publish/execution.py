@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from fp8lab.analysis.runs import outdated_runs
 from fp8lab.errors import UserError
+from fp8lab.notebooks import execute_notebook
 from fp8lab.publish.book import Chapter, read_book
 from fp8lab.publish.dependencies import PACKAGE, package_files
 from fp8lab.records import write_atomically
@@ -111,27 +111,12 @@ def _set_environment() -> None:
 
 def _execute_one(source: Path, executed: Path, root: Path, records_dir: Path) -> tuple[float, str | None]:
     """Execute one notebook; returns seconds and, if it failed, one line that says why: the error's."""
-    import papermill
     from papermill.exceptions import PapermillExecutionError
-    from traitlets.config import Config
 
     started = time.monotonic()
     executed.parent.mkdir(parents=True, exist_ok=True)
     try:
-        # The kernel is reached through sockets that only this user can open; TCP would be open to the machine.
-        with tempfile.TemporaryDirectory(prefix="fp8lab-") as sockets:
-            papermill.execute_notebook(
-                source,
-                executed,
-                parameters={"records_dir": str(records_dir)},
-                kernel_name="python3",
-                cwd=root,
-                progress_bar=False,
-                log_output=False,
-                # A kernel logs its own orderly end as an error.
-                extra_arguments=["--log-level=CRITICAL"],
-                config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),
-            )
+        execute_notebook(source, executed, {"records_dir": str(records_dir)}, cwd=root)
     except PapermillExecutionError as error:
         return time.monotonic() - started, f"{error.ename}: {error.evalue}"
     return time.monotonic() - started, None

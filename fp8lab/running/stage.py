@@ -1,8 +1,8 @@
-"""Where notebooks execute: a process of papermill each, watched until it ends.
+"""Where notebooks execute: a process each, watched until it ends.
 
-A stage starts them on what each may have of the machine (`fp8lab.running.gpus`), draws progress from the file that
-each worker keeps (`fp8lab.progress`), passes SIGINT and SIGTERM on as requests to checkpoint and stop, and
-makes sure that however a notebook dies, a record says so.
+A stage has papermill execute them (`fp8lab.notebooks`) on what each may have of the machine (`fp8lab.running.gpus`),
+draws progress from the file that each worker keeps (`fp8lab.progress`), passes SIGINT and SIGTERM on as requests to
+checkpoint and stop, and makes sure that however a notebook dies, a record says so.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from fp8lab import records
+from fp8lab import notebooks, records
 from fp8lab.config import RunConfig
 from fp8lab.progress import Progress, is_locked, read_progress
 from fp8lab.provenance import collect_provenance, command_line, utc_now
@@ -192,9 +192,7 @@ class Stage:
         self, template: str, folder: Path, parameters: dict[str, Any], log: Path, share: Share
     ) -> subprocess.Popen[bytes]:
         notebook = os.path.relpath(folder / f"{template}.ipynb", self.workspace.root)
-        command = [sys.executable, "-m", "papermill", f"runs/{template}.ipynb", notebook]
-        # JSON is YAML: one argument carries every parameter with its type.
-        command += ["--parameters_yaml", json.dumps(parameters), "--kernel", "python3", "--no-progress-bar"]
+        command = [sys.executable, "-m", notebooks.__name__, f"runs/{template}.ipynb", notebook, json.dumps(parameters)]
         environment = os.environ | {
             "FP8LAB_COMMAND": command_line(),
             "FP8LAB_CONCURRENT_RUNS": str(share.runs),
