@@ -34,7 +34,7 @@ def _range(low: float, high: float, digits: int) -> str:
 
 
 def law_table(fits: Mapping[str, tuple[JointLaw, Sequence[JointLaw]]]) -> pd.DataFrame:
-    """Constants of fitted laws with 95% intervals.
+    """Constants of fitted laws with 95% intervals: a row a constant, a column a law.
 
     Args:
         fits: name -> the law and its refits to drawn runs.
@@ -45,14 +45,11 @@ def law_table(fits: Mapping[str, tuple[JointLaw, Sequence[JointLaw]]]) -> pd.Dat
         "β": (lambda law: law.bf16.beta, 3),
         "a of N ∝ Cᵃ": (lambda law: law.bf16.size_exponent, 2),
     }
-    rows = []
+    columns: dict[str, list[str]] = {"constant": [*constants, "A", "B"]}
     for name, (law, draws) in fits.items():
-        row: dict[str, object] = {"fit": name}
-        for constant, (value, digits) in constants.items():
-            row[constant] = _with_interval(value, law, draws, digits)
-        row |= {"A": scientific(law.bf16.A), "B": scientific(law.bf16.B)}
-        rows.append(row)
-    return pd.DataFrame(rows)
+        columns[name] = [_with_interval(value, law, draws, digits) for value, digits in constants.values()]
+        columns[name] += [scientific(law.bf16.A), scientific(law.bf16.B)]
+    return pd.DataFrame(columns)
 
 
 def _with_interval(
@@ -161,10 +158,14 @@ MOST_CHOICES = 6
 def exponents_by_length(lengths: Sequence[selection.Choice]) -> pd.DataFrame:
     """`selection.lengths` for reading, as far as `MOST_CHOICES`."""
     rows = [
-        {"shortest (steps)": f"{choice.steps:,}", "losses": choice.runs}
+        {
+            "shortest (steps)": f"{choice.steps:,}",
+            "losses": choice.runs,
+            "misfit (nats)": f"{choice.misfit:.4f}",
+            "p": "–" if choice.p is None else p_value(choice.p),
+        }
         | _constants(choice.law)
         | {recipe: f"{share:.3f}" for recipe, share in choice.law.multipliers.items()}
-        | {"misfit (nats)": f"{choice.misfit:.4f}", "p of it": "–" if choice.p is None else p_value(choice.p)}
         for choice in lengths[:MOST_CHOICES]
     ]
     return pd.DataFrame(rows)
