@@ -21,7 +21,7 @@ from fp8lab.analysis.scaling import JointLaw
 FEWEST_SIZES = 3
 """Of a precision that takes part in a law."""
 SIGNIFICANCE = 0.05
-"""Runs scatter about a law by more than seeds do where seeds alone would do so less often than this."""
+"""Seeds do not explain how far runs lie from a law if they alone would put them so far less often than this."""
 
 
 def several_sizes(points: pd.DataFrame) -> pd.DataFrame:
