@@ -78,7 +78,7 @@ def test_gaps_by_budget_are_means_over_sizes(tmp_path: Path) -> None:
     write_ladder_records(tmp_path)
     points = losses.final_losses(training_runs(tmp_path))
     scatter = Deviation(0.005, degrees=10)
-    gaps = losses.gaps_by_budget(points, LADDER_LAW, scatter)
+    gaps = losses.gaps_by_budget(points, LADDER_LAW, points, scatter)
     table = tables.scaling.gap_by_budget(gaps).set_index("recipe")
     by_size = points.pivot_table(index=["budget", "size"], columns="recipe", values="loss")
     for recipe in ("tensorwise", "fused"):
@@ -87,14 +87,16 @@ def test_gaps_by_budget_are_means_over_sizes(tmp_path: Path) -> None:
             assert table.loc[recipe, f"{budget} tokens/N"] == f"{signed(gap)} ± {scatter.reach(5):.4f}"
 
 
-def test_a_size_without_every_budget_has_no_part_in_gaps_by_budget(tmp_path: Path) -> None:
+def test_a_budget_that_the_law_was_not_fitted_to_has_no_gap_by_it(tmp_path: Path) -> None:
     write_ladder_records(tmp_path)
     points = losses.final_losses(training_runs(tmp_path))
-    smallest, budget = points["size"].iloc[0], points["budget"].min()
-    incomplete = points[(points["size"] != smallest) | (points["budget"] > budget)]
-    without = losses.gaps_by_budget(points[points["size"] != smallest], LADDER_LAW, None)
-    pd.testing.assert_frame_equal(losses.gaps_by_budget(incomplete, LADDER_LAW, None), without)
-    assert without["sizes"].iloc[0] == list(dict.fromkeys(points["size"]))[1:]
+    fitted = points[points["tokens"] > points["tokens"].min()]
+    gaps, of_all = (losses.gaps_by_budget(points, LADDER_LAW, part, None) for part in (fitted, points))
+    shortest = gaps["budget"] == points["budget"].min()
+    assert gaps.loc[shortest, "by_law"].isna().all()
+    pd.testing.assert_frame_equal(gaps[~shortest], of_all[~shortest])
+    assert gaps["mean"].tolist() == of_all["mean"].tolist()
+    assert tables.scaling.gap_by_budget(gaps)["5, by the law"].tolist() == ["–", "–"]
 
 
 def test_more_seeds_of_a_size_narrow_the_gap_of_a_budget_and_do_not_outweigh_other_sizes(tmp_path: Path) -> None:
@@ -102,12 +104,12 @@ def test_more_seeds_of_a_size_narrow_the_gap_of_a_budget_and_do_not_outweigh_oth
     points = losses.final_losses(training_runs(tmp_path))
     scatter = Deviation(0.005, degrees=10)
     smallest = points[points["size"] == points["size"].iloc[0]]
-    once = losses.gaps_by_budget(points, LADDER_LAW, scatter)
-    twice = losses.gaps_by_budget(pd.concat([points, smallest]), LADDER_LAW, scatter)
+    more = pd.concat([points, smallest], ignore_index=True)
+    once, twice = (losses.gaps_by_budget(these, LADDER_LAW, these, scatter) for these in (points, more))
     assert twice["mean"].to_numpy() == pytest.approx(once["mean"].to_numpy())
     # Four sizes with one seed a side, whose differences have twice the variance of a run, and one with two.
     assert (twice["reach"] / once["reach"]).to_numpy() == pytest.approx(((4 * 2 + 1) / (5 * 2)) ** 0.5)
-    assert losses.gaps_by_budget(points, LADDER_LAW, None)["reach"].isna().all()
+    assert losses.gaps_by_budget(points, LADDER_LAW, points, None)["reach"].isna().all()
 
 
 def test_an_extrapolation_starts_at_the_largest_measured_size(tmp_path: Path) -> None:

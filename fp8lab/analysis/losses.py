@@ -71,39 +71,36 @@ def domain_gaps(runs: RunSet, size: str) -> dict[tuple[str, str], Gap]:
     return {(domain, recipe): gap(domain, recipe) for domain in domains for recipe in recipes}
 
 
-def gaps_by_budget(points: pd.DataFrame, law: JointLaw, scatter: Deviation | None) -> pd.DataFrame:
-    """Loss of each FP8 recipe minus BF16's at the same size and budget, meaned over the sizes that have every budget.
-
-    A size without some budget would make the means differ by size where they are to tell of budgets.
+def gaps_by_budget(
+    points: pd.DataFrame, law: JointLaw, fitted: pd.DataFrame, scatter: Deviation | None
+) -> pd.DataFrame:
+    """Loss of each FP8 recipe minus BF16's at the same size and budget, meaned over the sizes.
 
     Args:
-        points: `final_losses` that `law` was fitted to.
+        points: `final_losses`, of the recipes that `law` knows.
+        fitted: those that `law` was fitted to.
         scatter: of seeds, for the 95% intervals.
 
     Returns:
-        A row a recipe and budget. Columns: recipe, budget (tokens a parameter), sizes (small ones first), mean, reach
-        (half-width of its 95% interval; NaN without `scatter`), by_law (the same by the joint law); nats a token.
+        A row a recipe and budget. Columns: recipe, budget (tokens a parameter), mean, reach (half-width of its 95%
+        interval; NaN without `scatter`), by_law (the same by the joint law; NaN where it was not fitted to all of
+        them); nats a token.
     """
-    points = points.assign(law=law.of(points))
+    points = points.assign(law=pd.Series(law.of(fitted), fitted.index).reindex(points.index))
     rows = []
     for recipe in law.multipliers:
         sides = [points[points["recipe"] == name].groupby(["budget", "size"]) for name in (recipe, "bf16")]
-        # A row a budget, a column a size that has them all.
-        loss, by_law = (
-            (sides[0][column].mean() - sides[1][column].mean()).unstack("size").dropna(axis="columns")
-            for column in ("loss", "law")
-        )
+        loss, by_law = (sides[0][column].mean() - sides[1][column].mean() for column in ("loss", "law"))
         runs = pd.concat([side.size() for side in sides], axis=1, join="inner")
-        for (budget, at_budget), mean_by_law in zip(loss.T.items(), by_law.mean(axis="columns"), strict=True):
-            counts = [(int(ours), int(bf16)) for ours, bf16 in runs.loc[[(budget, size) for size in loss]].to_numpy()]
+        for budget, at_budget in loss.dropna().groupby("budget"):
+            counts = [(int(ours), int(bf16)) for ours, bf16 in runs.loc[at_budget.index].to_numpy()]
             rows.append(
                 {
                     "recipe": recipe,
                     "budget": budget,
-                    "sizes": [size for size in unique(points["size"]) if size in loss],
                     "mean": float(at_budget.mean()),
                     "reach": scatter.reach_of_mean(counts) if scatter else float("nan"),
-                    "by_law": float(mean_by_law),
+                    "by_law": float(by_law[at_budget.index].mean(skipna=False)),
                 }
             )
     return pd.DataFrame(rows)

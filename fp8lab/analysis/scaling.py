@@ -46,6 +46,8 @@ Budget = Literal["tokens", "parameters"]
 
 HUBER_DELTA = 1e-3
 """Residuals in log loss beyond this count linearly."""
+LEAST_SQUARES = float("inf")
+"""As a `delta`: all residuals count quadratically."""
 EXPONENTS = (0.05, 0.1, 0.2, 0.3, 0.45, 0.7, 1.0)
 """Grid of starts for alpha and beta."""
 KEPT_STARTS = 8
@@ -173,13 +175,16 @@ def fit_chinchilla(parameters: ArrayLike, tokens: ArrayLike, loss: ArrayLike) ->
     return fit_joint(points).bf16
 
 
-def fit_joint(points: pd.DataFrame, on: Budget = "tokens", near: JointLaw | None = None) -> JointLaw:
+def fit_joint(
+    points: pd.DataFrame, on: Budget = "tokens", near: JointLaw | None = None, delta: float = HUBER_DELTA
+) -> JointLaw:
     """One law through the runs of all precisions, and the share of its budget that each FP8 recipe makes use of.
 
     Args:
         points: a row a final loss; columns parameters, tokens, loss (nats a token), recipe.
         on: which budget the share is of.
         near: start from this law alone: for resampled runs, whose optimum is near.
+        delta: residuals in log loss beyond this count linearly; none does with `LEAST_SQUARES`.
 
     Raises:
         UserError: fewer than five different pairs of N and D, the number of constants, or no run in BF16.
@@ -202,7 +207,7 @@ def fit_joint(points: pd.DataFrame, on: Budget = "tokens", near: JointLaw | None
         a, b = np.log(law.A) - law.alpha * mean_n, np.log(law.B) - law.beta * mean_d
         shares = [np.log(near.multipliers.get(recipe, 1.0)) for recipe in recipes]
         starts = [np.array([a, b, np.log(law.E), law.alpha, law.beta, *shares])]
-    objective = _huber(log_n, log_d, log_loss, is_recipe, on)
+    objective = _huber(log_n, log_d, log_loss, is_recipe, on, delta)
     fits = [minimize(objective, start, jac=True, method="L-BFGS-B", options=TOLERANCES) for start in starts]
     a, b, e, alpha, beta, *shares = min(fits, key=lambda fit: fit.fun).x
     law = Chinchilla(
@@ -231,7 +236,7 @@ def _starts(log_n: Floats, log_d: Floats, log_loss: Floats) -> list[Floats]:
 
 
 def _huber(
-    log_n: Floats, log_d: Floats, log_loss: Floats, is_recipe: Floats, on: Budget
+    log_n: Floats, log_d: Floats, log_loss: Floats, is_recipe: Floats, on: Budget, delta: float
 ) -> Callable[[Floats], tuple[float, Floats]]:
     """Summed Huber loss and its gradient in (log A, log B, log E, alpha, beta, log share of each FP8 recipe)."""
 
@@ -244,7 +249,7 @@ def _huber(
         powers = np.exp(terms - highest)
         total = powers.sum(axis=0)
         residual = highest + np.log(total) - log_loss
-        clipped = np.clip(residual, -HUBER_DELTA, HUBER_DELTA)
+        clipped = np.clip(residual, -delta, delta)
         of_n, of_d, of_e = clipped * powers / total
         of_shift = alpha * of_n if on == "parameters" else beta * of_d
         gradient = [of_n.sum(), of_d.sum(), of_e.sum(), -of_n @ n, -of_d @ d, *(-of_shift @ is_recipe)]

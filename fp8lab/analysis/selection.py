@@ -1,14 +1,19 @@
 """Which final losses a scaling law is fitted to.
 
-A power law describes a loss after its first fall. A schedule of a few hundred steps ends inside that fall, which is so
-steep that one such run can set the exponent of tokens by itself. So the shortest schedules are left out, one length
-after the other, until seeds alone would scatter the rest about the law as far as they lie from it; `lengths` tells how
-much hangs on that.
+A power law describes a loss after its first fall. A schedule of a few hundred steps may end inside that fall, which is
+so steep that one such run can set the exponent of tokens by itself. So the shortest schedules are left out, one length
+after the other, until BF16's losses lie no farther from a law of their own than seeds alone would put them. FP8's have
+no say: what it costs is the question, and runs that it costs most must not leave for that reason.
+
+The test decides, it does not measure. The scatter between seeds is known at the smallest size and full length, and
+taken to be the same everywhere; a run and its branches share most of their training, so they scatter less apart. That a
+test does not reject is no proof of a law. `choices` tells how much hangs on it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import pandas as pd
@@ -21,7 +26,25 @@ from fp8lab.analysis.scaling import JointLaw
 FEWEST_SIZES = 3
 """Of a precision that takes part in a law."""
 SIGNIFICANCE = 0.05
-"""Seeds do not explain how far runs lie from a law if they alone would put them so far less often than this."""
+"""Seeds do not explain how far losses lie from a law if they alone would put them so far less often than this."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The schedules from some length on, and the joint law through them."""
+
+    kept: pd.DataFrame
+    law: JointLaw
+    misfit: float | None
+    """Of BF16 alone: standard deviation of its losses about their least-squares law (nats a token); None where there
+    are no more losses than constants."""
+    p_of_fit: float | None
+    """How likely seeds alone make a misfit at least as large; None where it or their scatter is unknown."""
+
+    @property
+    def steps(self) -> int:
+        """Of the shortest schedule that takes part."""
+        return int(self.kept["steps"].min())
 
 
 def several_sizes(points: pd.DataFrame) -> pd.DataFrame:
@@ -31,66 +54,39 @@ def several_sizes(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def long_enough(points: pd.DataFrame, scatter: Deviation | None) -> pd.DataFrame:
-    """`points` without the shortest schedules, as few of them as leave a law that fits; all where none does.
+    """`points` without the shortest schedules, as few of them as leave BF16 a law that fits; all where none does.
 
     Args:
         points: as `losses.final_losses` gives them, BF16 among them.
         scatter: of final losses between seeds (nats a token); without it nothing tells a misfit, and all are kept.
     """
-    if scatter is None:
-        return points
-    for kept in _without_the_shortest(points):
-        if lack_of_fit(kept, scaling.fit_joint(kept), scatter) >= SIGNIFICANCE:
-            return kept
+    for choice in choices(points, scatter):
+        if choice.p_of_fit is not None and choice.p_of_fit >= SIGNIFICANCE:
+            return choice.kept
     return points
 
 
-def lack_of_fit(points: pd.DataFrame, law: JointLaw, scatter: Deviation) -> float:
-    """How likely seeds alone put the losses at least as far from the law that was fitted to them.
-
-    The F test of the residuals' variance against that between seeds. Runs of one seed in several precisions move
-    together, so there are fewer independent ones than it counts.
-    """
-    free = len(points) - len(fields(scaling.Chinchilla)) - len(law.multipliers)
-    if free < 1:
-        return 1.0
-    squares = float(((law.of(points) - points["loss"]) ** 2).sum())
-    return float(stats.f.sf(squares / free / scatter.value**2, free, scatter.degrees))
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The joint law of the schedules from some length on."""
-
-    steps: int
-    """Of the shortest that takes part."""
-    runs: int
-    """Final losses that take part."""
-    law: JointLaw
-    misfit: float
-    """Root of the mean squared residual, nats a token."""
-    p: float | None
-    """`lack_of_fit`; None where no seeds were repeated."""
-
-
-def lengths(points: pd.DataFrame, scatter: Deviation | None) -> list[Choice]:
-    """Every choice of the shortest schedule that takes part, as long as what is left identifies a law."""
-    choices = []
-    for kept in _without_the_shortest(points):
-        law = scaling.fit_joint(kept)
-        misfit = math.sqrt(((law.of(kept) - kept["loss"]) ** 2).mean())
-        p = lack_of_fit(kept, law, scatter) if scatter else None
-        choices.append(Choice(int(kept["steps"].min()), len(kept), law, misfit, p))
-    return choices
-
-
-def _without_the_shortest(points: pd.DataFrame) -> list[pd.DataFrame]:
-    """`points`, then without those of the fewest steps, and so on while BF16's still identify a law."""
-    choices = [points[points["steps"] >= steps] for steps in sorted(points["steps"].unique())]
-    identified = []
-    for kept in choices:
+def choices(points: pd.DataFrame, scatter: Deviation | None) -> Iterator[Choice]:
+    """Every choice of the shortest schedule that takes part, as long as what is left of BF16 identifies a law."""
+    for steps in sorted(points["steps"].unique()):
+        kept = points[points["steps"] >= steps]
         bf16 = kept[kept["recipe"] == "bf16"]
         if scaling.unidentified(bf16["parameters"], bf16["tokens"]):
             break
-        identified.append(kept)
-    return identified
+        misfit = _misfit(bf16)
+        p_of_fit = None
+        if misfit is not None and scatter is not None:
+            p_of_fit = float(stats.f.sf((misfit / scatter.value) ** 2, _degrees(bf16), scatter.degrees))
+        yield Choice(kept, scaling.fit_joint(kept), misfit, p_of_fit)
+
+
+def _misfit(bf16: pd.DataFrame) -> float | None:
+    if _degrees(bf16) < 1:
+        return None
+    law = scaling.fit_joint(bf16, delta=scaling.LEAST_SQUARES)
+    return math.sqrt(((law.of(bf16) - bf16["loss"]) ** 2).sum() / _degrees(bf16))
+
+
+def _degrees(bf16: pd.DataFrame) -> int:
+    """Losses beyond the constants of a law."""
+    return len(bf16) - len(fields(scaling.Chinchilla))

@@ -9,7 +9,7 @@ import pandas as pd
 
 from fp8lab.analysis import scaling, selection
 from fp8lab.analysis.scaling import HeldOut, JointLaw
-from fp8lab.units import listing, number, p_value, scientific, signed, signed_percent
+from fp8lab.units import number, p_value, scientific, signed, signed_percent
 
 
 def extrapolation_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -90,10 +90,10 @@ def gap_by_budget(gaps: pd.DataFrame) -> pd.DataFrame:
     """`losses.gaps_by_budget` for reading: a row a recipe, two columns a budget."""
     rows: dict[str, dict[str, object]] = {}
     for gap in gaps.to_dict("records"):
-        row = rows.setdefault(gap["recipe"], {"recipe": gap["recipe"], "sizes": listing(gap["sizes"])})
+        row = rows.setdefault(gap["recipe"], {"recipe": gap["recipe"]})
         reach = "" if np.isnan(gap["reach"]) else f" ± {gap['reach']:.4f}"
         row[f"{gap['budget']:g} tokens/N"] = signed(gap["mean"]) + reach
-        row[f"{gap['budget']:g}, by the law"] = signed(gap["by_law"])
+        row[f"{gap['budget']:g}, by the law"] = "–" if np.isnan(gap["by_law"]) else signed(gap["by_law"])
     return pd.DataFrame(rows.values())
 
 
@@ -152,22 +152,27 @@ def exponents_by_parameters(points: pd.DataFrame, near: JointLaw) -> pd.DataFram
 
 
 MOST_CHOICES = 6
-"""Of the shortest schedule, that are shown."""
+"""Of the shortest schedule, that are shown besides the one in use."""
 
 
-def exponents_by_length(lengths: Sequence[selection.Choice]) -> pd.DataFrame:
-    """`selection.lengths` for reading, as far as `MOST_CHOICES`."""
-    rows = [
-        {
-            "shortest (steps)": f"{choice.steps:,}",
-            "losses": choice.runs,
-            "misfit (nats)": f"{choice.misfit:.4f}",
-            "p": "–" if choice.p is None else p_value(choice.p),
-        }
-        | _constants(choice.law)
-        | {recipe: f"{share:.3f}" for recipe, share in choice.law.multipliers.items()}
-        for choice in lengths[:MOST_CHOICES]
-    ]
+def exponents_by_length(choices: Sequence[selection.Choice], fitted: pd.DataFrame) -> pd.DataFrame:
+    """`selection.choices` for reading: the first `MOST_CHOICES`, and the one in use.
+
+    Args:
+        fitted: the rows of the choice in use.
+    """
+    rows = []
+    for number_of_choice, choice in enumerate(choices):
+        in_use = len(choice.kept) == len(fitted)
+        if number_of_choice < MOST_CHOICES or in_use:
+            measures = {
+                "shortest (steps)": f"{choice.steps:,}" + " ←" * in_use,
+                "losses": len(choice.kept),
+                "misfit": "–" if choice.misfit is None else f"{choice.misfit:.4f}",
+                "p": "–" if choice.p_of_fit is None else p_value(choice.p_of_fit),
+            }
+            shares = {recipe: f"{share:.3f}" for recipe, share in choice.law.multipliers.items()}
+            rows.append(measures | _constants(choice.law) | shares)
     return pd.DataFrame(rows)
 
 
