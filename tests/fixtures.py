@@ -212,7 +212,8 @@ def write_run(
     Args:
         budget: tokens a parameter, before `measured` changes them.
         branch_of: the stable run that a decay branch leaves.
-        final_loss: its training loss in the end (nats); by `_final_loss` if left out.
+        final_loss: its training loss in the end (nats); by `_final_loss` if left out. With it the record counts the
+            steps that its tokens take, for laws; else those of its tables, for what is judged step by step.
     """
     on_cpu = device_name.startswith("CPU")
     global_batch_tokens = 8 * model.seq_len
@@ -248,7 +249,7 @@ def write_run(
             "status": "finished",
             "parent": Parent(**config.parent.model_dump()) if config.parent else None,
             "tokens": tokens,
-            "steps": config.steps,
+            "steps": STEPS if final_loss is None else config.steps,
             "flops": Flops(**flops.flops_record(model, tokens)),
             "final": FinalLosses(
                 train_loss=float(metrics["loss"].tail(20).mean()),
