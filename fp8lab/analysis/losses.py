@@ -86,7 +86,7 @@ def gaps_by_budget(
         interval; NaN without `scatter`), by_law (the same by the joint law; NaN where it was not fitted to all of
         them); nats a token.
     """
-    points = points.assign(law=pd.Series(law.of(fitted), fitted.index).reindex(points.index))
+    points = points.assign(law=pd.Series(law.of(fitted), fitted.index))
     rows = []
     for recipe in law.multipliers:
         sides = [points[points["recipe"] == name].groupby(["budget", "size"]) for name in (recipe, "bf16")]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import pandas as pd
 from scipy import stats
@@ -31,10 +32,9 @@ SIGNIFICANCE = 0.05
 
 @dataclass(frozen=True)
 class Choice:
-    """The schedules from some length on, and the joint law through them."""
+    """The schedules from some length on."""
 
     kept: pd.DataFrame
-    law: JointLaw
     misfit: float | None
     """Of BF16 alone: standard deviation of its losses about their least-squares law (nats a token); None where there
     are no more losses than constants."""
@@ -45,6 +45,11 @@ class Choice:
     def steps(self) -> int:
         """Of the shortest schedule that takes part."""
         return int(self.kept["steps"].min())
+
+    @cached_property
+    def law(self) -> JointLaw:
+        """The joint law through them. No part of choosing, so it is fitted where it is shown."""
+        return scaling.fit_joint(self.kept)
 
 
 def several_sizes(points: pd.DataFrame) -> pd.DataFrame:
@@ -77,7 +82,7 @@ def choices(points: pd.DataFrame, scatter: Deviation | None) -> Iterator[Choice]
         p_of_fit = None
         if misfit is not None and scatter is not None:
             p_of_fit = float(stats.f.sf((misfit / scatter.value) ** 2, _degrees(bf16), scatter.degrees))
-        yield Choice(kept, scaling.fit_joint(kept), misfit, p_of_fit)
+        yield Choice(kept, misfit, p_of_fit)
 
 
 def _misfit(bf16: pd.DataFrame) -> float | None:
