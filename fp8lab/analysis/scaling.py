@@ -52,6 +52,11 @@ EXPONENTS = (0.05, 0.1, 0.2, 0.3, 0.45, 0.7, 1.0)
 """Grid of starts for alpha and beta."""
 KEPT_STARTS = 8
 """Best of the grid that the optimiser goes on from."""
+KEPT_STARTS_NEAR = 2
+"""Of the grid, beside a law that is known to be near. That law alone is not enough: where its E is next to nothing, so
+is the slope of the objective in log E, and no refit would ever find an E again."""
+STEEPEST = 10.0
+"""No alpha or beta beyond: a term so steep is the loss of the smallest model or the shortest run alone."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,7 @@ def fit_joint(
     Args:
         points: a row a final loss; columns parameters, tokens, loss (nats a token), recipe.
         on: which budget the share is of.
-        near: start from this law alone: for resampled runs, whose optimum is near.
+        near: start from this law and few others: for resampled runs, whose optimum is near.
         delta: residuals in log loss beyond this count linearly; none does with `LEAST_SQUARES`.
 
     Raises:
@@ -200,15 +205,15 @@ def fit_joint(
     # Around their means, so that a change of an exponent is not mostly a change of A or B.
     mean_n, mean_d = log_n.mean(), log_d.mean()
     log_n, log_d = log_n - mean_n, log_d - mean_d
-    if near is None:
-        starts = [np.append(start, np.zeros(len(recipes))) for start in _starts(log_n, log_d, log_loss)]
-    else:
-        law = near.bf16
-        a, b = np.log(law.A) - law.alpha * mean_n, np.log(law.B) - law.beta * mean_d
-        shares = [np.log(near.multipliers.get(recipe, 1.0)) for recipe in recipes]
-        starts = [np.array([a, b, np.log(law.E), law.alpha, law.beta, *shares])]
+    grid = [np.append(start, np.zeros(len(recipes))) for start in _starts(log_n, log_d, log_loss)]
+    starts = (
+        grid[:KEPT_STARTS] if near is None else [_start_at(near, recipes, mean_n, mean_d), *grid[:KEPT_STARTS_NEAR]]
+    )
     objective = _huber(log_n, log_d, log_loss, is_recipe, on, delta)
-    fits = [minimize(objective, start, jac=True, method="L-BFGS-B", options=TOLERANCES) for start in starts]
+    bounds = [(None, None)] * 3 + [(0.0, STEEPEST)] * 2 + [(None, None)] * len(recipes)
+    fits = [
+        minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=TOLERANCES) for start in starts
+    ]
     a, b, e, alpha, beta, *shares = min(fits, key=lambda fit: fit.fun).x
     law = Chinchilla(
         E=float(np.exp(e)),
@@ -224,7 +229,7 @@ TOLERANCES = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-13, "gtol": 1e-9}
 
 
 def _starts(log_n: Floats, log_d: Floats, log_loss: Floats) -> list[Floats]:
-    """Starts of (log A, log B, log E, alpha, beta): with the exponents given, the law is linear in A, B and E."""
+    """Starts of (log A, log B, log E, alpha, beta), best first: with the exponents given, A, B and E are linear."""
     loss = np.exp(log_loss)
     found = []
     for alpha, beta in itertools.product(EXPONENTS, EXPONENTS):
@@ -232,7 +237,15 @@ def _starts(log_n: Floats, log_d: Floats, log_loss: Floats) -> list[Floats]:
         factors, residual = nnls(terms / loss[:, None], np.ones_like(loss))
         # A term that least squares leaves out starts small: of zero there is no logarithm.
         found.append((residual, np.array([*np.log(np.maximum(factors, 1e-3)), alpha, beta])))
-    return [start for _, start in sorted(found, key=lambda pair: pair[0])[:KEPT_STARTS]]
+    return [start for _, start in sorted(found, key=lambda pair: pair[0])]
+
+
+def _start_at(law: JointLaw, recipes: Sequence[str], mean_n: float, mean_d: float) -> Floats:
+    """A law as a start, for log N and log D around their means."""
+    bf16 = law.bf16
+    a, b = np.log(bf16.A) - bf16.alpha * mean_n, np.log(bf16.B) - bf16.beta * mean_d
+    shares = [np.log(law.multipliers.get(recipe, 1.0)) for recipe in recipes]
+    return np.array([a, b, np.log(bf16.E), bf16.alpha, bf16.beta, *shares])
 
 
 def _huber(

@@ -6,8 +6,9 @@ after the other, until BF16's losses lie no farther from a law of their own than
 no say: what it costs is the question, and runs that it costs most must not leave for that reason.
 
 The test decides, it does not measure. The scatter between seeds is known at the smallest size and full length, and
-taken to be the same everywhere; a run and its branches share most of their training, so they scatter less apart. That a
-test does not reject is no proof of a law. `choices` tells how much hangs on it.
+taken to be the same everywhere; a run and its branches share most of their training, so they scatter less apart. A
+dozen losses less five constants leave it little power: that it does not reject is no proof of a law. `choices` tells
+how much hangs on it.
 """
 
 from __future__ import annotations
@@ -58,17 +59,24 @@ def several_sizes(points: pd.DataFrame) -> pd.DataFrame:
     return points[points["recipe"].map(sizes) >= FEWEST_SIZES]
 
 
-def long_enough(points: pd.DataFrame, scatter: Deviation | None) -> pd.DataFrame:
-    """`points` without the shortest schedules, as few of them as leave BF16 a law that fits; all where none does.
+def following(points: pd.DataFrame, scatter: Deviation | None) -> pd.DataFrame | None:
+    """`points` without the shortest schedules, as few of them as leave BF16 a law that fits; None where none does.
 
     Args:
         points: as `losses.final_losses` gives them, BF16 among them.
         scatter: of final losses between seeds (nats a token); without it nothing tells a misfit, and all are kept.
     """
-    for choice in choices(points, scatter):
+    tested = [choice for choice in choices(points, scatter) if choice.p_of_fit is not None]
+    for choice in tested:
         if choice.p_of_fit is not None and choice.p_of_fit >= SIGNIFICANCE:
             return choice.kept
-    return points
+    return None if tested else points
+
+
+def long_enough(points: pd.DataFrame, scatter: Deviation | None) -> pd.DataFrame:
+    """What is `following` a law; all of `points` where nothing does, so that the misfit shows."""
+    kept = following(points, scatter)
+    return points if kept is None else kept
 
 
 def choices(points: pd.DataFrame, scatter: Deviation | None) -> Iterator[Choice]:

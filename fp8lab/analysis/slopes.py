@@ -1,10 +1,10 @@
 """How fast a loss still falls when a training ends, and where one may know it from.
 
 In this order: runs of the same size and recipe that ended, learning rate decayed, after fewer tokens (decay
-branches); the law that our own ladder was fitted to, inside the sizes and tokens of its runs; a published law, inside
-those of its. Elsewhere the slope is unknown, and no law is asked outside what it was fitted to: at 138M tokens the
-published one promises a slope of 0.80 where our own validation curves fall by less than half of that, and what a gap
-costs in tokens would be told as half. A loss that rose or hardly fell has no slope to go by either.
+branches); the law that our own ladder was fitted to, between its runs; a published law, between those of its.
+Elsewhere the slope is unknown, and no law is asked outside what it was fitted to: at 138M tokens the published one
+promises a slope of 0.80 where our own validation curves fall by less than half of that, and what a gap costs in tokens
+would be told as half. A loss that rose or hardly fell has no slope to go by either.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial import ConvexHull
 
 from fp8lab.analysis import scaling, selection
 from fp8lab.analysis.comparison import Deviation, student_quantile
 from fp8lab.analysis.losses import final_losses
-from fp8lab.analysis.matched import Interval, Slope
+from fp8lab.analysis.matched import Slope
 from fp8lab.analysis.runs import Run, RunSet, seed_deviation
 from fp8lab.analysis.scaling import BESIROGLU, Chinchilla
 from fp8lab.errors import UserError
@@ -31,28 +34,35 @@ REFITS = 100
 
 @dataclass(frozen=True)
 class FittedLaw:
-    """A law of BF16's loss, and the range of the runs that it was fitted to."""
+    """A law of BF16's loss, and the runs that it was fitted to."""
 
     law: Chinchilla
-    parameters: Interval
-    tokens: Interval
+    runs: tuple[tuple[float, float], ...]
+    """Parameters and tokens of each, or of those between which all others lie."""
     source: str
     draws: tuple[Chinchilla, ...] = ()
     """Refits, for the interval; without any the slope has none."""
 
+    @cached_property
+    def _sides(self) -> NDArray[np.float64]:
+        """Of the convex hull of the runs in (log N, log D): normals outwards, and their distance from the origin."""
+        return ConvexHull(np.log(self.runs)).equations
+
+    def is_between(self, parameters: float, tokens: float) -> bool:
+        """True inside the convex hull of the runs in (log N, log D), its edge to within a thousandth included."""
+        return bool((self._sides @ [math.log(parameters), math.log(tokens), 1.0] <= 1e-3).all())
+
     def slope(self, parameters: float, tokens: float) -> Slope | None:
-        """The slope at one size and length; None outside the range."""
-        inside = all(
-            low * (1 - 1e-3) <= value <= high * (1 + 1e-3)
-            for value, (low, high) in ((parameters, self.parameters), (tokens, self.tokens))
-        )
-        if not inside:
+        """The slope at one size and length; None where the law's runs do not lie around it."""
+        if not self.is_between(parameters, tokens):
             return None
         spread = scaling.interval([law_slope(law, tokens) for law in self.draws]) if self.draws else None
         return Slope(law_slope(self.law, tokens), self.source, spread)
 
 
-PUBLISHED_LAW = FittedLaw(BESIROGLU, parameters=(70e6, 16e9), tokens=(5e9, 500e9), source="published law")
+PUBLISHED_LAW = FittedLaw(
+    BESIROGLU, runs=((70e6, 5e9), (70e6, 500e9), (16e9, 5e9), (16e9, 500e9)), source="published law"
+)
 """Fitted to runs of 70M to 16B parameters on 5B to 500B tokens (2203.15556; constants of 2404.10102)."""
 
 
@@ -89,22 +99,21 @@ def measured_slope(tokens: Sequence[float], losses: Sequence[float], noise: Devi
 
 
 def ladder_law(sets: Sequence[RunSet]) -> FittedLaw | None:
-    """The law of BF16's losses in the first of `sets` that can identify one; None where none can."""
+    """The law of BF16's losses in the first of `sets` that can identify one and follows it; None where none does."""
     for runs in sets:
-        points = final_losses(runs) if runs.where(recipe="bf16") else None
-        if points is None:
+        if not runs.where(recipe="bf16"):
             continue
         noise = seed_deviation(sets, runs.runs[0])
-        points = selection.long_enough(selection.several_sizes(points), noise)
+        points = selection.following(selection.several_sizes(final_losses(runs)), noise)
+        if points is None:
+            continue
         bf16 = points[points["recipe"] == "bf16"]
         if scaling.unidentified(bf16["parameters"], bf16["tokens"]):
             continue
         law, draws = scaling.fit_with_draws(bf16, noise=noise.value if noise else 0.0, samples=REFITS)
-        n, d = bf16["parameters"], bf16["tokens"]
         return FittedLaw(
             law.bf16,
-            parameters=(float(n.min()), float(n.max())),
-            tokens=(float(d.min()), float(d.max())),
+            runs=tuple(zip(bf16["parameters"].astype(float), bf16["tokens"].astype(float), strict=True)),
             source=f"law of {runs.plan}",
             draws=tuple(drawn.bf16 for drawn in draws),
         )
@@ -118,7 +127,7 @@ def known_laws(sets: Sequence[RunSet]) -> list[FittedLaw]:
 
 
 def by_law(laws: Sequence[FittedLaw], parameters: float, tokens: float) -> Slope | None:
-    """Of the first law that was fitted to runs as large and as long; None where none was."""
+    """Of the first law whose runs lie around this size and length; None where none do."""
     return next((slope for law in laws if (slope := law.slope(parameters, tokens)) is not None), None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,6 +16,7 @@ from fp8lab.analysis.scaling import (
     BESIROGLU,
     HOFFMANN,
     KAPLAN,
+    STEEPEST,
     Budget,
     Chinchilla,
     JointLaw,
@@ -137,6 +139,21 @@ def test_intervals_hold_the_truth_at_least_as_often_as_they_say_with_one_seed_a_
             low, high = interval([drawn.multipliers[recipe] for drawn in draws])
             held.append(low <= share <= high)
     assert np.mean(held) >= 0.95
+
+
+def test_refits_of_a_law_without_irreducible_loss_find_one_where_their_runs_have_it() -> None:
+    points = ladder(JointLaw(LAW, {}), noise=0.005)
+    nearly_none = JointLaw(Chinchilla(E=1e-9, A=18.0, B=40.0, alpha=0.14, beta=0.16), {})
+    refitted, from_many_starts = fit_joint(points, near=nearly_none), fit_joint(points)
+    assert abs(refitted.bf16.E - from_many_starts.bf16.E) < 0.02
+
+
+def test_a_size_that_stands_alone_makes_no_endless_exponent() -> None:
+    points = ladder(JointLaw(replace(LAW, A=1e-9), {}))
+    points.loc[points["parameters"] == LADDER[0], "loss"] += 0.2
+    law = fit_joint(points)
+    assert law.bf16.alpha == pytest.approx(STEEPEST)
+    assert law.of(points) == pytest.approx(points["loss"].to_numpy(), abs=0.01)
 
 
 def test_intervals_widen_with_the_noise_of_seeds() -> None:

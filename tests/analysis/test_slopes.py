@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,53 @@ def test_our_ladders_own_law_is_asked_first_and_knows_how_far_off_it_may_be(tmp_
     assert slope.interval is not None
     assert slope.interval[0] < slope.nats < slope.interval[1]
     assert by_law([own], n, 2000 * n) is None
+
+
+def test_a_ladders_law_is_asked_between_its_runs_alone(tmp_path: Path) -> None:
+    write_ladder_records(tmp_path)
+    own = ladder_law([plan_runs(tmp_path, "ladder-h200")])
+    assert own is not None
+    smallest, largest = (parameter_count(model) for model in (LADDER[0], LADDER[-1]))
+    for n in (smallest, largest):
+        assert own.is_between(n, 5 * n)
+        assert own.is_between(n, 20 * n)
+    # As large as some of its runs and as long as others, but no run is like it.
+    assert not own.is_between(smallest, 20 * largest)
+    assert not own.is_between(largest, 5 * smallest)
+    assert not own.is_between(1.1 * largest, 11 * largest)
+
+
+def move_losses(records_dir: Path, loss_of: Callable[[int, float], float]) -> None:
+    """Change the final loss of every BF16 run of the ladder by what `loss_of` its parameters and tokens says."""
+    for path in (records_dir / "ladder-h200").glob("*-bf16-*/record.json"):
+        record = json.loads(path.read_text())
+        n = parameter_count(MODELS[record["config"]["model"]["name"]])
+        record["final"]["validation_loss"] += loss_of(n, record["tokens"] / n)
+        path.write_text(json.dumps(record))
+
+
+def test_a_ladders_law_leaves_out_schedules_too_short_for_it(tmp_path: Path) -> None:
+    write_ladder_records(tmp_path)
+    sets = [plan_runs(tmp_path, plan) for plan in ("seeds-h200", "ladder-h200")]
+    smallest = parameter_count(LADDER[0])
+    true = law_slope(LADDER_LAW.bf16, 20 * smallest)
+    untouched = ladder_law(sets)
+    assert untouched is not None
+    move_losses(tmp_path, lambda n, budget: 0.8 if n == smallest and budget < 7 else 0.0)
+    moved = ladder_law([plan_runs(tmp_path, plan) for plan in ("seeds-h200", "ladder-h200")])
+    assert moved is not None
+    assert len(moved.runs) == len(untouched.runs) - 1
+    assert not moved.is_between(smallest, 5 * smallest)
+    assert law_slope(moved.law, 20 * smallest) == pytest.approx(true, rel=0.4)
+
+
+def test_a_ladder_that_follows_no_law_gives_no_slope(tmp_path: Path) -> None:
+    write_ladder_records(tmp_path)
+    sizes = [parameter_count(model) for model in LADDER]
+    move_losses(tmp_path, lambda n, budget: 0.3 * (-1) ** (sizes.index(n) + round(math.log2(budget / 5))))
+    sets = [plan_runs(tmp_path, plan) for plan in ("seeds-h200", "ladder-h200")]
+    assert ladder_law(sets) is None
+    assert known_laws(sets) == [PUBLISHED_LAW]
 
 
 def test_the_slope_of_a_run_is_that_of_its_decay_branches_or_unknown(tmp_path: Path) -> None:
