@@ -28,6 +28,12 @@ def signed_percent(share: float, digits: int = 1) -> str:
     return f"{share:+.{digits}%}".replace("-", "−")
 
 
+def span(values: Iterable[float], digits: int) -> str:
+    """From the lowest to the highest, true minus included: 0.43 to 1.20."""
+    ordered = sorted(values)
+    return f"{ordered[0]:.{digits}f} to {ordered[-1]:.{digits}f}".replace("-", "−")
+
+
 def p_value(value: float) -> str:
     """A probability as statistics are reported: 0.034, <0.001."""
     return "<0.001" if value < 0.001 else f"{value:.3f}"

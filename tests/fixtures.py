@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -331,6 +331,15 @@ def write_ladder_records(
     for seed in range(1, 5):
         loss = float(law(parameter_count(sizes[0]), 20 * parameter_count(sizes[0]))) + rng.normal(0, noise)
         write_run(records_dir, "seeds-h200", sizes[0], "bf16", seed=seed, budget=20, final_loss=loss, **on_gpu)
+
+
+def move_ladder_losses(records_dir: Path, loss_of: Callable[[int, float], float]) -> None:
+    """Change the final loss of every BF16 run of the ladder by what `loss_of` its parameters and tokens says."""
+    for path in (records_dir / "ladder-h200").glob("*-bf16-*/record.json"):
+        record = json.loads(path.read_text())
+        n = parameter_count(MODELS[record["config"]["model"]["name"]])
+        record["final"]["validation_loss"] += loss_of(n, record["tokens"] / n)
+        path.write_text(json.dumps(record))
 
 
 def _final_loss(config: RunConfig, measured: Measured) -> float:

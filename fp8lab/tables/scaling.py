@@ -9,7 +9,7 @@ import pandas as pd
 
 from fp8lab.analysis import scaling, selection
 from fp8lab.analysis.scaling import HeldOut, JointLaw
-from fp8lab.units import number, p_value, scientific, signed, signed_percent
+from fp8lab.units import number, p_value, scientific, signed, signed_percent, span
 
 
 def extrapolation_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -20,17 +20,13 @@ def extrapolation_table(table: pd.DataFrame) -> pd.DataFrame:
         "N over the largest measured": beyond["factor"].map("{:.1f}×".format),
         "tokens": beyond["tokens"].map(number),
         "loss, extrapolated (nats/token)": beyond["loss"].map("{:.3f}".format),
-        "95% interval": [_range(low, high, 2) for low, high in zip(beyond["low"], beyond["high"], strict=True)],
+        "95% interval": [span((low, high), 2) for low, high in zip(beyond["low"], beyond["high"], strict=True)],
         "its drop from the largest measured": beyond["drop"].map("{:.3f}".format),
         "95% interval of the drop": [
-            _range(low, high, 2) for low, high in zip(beyond["drop_low"], beyond["drop_high"], strict=True)
+            span((low, high), 2) for low, high in zip(beyond["drop_low"], beyond["drop_high"], strict=True)
         ],
     }
     return pd.DataFrame(columns | {f"drop by {name}": beyond[name].map("{:.3f}".format) for name in scaling.PUBLISHED})
-
-
-def _range(low: float, high: float, digits: int) -> str:
-    return f"{low:.{digits}f} to {high:.{digits}f}".replace("-", "−")
 
 
 def law_table(fits: Mapping[str, tuple[JointLaw, Sequence[JointLaw]]]) -> pd.DataFrame:
@@ -56,7 +52,7 @@ def _with_interval(
     value: Callable[[JointLaw], float], law: JointLaw, draws: Sequence[JointLaw], digits: int = 3
 ) -> str:
     low, high = scaling.interval([value(drawn) for drawn in draws])
-    return f"{value(law):.{digits}f} ({_range(low, high, digits)})".replace("-", "−")
+    return f"{value(law):.{digits}f} ({span((low, high), digits)})".replace("-", "−")
 
 
 def multiplier_table(
@@ -155,24 +151,25 @@ MOST_CHOICES = 6
 """Of the shortest schedule, that are shown besides the one in use."""
 
 
-def exponents_by_length(choices: Sequence[selection.Choice], fitted: pd.DataFrame) -> pd.DataFrame:
-    """`selection.choices` for reading: the first `MOST_CHOICES`, and the one in use.
+def compared(choices: Sequence[selection.Choice], fitted: pd.DataFrame) -> list[selection.Choice]:
+    """Of `selection.choices` the first `MOST_CHOICES`, and the one whose rows are `fitted`."""
+    return [
+        choice for position, choice in enumerate(choices) if position < MOST_CHOICES or len(choice.kept) == len(fitted)
+    ]
 
-    Args:
-        fitted: the rows of the choice in use.
-    """
+
+def exponents_by_length(choices: Sequence[selection.Choice], fitted: pd.DataFrame) -> pd.DataFrame:
+    """The joint law of each choice for reading, the one whose rows are `fitted` marked as in use."""
     rows = []
-    for number_of_choice, choice in enumerate(choices):
-        in_use = len(choice.kept) == len(fitted)
-        if number_of_choice < MOST_CHOICES or in_use:
-            measures = {
-                "shortest (steps)": f"{choice.steps:,}" + " ←" * in_use,
-                "losses": len(choice.kept),
-                "misfit": "–" if choice.misfit is None else f"{choice.misfit:.4f}",
-                "p": "–" if choice.p_of_fit is None else p_value(choice.p_of_fit),
-            }
-            shares = {recipe: f"{share:.3f}" for recipe, share in choice.law.multipliers.items()}
-            rows.append(measures | _constants(choice.law) | shares)
+    for choice in choices:
+        measures = {
+            "shortest (steps)": f"{choice.steps:,}" + " ←" * (len(choice.kept) == len(fitted)),
+            "losses": len(choice.kept),
+            "misfit": "–" if choice.misfit is None else f"{choice.misfit:.4f}",
+            "p": "–" if choice.p_of_fit is None else p_value(choice.p_of_fit),
+        }
+        shares = {recipe: f"{share:.3f}" for recipe, share in choice.law.multipliers.items()}
+        rows.append(measures | _constants(choice.law) | shares)
     return pd.DataFrame(rows)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from tests.fixtures import (
     LADDER,
     LADDER_LAW,
     SIZES,
+    move_ladder_losses,
     write_gpu_records,
     write_ladder_records,
     write_run,
@@ -103,15 +103,6 @@ def test_a_ladders_law_is_asked_between_its_runs_alone(tmp_path: Path) -> None:
     assert not own.is_between(1.1 * largest, 11 * largest)
 
 
-def move_losses(records_dir: Path, loss_of: Callable[[int, float], float]) -> None:
-    """Change the final loss of every BF16 run of the ladder by what `loss_of` its parameters and tokens says."""
-    for path in (records_dir / "ladder-h200").glob("*-bf16-*/record.json"):
-        record = json.loads(path.read_text())
-        n = parameter_count(MODELS[record["config"]["model"]["name"]])
-        record["final"]["validation_loss"] += loss_of(n, record["tokens"] / n)
-        path.write_text(json.dumps(record))
-
-
 def test_a_ladders_law_leaves_out_schedules_too_short_for_it(tmp_path: Path) -> None:
     write_ladder_records(tmp_path)
     sets = [plan_runs(tmp_path, plan) for plan in ("seeds-h200", "ladder-h200")]
@@ -119,7 +110,7 @@ def test_a_ladders_law_leaves_out_schedules_too_short_for_it(tmp_path: Path) -> 
     true = law_slope(LADDER_LAW.bf16, 20 * smallest)
     untouched = ladder_law(sets)
     assert untouched is not None
-    move_losses(tmp_path, lambda n, budget: 0.8 if n == smallest and budget < 7 else 0.0)
+    move_ladder_losses(tmp_path, lambda n, budget: 0.8 if n == smallest and budget < 7 else 0.0)
     moved = ladder_law([plan_runs(tmp_path, plan) for plan in ("seeds-h200", "ladder-h200")])
     assert moved is not None
     assert len(moved.runs) == len(untouched.runs) - 1
@@ -130,7 +121,7 @@ def test_a_ladders_law_leaves_out_schedules_too_short_for_it(tmp_path: Path) -> 
 def test_a_ladder_that_follows_no_law_gives_no_slope(tmp_path: Path) -> None:
     write_ladder_records(tmp_path)
     sizes = [parameter_count(model) for model in LADDER]
-    move_losses(tmp_path, lambda n, budget: 0.3 * (-1) ** (sizes.index(n) + round(math.log2(budget / 5))))
+    move_ladder_losses(tmp_path, lambda n, budget: 0.3 * (-1) ** (sizes.index(n) + round(math.log2(budget / 5))))
     sets = [plan_runs(tmp_path, plan) for plan in ("seeds-h200", "ladder-h200")]
     assert ladder_law(sets) is None
     assert known_laws(sets) == [PUBLISHED_LAW]
