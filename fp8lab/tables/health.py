@@ -81,6 +81,34 @@ def rounding_losses(runs: Sequence[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def gradients_by_size(runs: RunSet) -> pd.DataFrame:
+    """What rounding does to gradients (grad_output) as models grow: a row an FP8 recipe and size; maybe empty.
+
+    Columns: recipe, model, largest underflow, Linear (where it is largest), middle underflow, lowest SQNR (dB), all of
+    the medians of the second half of the run, over its Linears.
+    """
+    rows = []
+    for recipe in runs.recipes:
+        for size in runs.sizes:
+            for run in diagnosis.measured(runs.where(size=size, recipe=recipe)):
+                table = diagnosis.settled(run)
+                gradients = table[table["tensor"] == "grad_output"].dropna(subset="underflow_fraction")
+                if gradients.empty:
+                    continue
+                worst = gradients.iloc[int(gradients["underflow_fraction"].to_numpy().argmax())]
+                rows.append(
+                    {
+                        "recipe": recipe,
+                        "model": size,
+                        "largest underflow": _small_share(worst["underflow_fraction"]),
+                        "Linear": worst["layer"],
+                        "middle underflow": _small_share(gradients["underflow_fraction"].median()),
+                        "lowest SQNR (dB)": f"{gradients['sqnr_db'].min():.1f}",
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
 def _small_share(value: float) -> str:
     """0, or a percentage with two digits that count."""
     return "0" if value == 0 else f"{100 * value:.2g}%"

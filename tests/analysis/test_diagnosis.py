@@ -93,6 +93,32 @@ def test_growth_is_over_the_first_measurement(tmp_path: Path) -> None:
     assert rows["growth"].tolist() == [1.0] + [3.5] * 5
 
 
+def test_gradients_are_compared_by_recipe_and_size_without_bf16(tmp_path: Path) -> None:
+    for size in SIZES[:2]:
+        for recipe in ("bf16", "tensorwise", "fused"):
+            write_run(tmp_path, "demo", size, recipe)
+    runs = plan_runs(tmp_path, "demo")
+    run = next(run for run in runs.runs if (run.recipe, run.size) == ("fused", SIZES[1].name))
+    table = records.read_table(run.folder, "health")
+    gradients = table["tensor"] == "grad_output"
+    table.loc[gradients, ["underflow_fraction", "sqnr_db"]] = [0.02, 31.0]
+    table.loc[gradients & (table["layer"] == "blocks.1.mlp.down"), ["underflow_fraction", "sqnr_db"]] = [0.3, 25.0]
+    table.loc[table["tensor"] == "input", "underflow_fraction"] = 0.9
+    records.write_table(run.folder, "health", table)
+    found = tables.health.gradients_by_size(plan_runs(tmp_path, "demo"))
+    assert list(zip(found["recipe"], found["model"], strict=True)) == [
+        (recipe, size.name) for recipe in ("tensorwise", "fused") for size in SIZES[:2]
+    ]
+    assert found.iloc[-1].to_dict() == {
+        "recipe": "fused",
+        "model": SIZES[1].name,
+        "largest underflow": "30%",
+        "Linear": "blocks.1.mlp.down",
+        "middle underflow": "2%",
+        "lowest SQNR (dB)": "25.0",
+    }
+
+
 def test_counts_of_overflow_are_told_for_delayed_scales_alone(tmp_path: Path) -> None:
     run = a_run(tmp_path, "fused")
     said = diagnosis.overflows(run)
