@@ -333,9 +333,9 @@ def write_ladder_records(
         write_run(records_dir, "seeds-h200", sizes[0], "bf16", seed=seed, budget=20, final_loss=loss, **on_gpu)
 
 
-def move_ladder_losses(records_dir: Path, loss_of: Callable[[int, float], float]) -> None:
-    """Change the final loss of every BF16 run of the ladder by what `loss_of` its parameters and tokens says."""
-    for path in (records_dir / "ladder-h200").glob("*-bf16-*/record.json"):
+def move_ladder_losses(records_dir: Path, loss_of: Callable[[int, float], float], recipe: str = "bf16") -> None:
+    """Change the final losses of the ladder's runs by what `loss_of` parameters and tokens a parameter says."""
+    for path in (records_dir / "ladder-h200").glob(f"*-{recipe}-*/record.json"):
         record = json.loads(path.read_text())
         n = parameter_count(MODELS[record["config"]["model"]["name"]])
         record["final"]["validation_loss"] += loss_of(n, record["tokens"] / n)

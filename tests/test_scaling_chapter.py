@@ -22,11 +22,12 @@ from tests.projects import copy_sources
 SIZES = [parameter_count(model) for model in LADDER]
 
 
-def chapter_on(folder: Path, loss_of: Callable[[int, float], float]) -> str:
-    """The chapter's text on a ladder whose BF16 losses are moved by `loss_of` parameters and tokens a parameter."""
+def chapter_on(folder: Path, loss_of: Callable[[int, float], float], recipe: str = "bf16") -> str:
+    """The chapter's text on a ladder whose `recipe` is moved by `loss_of` parameters and tokens a parameter."""
+    folder.mkdir(exist_ok=True)
     copy_sources(folder)
     write_ladder_records(folder / "records")
-    move_ladder_losses(folder / "records", loss_of)
+    move_ladder_losses(folder / "records", loss_of, recipe)
     refits = {"refits = 200": "refits = 4"}
     displays = shown(folder / "chapters" / "scaling.ipynb", folder, folder / "records", refits)
     return "\n".join(display.text for display in displays)
@@ -57,6 +58,16 @@ def test_the_run_that_the_law_misses_most_is_named(tmp_path: Path) -> None:
     text = chapter_on(tmp_path, lambda n, budget: 0.02 if n == SIZES[2] and budget > 15 else 0.0)
     assert "most of all `bf16` of 19M at 20 tokens a parameter" in text
     assert "understates" not in text
+
+
+def test_a_cost_that_one_share_understates_is_told_where_seeds_do_not_make_it(tmp_path: Path) -> None:
+    def lifted(n: int, budget: float) -> float:
+        return 0.2 if n == SIZES[1] and budget < 7 else 0.0
+
+    assert "understates" not in chapter_on(tmp_path / "even", lambda n, budget: 0.0)
+    text = chapter_on(tmp_path / "one", lifted, recipe="fused")
+    assert "most of all `fused` of 13M at 5 tokens a parameter" in text
+    assert "understates what FP8 costs there" in text
 
 
 def test_the_choices_compared_are_the_first_and_the_one_in_use(tmp_path: Path) -> None:

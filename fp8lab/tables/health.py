@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
 from fp8lab.analysis import diagnosis, trouble
@@ -111,4 +112,4 @@ def gradients_by_size(runs: RunSet) -> pd.DataFrame:
 
 def _small_share(value: float) -> str:
     """0, or a percentage with two digits that count."""
-    return "0" if value == 0 else f"{100 * value:.2g}%"
+    return "0" if value == 0 else f"{np.format_float_positional(100 * value, 2, fractional=False, trim='-')}%"
