@@ -23,7 +23,8 @@ from fp8lab.errors import UserError
 from fp8lab.records import TrainRecord
 from fp8lab.units import listing, unique
 
-MEASURED_PLANS = ("article", "ladder-h200", "pilot-h200")
+LADDER_PLAN = "ladder-h200"
+MEASURED_PLANS = ("article", LADDER_PLAN, "pilot-h200")
 """Plans trained on GPUs that the article draws, the most complete first."""
 SEEDS_PLAN = "seeds-h200"
 """Many seeds of the ladder's smallest sizes, at half its learning rate."""

@@ -20,9 +20,11 @@ from fp8lab.frontpage.evidence import Evidence
 from fp8lab.plan import load_plan
 from fp8lab.units import signed
 from tests.fixtures import (
+    LADDER,
     NUMERICS_VARIANTS,
     SIZES,
     Measured,
+    write_ladder_records,
     write_numerics_records,
     write_run,
     write_variance_records,
@@ -192,3 +194,23 @@ def test_the_plans_train_in_one_design_and_candidates_on_seeds_that_did_not_choo
                 repr(getattr(seeds[0], field))
             }
     assert not {run.seed for run in trained["candidates-h200"]} & {run.seed for run in trained["numerics-h200"]}
+
+
+def test_the_ladders_runs_of_the_same_size_stand_beside_a_variant_of_its_largest(tmp_path: Path) -> None:
+    assert load_plan(PLANS / "gradients-h200.yaml").name in numerics.REFERENCES
+    write_ladder_records(tmp_path)
+    folder = write_run(
+        tmp_path, "gradients-h200", LADDER[-1], "fused", budget=20, final_loss=2.5, device_name="NVIDIA H200"
+    )
+    record = json.loads((folder / "record.json").read_text())
+    record["config"]["fused"]["gradient_format"] = "e5m2"
+    (folder / "record.json").write_text(json.dumps(record))
+    found = named(numerics.variants(tmp_path, "gradients-h200"))
+    assert set(found) == {("bf16", ""), ("tensorwise", ""), ("fused", ""), ("fused", "gradient_format: e5m2")}
+    assert {variant.size for variant in found.values()} == {"48M"}
+    ladder = plan_runs(tmp_path, "ladder-h200")
+    assert found["bf16", ""].losses == {1: ladder.where(size="48M", recipe="bf16")[0].validation_loss}
+    difference = found["fused", "gradient_format: e5m2"].minus(found["fused", ""])
+    default = ladder.where(size="48M", recipe="fused")[0].validation_loss
+    assert difference.mean == pytest.approx(record["final"]["validation_loss"] - default)
+    assert difference.interval is None
