@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -323,6 +324,26 @@ def test_of_our_recipes_only_occasions_with_the_latest_kernels_count(speeds: lis
     assert row["runs"] == f"{late.record.plan}/{late.record.run}"
     # Records that do not say are told apart by their commits, which differ here.
     assert occasions(of(one, None, "2026-01-03"), of(other, None, "2026-01-02"))["fused"] == 1
+
+
+def test_occasions_of_short_turns_do_not_count_where_two_had_long_ones(tmp_path: Path) -> None:
+    for occasion in "abc":
+        write_speed_records(tmp_path, occasion)
+
+    def slower(speed: SpeedRun, factor: float) -> SpeedRun:
+        """All steps so much longer, and with them the turns."""
+        changed = replace(speed, record=speed.record)
+        changed.__dict__["steps"] = speed.steps.assign(step_ms=factor * speed.steps["step_ms"])
+        return changed
+
+    def fused(*occasions: SpeedRun) -> dict[str, Any]:
+        table = timings.speed_ratios(occasions)
+        return table.query("model == '1.5B' and recipe == 'fused' and head == 'bf16'").iloc[0].to_dict()
+
+    short, one, other = (slower(run, by) for run, by in zip(speed_runs(tmp_path), (0.001, 10, 10), strict=True))
+    assert fused(short, one)["occasions"] == 2, "a single occasion of long turns confirms nothing by itself"
+    assert fused(one, other)["timed_on"] == fused(short, one, other)["timed_on"]
+    assert fused(short, one, other)["rounds"] == fused(one, other)["rounds"] == 6
 
 
 def test_the_interval_of_two_occasions_covers_both(speeds: list[SpeedRun]) -> None:

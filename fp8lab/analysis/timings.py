@@ -15,7 +15,7 @@ import pandas as pd
 
 from fp8lab.analysis import roofline
 from fp8lab.analysis.occasions import MAP_PLAN, SpeedRun
-from fp8lab.analysis.rounds import MIN_ROUNDS, Occasion, SpeedRatio, apart, settled_count, side
+from fp8lab.analysis.rounds import MIN_OCCASIONS, MIN_ROUNDS, Occasion, SpeedRatio, apart, settled_count, side
 from fp8lab.config import MODELS, ModelConfig
 from fp8lab.errors import UserError
 from fp8lab.units import listing, unique
@@ -26,6 +26,8 @@ ON_OUR_KERNELS = ("fused", "fused_precise")
 """Recipes that run on this project's kernels, which change: an occasion with older ones tells nothing of them now."""
 BUSY = 0.9
 """Share of a step from which on the GPU counts as working through it; below, it waits for the host to queue kernels."""
+LONG_TURN_SECONDS = 1.0
+"""Turns shorter than this are at the mercy of whatever else the host does in them."""
 SETTING = ["device", "model", "seq_len", "micro_batch"]
 
 
@@ -79,8 +81,8 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     """Speed of each recipe against the fastest BF16 timed in the same process, each device apart.
 
     Ratio and interval are those of `fp8lab.analysis.rounds`: of the settled rounds, and of several occasions
-    together, of what is `ON_OUR_KERNELS` those with the latest kernels. Settings that an occasion did not time in
-    BF16 are left out.
+    together, of what is `ON_OUR_KERNELS` those with the latest kernels, and of what had turns of `LONG_TURN_SECONDS`
+    on several those alone. Settings that an occasion did not time in BF16 are left out.
 
     Returns:
         A row a device, setting (model, context, micro-batch) and recipe. Columns: device, model, case, seq_len,
@@ -97,13 +99,18 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
         raise UserError(f"{occasions}: no BF16 step was timed, so there is nothing to hold FP8's speed against")
     rounds = (
         steps.groupby([*SETTING, "recipe", "head", "occasion", "round"], sort=False)
-        .agg(step_ms=("step_ms", "median"), tokens=("tokens", "first"), memory=("peak_memory_bytes", "max"))
+        .agg(
+            step_ms=("step_ms", "median"),
+            turn_ms=("step_ms", "sum"),
+            tokens=("tokens", "first"),
+            memory=("peak_memory_bytes", "max"),
+        )
         .reset_index()
     )
     rounds["is_settled"] = _is_settled(rounds)
     rounds = rounds.merge(_baselines(rounds), on=[*SETTING, "occasion", "round"])
     rounds["ratio"] = rounds["bf16_ms"] / rounds["step_ms"]
-    rounds = _with_latest_kernels(rounds, speeds)
+    rounds = _of_long_turns(_with_latest_kernels(rounds, speeds))
     several = rounds["device"].nunique() > 1
     spans = {_occasion(speed): speed.span for speed in speeds}
     table = pd.DataFrame(
@@ -132,6 +139,16 @@ def _with_latest_kernels(rounds: pd.DataFrame, speeds: Sequence[SpeedRun]) -> pd
     is_latest = rounds["occasion"].map(kernels) == last.map(lambda index: kernels[names[index]])
     ours = rounds["recipe"].isin(ON_OUR_KERNELS) | (rounds["head"] == "fp8")
     return rounds[is_latest | ~ours]
+
+
+def _of_long_turns(rounds: pd.DataFrame) -> pd.DataFrame:
+    """`rounds` without the occasions on which a contestant had short turns, where it had long ones on several."""
+    contestant = [rounds[name] for name in (*SETTING, "recipe", "head")]
+    of_occasion = rounds.groupby([*contestant, rounds["occasion"]])
+    is_long = of_occasion["turn_ms"].transform("median") >= 1e3 * LONG_TURN_SECONDS
+    counts = is_long & (of_occasion["round"].transform("nunique") >= MIN_ROUNDS)
+    long_ones = rounds["occasion"].where(counts).groupby(contestant).transform("nunique")
+    return rounds[is_long | (long_ones < MIN_OCCASIONS)]
 
 
 def _baselines(rounds: pd.DataFrame) -> pd.DataFrame:
