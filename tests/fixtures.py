@@ -19,7 +19,7 @@ import pandas as pd
 
 from fp8lab import flops, records
 from fp8lab.analysis import roofline
-from fp8lab.analysis.scaling import Chinchilla, JointLaw
+from fp8lab.analysis.laws import Chinchilla, JointLaw
 from fp8lab.config import (
     MODELS,
     Head,

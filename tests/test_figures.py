@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from fp8lab import figures
-from fp8lab.analysis import losses, scaling, variance
+from fp8lab.analysis import laws, losses, scaling, variance
 from fp8lab.analysis.composition import data_record
 from fp8lab.analysis.occasions import speed_runs
 from fp8lab.analysis.runs import Run, RunSet, training_runs
@@ -124,7 +124,7 @@ def test_every_recipe_has_a_colour_and_a_marker_of_its_own() -> None:
     assert len(set(figures.style.RECIPE_MARKERS.values())) == len(figures.style.RECIPE_MARKERS)
 
 
-def ladder(folder: Path) -> tuple[RunSet, scaling.JointLaw]:
+def ladder(folder: Path) -> tuple[RunSet, laws.JointLaw]:
     write_ladder_records(folder)
     return training_runs(folder), LADDER_LAW
 
@@ -180,7 +180,7 @@ def test_what_is_extrapolated_is_dashed_and_named(tmp_path: Path) -> None:
     assert set(lines["measured"].get_xdata()) == set(at_budget["parameters"])
     assert {"125M", "250M", "350M", "1.5B"} < set(texts(figure))
     assert_nothing_is_cut_off(figure)
-    for name in scaling.PUBLISHED:
+    for name in laws.PUBLISHED:
         assert lines[name].get_ydata()[0] == pytest.approx(lines["extrapolated"].get_ydata()[0])
         assert lines[name].get_linestyle() != "-"
 

@@ -14,10 +14,10 @@ import pytest
 from fp8lab import records, tables
 from fp8lab.analysis import losses, roofline, scaling, timings
 from fp8lab.analysis.comparison import Deviation
+from fp8lab.analysis.laws import HOFFMANN
 from fp8lab.analysis.occasions import MAP_PLAN, SpeedRun, speed_runs
 from fp8lab.analysis.operation import data_benchmarks, fault_record, trainer_benchmarks
 from fp8lab.analysis.runs import RunSet, plan_runs, training_runs
-from fp8lab.analysis.scaling import HOFFMANN
 from fp8lab.analysis.slopes import PUBLISHED_LAW
 from fp8lab.config import MODELS
 from fp8lab.errors import UserError

@@ -13,8 +13,8 @@ import pandas as pd
 
 from fp8lab.analysis import numerics, variance
 from fp8lab.analysis.comparison import Deviation, Gap
+from fp8lab.analysis.laws import JointLaw
 from fp8lab.analysis.runs import LARGER_PLAN, MEASURED_PLANS, SEEDS_PLAN, Run, RunSet, plan_runs, seed_deviation
-from fp8lab.analysis.scaling import JointLaw
 from fp8lab.analysis.trouble import training_key
 from fp8lab.config import RECIPES
 from fp8lab.units import listing, unique

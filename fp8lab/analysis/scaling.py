@@ -1,27 +1,15 @@
-"""Scaling laws: fits of final loss against size and tokens, and what a set of runs cannot tell.
+"""Scaling laws fitted to final losses, what they say of other runs, and what a set of runs cannot tell.
 
-Two forms. Kaplan's power law (2001.08361, eqs. 1.1 and 1.2)::
+Chinchilla's law (`fp8lab.analysis.laws`) is fitted as by Hoffmann et al. (2203.15556, appendix D.2): the Huber loss of
+log-loss residuals, *summed* over runs (averaging stops the optimiser early: Besiroglu et al., 2404.10102), log-sum-exp
+for the three terms, L-BFGS from many starts. All precisions take part in one fit, each FP8 recipe with its share.
 
-    L(N) = (N_c / N) ** alpha
+Intervals come from refits to runs drawn with replacement. A stable run and the branches that decay from it share most
+of their training, so they are drawn together.
 
-and Chinchilla's (Hoffmann et al., 2203.15556, approach 3)::
-
-    L(N, D) = E + A / N ** alpha + B / D ** beta
-
-fitted as there (appendix D.2): the Huber loss of log-loss residuals, *summed* over runs (averaging
-stops the optimiser early: Besiroglu et al., 2404.10102), log-sum-exp for the three terms, L-BFGS from
-many starts.
-
-What FP8 costs is one number of the same fit. All precisions share one law, and a run in FP8 counts as
-a BF16 run on a share m of its tokens, L(N, m D), or of its parameters, L(m N, D). A loss gap grows or
-shrinks with size by itself; if m does not depend on size, FP8 costs the same share of a budget everywhere.
-
-Intervals come from refits to runs drawn with replacement. A stable run and the branches that decay
-from it share most of their training, so they are drawn together.
-
-Runs with tokens in proportion to parameters, D = k N, trace a single curve in (N, D): any split of
-the loss between the two terms fits it as well, so alpha and beta cannot be told apart however many
-runs there are. `unidentified` says so instead of letting a fit look like knowledge.
+Runs with tokens in proportion to parameters, D = k N, trace a single curve in (N, D): any split of the loss between the
+two terms fits it as well, so alpha and beta cannot be told apart however many runs there are. `unidentified` says so
+instead of letting a fit look like knowledge.
 """
 
 from __future__ import annotations
@@ -29,7 +17,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -37,17 +24,14 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize, nnls
 
 from fp8lab import flops
+from fp8lab.analysis.laws import PUBLISHED, Budget, Chinchilla, Floats, JointLaw, PowerLaw, published_loss
 from fp8lab.config import MODELS
 from fp8lab.errors import UserError
-
-Floats = NDArray[np.float64]
-Budget = Literal["tokens", "parameters"]
-"""What an FP8 run makes less of."""
 
 HUBER_DELTA = 1e-3
 """Residuals in log loss beyond this count linearly."""
 LEAST_SQUARES = float("inf")
-"""As a `delta`: all residuals count quadratically."""
+"""As a `delta`: all residuals in log loss count quadratically."""
 EXPONENTS = (0.05, 0.1, 0.2, 0.3, 0.45, 0.7, 1.0)
 """Grid of starts for alpha and beta."""
 KEPT_STARTS = 8
@@ -57,101 +41,6 @@ KEPT_STARTS_NEAR = 2
 is the slope of the objective in log E, and no refit would ever find an E again."""
 STEEPEST = 10.0
 """No alpha or beta beyond: a term so steep is the loss of the smallest model or the shortest run alone."""
-
-
-@dataclass(frozen=True)
-class PowerLaw:
-    """L(x) = (scale / x) ** exponent: no irreducible loss."""
-
-    scale: float
-    exponent: float
-
-    def __call__(self, x: ArrayLike) -> Floats:
-        return (self.scale / np.asarray(x, dtype=float)) ** self.exponent
-
-
-@dataclass(frozen=True)
-class Chinchilla:
-    """L(N, D) = E + A / N ** alpha + B / D ** beta, in nats a token."""
-
-    E: float
-    A: float
-    B: float
-    alpha: float
-    beta: float
-
-    def __call__(self, parameters: ArrayLike, tokens: ArrayLike) -> Floats:
-        n, d = np.asarray(parameters, dtype=float), np.asarray(tokens, dtype=float)
-        return self.E + self.A / n**self.alpha + self.B / d**self.beta
-
-    def tokens_to_reach(self, parameters: float, loss: float) -> float:
-        """Tokens that a model of this size needs for this loss; infinite where it cannot reach it."""
-        left = loss - self.E - self.A / parameters**self.alpha
-        return float((self.B / left) ** (1 / self.beta)) if left > 0 else float("inf")
-
-    @property
-    def size_exponent(self) -> float:
-        """a of N ~ C ** a for the size that makes the most of a compute C = 6 N D (2203.15556, eq. 4)."""
-        return self.beta / (self.alpha + self.beta)
-
-
-@dataclass(frozen=True)
-class Kaplan:
-    """L(N, D) = ((N_c / N) ** (alpha_N / alpha_D) + D_c / D) ** alpha_D, N without embeddings (2001.08361, eq. 1.5)."""
-
-    N_c: float
-    D_c: float
-    alpha_N: float
-    alpha_D: float
-
-    def __call__(self, non_embedding: ArrayLike, tokens: ArrayLike) -> Floats:
-        n, d = np.asarray(non_embedding, dtype=float), np.asarray(tokens, dtype=float)
-        return ((self.N_c / n) ** (self.alpha_N / self.alpha_D) + self.D_c / d) ** self.alpha_D
-
-
-KAPLAN = Kaplan(N_c=6.4e13, D_c=1.8e13, alpha_N=0.076, alpha_D=0.103)
-"""The constants of 2001.08361, table 2."""
-HOFFMANN = Chinchilla(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
-"""The constants of 2203.15556."""
-BESIROGLU = Chinchilla(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)
-"""The same data fitted again (2404.10102)."""
-
-PUBLISHED: dict[str, Kaplan | Chinchilla] = {
-    "Kaplan et al.": KAPLAN,
-    "Hoffmann et al.": HOFFMANN,
-    "Besiroglu et al.": BESIROGLU,
-}
-"""Laws of other data and tokenizers: their differences between sizes may be compared with ours, not their losses."""
-
-
-def published_loss(name: str, parameters: ArrayLike, non_embedding: ArrayLike, tokens: ArrayLike) -> Floats:
-    """Loss by one of the `PUBLISHED` laws, each in its own convention of N."""
-    law = PUBLISHED[name]
-    return law(non_embedding if isinstance(law, Kaplan) else parameters, tokens)
-
-
-@dataclass(frozen=True)
-class JointLaw:
-    """One law for all precisions: a run in FP8 is a BF16 run on a share of its tokens or of its parameters."""
-
-    bf16: Chinchilla
-    multipliers: dict[str, float]
-    """The share by FP8 recipe; below 1 where FP8 costs something."""
-    on: Budget = "tokens"
-
-    def __call__(self, parameters: ArrayLike, tokens: ArrayLike, recipe: str = "bf16") -> Floats:
-        share = self.multipliers.get(recipe, 1.0)
-        n, d = np.asarray(parameters, dtype=float), np.asarray(tokens, dtype=float)
-        return self.bf16(n * share, d) if self.on == "parameters" else self.bf16(n, d * share)
-
-    def covers(self, recipe: str) -> bool:
-        """True if runs of `recipe` were among those that the law was fitted to."""
-        return recipe == "bf16" or recipe in self.multipliers
-
-    def of(self, points: pd.DataFrame) -> Floats:
-        """The law's loss at each row of `points`."""
-        rows = zip(points["parameters"], points["tokens"], points["recipe"], strict=True)
-        return np.array([float(self(n, d, recipe)) for n, d, recipe in rows])
 
 
 def fit_power_law(x: ArrayLike, loss: ArrayLike) -> PowerLaw:

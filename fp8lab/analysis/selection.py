@@ -23,7 +23,7 @@ from scipy import stats
 
 from fp8lab.analysis import scaling
 from fp8lab.analysis.comparison import Deviation
-from fp8lab.analysis.scaling import JointLaw
+from fp8lab.analysis.laws import Chinchilla, JointLaw
 
 FEWEST_SIZES = 3
 """Of a precision that takes part in a law."""
@@ -102,4 +102,4 @@ def _misfit(bf16: pd.DataFrame) -> float | None:
 
 def _degrees(bf16: pd.DataFrame) -> int:
     """Losses beyond the constants of a law."""
-    return len(bf16) - len(fields(scaling.Chinchilla))
+    return len(bf16) - len(fields(Chinchilla))

@@ -20,10 +20,10 @@ from scipy.spatial import ConvexHull
 
 from fp8lab.analysis import scaling, selection
 from fp8lab.analysis.comparison import Deviation, student_quantile
+from fp8lab.analysis.laws import BESIROGLU, Chinchilla
 from fp8lab.analysis.losses import final_losses
 from fp8lab.analysis.matched import Slope
 from fp8lab.analysis.runs import Run, RunSet, seed_deviation
-from fp8lab.analysis.scaling import BESIROGLU, Chinchilla
 from fp8lab.errors import UserError
 
 FLATTEST = 0.01

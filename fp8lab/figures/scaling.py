@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from fp8lab.analysis import scaling
+from fp8lab.analysis.laws import PUBLISHED, JointLaw
 from fp8lab.analysis.losses import final_losses
 from fp8lab.analysis.runs import RunSet
-from fp8lab.analysis.scaling import JointLaw
 from fp8lab.figures.style import NEUTRAL, RECIPE_COLOURS, WIDTH, finish, label, line_style, point_style
 from fp8lab.units import number
 
@@ -164,7 +164,7 @@ def extrapolation(points: pd.DataFrame, law: JointLaw, draws: Sequence[JointLaw]
     axes.plot(inside, law(inside, budget * inside), color=colour, label="fitted")
     axes.plot(outside, law(outside, budget * outside), color=colour, linestyle="--", label="extrapolated")
     axes.fill_between(outside, *band, color=colour, alpha=0.15, linewidth=0, label="its 95% interval")
-    for name, style in zip(scaling.PUBLISHED, (":", "-.", (0, (6, 2, 1, 2, 1, 2))), strict=True):
+    for name, style in zip(PUBLISHED, (":", "-.", (0, (6, 2, 1, 2, 1, 2))), strict=True):
         shape = beyond["loss"].iloc[0] - beyond[name]
         axes.plot(beyond["parameters"], shape, color=NEUTRAL, linewidth=1.1, linestyle=style, label=name)
     for size, n in zip(beyond["size"].iloc[1:], beyond["parameters"].iloc[1:], strict=True):

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from fp8lab.analysis import scaling, selection
-from fp8lab.analysis.scaling import HeldOut, JointLaw
+from fp8lab.analysis import laws, scaling, selection
+from fp8lab.analysis.laws import JointLaw
+from fp8lab.analysis.scaling import HeldOut
 from fp8lab.units import number, p_value, scientific, signed, signed_percent, span
 
 
@@ -26,7 +27,7 @@ def extrapolation_table(table: pd.DataFrame) -> pd.DataFrame:
             span((low, high), 2) for low, high in zip(beyond["drop_low"], beyond["drop_high"], strict=True)
         ],
     }
-    return pd.DataFrame(columns | {f"drop by {name}": beyond[name].map("{:.3f}".format) for name in scaling.PUBLISHED})
+    return pd.DataFrame(columns | {f"drop by {name}": beyond[name].map("{:.3f}".format) for name in laws.PUBLISHED})
 
 
 def law_table(fits: Mapping[str, tuple[JointLaw, Sequence[JointLaw]]]) -> pd.DataFrame:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp8lab.analysis.comparison import Gap
+from fp8lab.analysis.laws import BESIROGLU
 from fp8lab.analysis.matched import Estimate, Slope, affordable_gap, loss_matched, token_factor, token_factors
-from fp8lab.analysis.scaling import BESIROGLU
 from fp8lab.analysis.slopes import law_slope
 from fp8lab.config import MODELS, parameter_count
 

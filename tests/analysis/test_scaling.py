@@ -12,14 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from fp8lab.analysis.laws import BESIROGLU, HOFFMANN, KAPLAN, Budget, Chinchilla, JointLaw, published_loss
 from fp8lab.analysis.scaling import (
-    BESIROGLU,
-    HOFFMANN,
-    KAPLAN,
     STEEPEST,
-    Budget,
-    Chinchilla,
-    JointLaw,
     bootstrap,
     fit_chinchilla,
     fit_joint,
@@ -29,7 +24,6 @@ from fp8lab.analysis.scaling import (
     interval,
     predict,
     predict_largest,
-    published_loss,
     unidentified,
 )
 from fp8lab.errors import UserError

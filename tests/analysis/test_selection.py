@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from fp8lab.analysis.comparison import Deviation
-from fp8lab.analysis.scaling import Chinchilla, JointLaw, fit_joint
+from fp8lab.analysis.laws import Chinchilla, JointLaw
+from fp8lab.analysis.scaling import fit_joint
 from fp8lab.analysis.selection import SIGNIFICANCE, choices, long_enough, several_sizes
 
 LAW = JointLaw(Chinchilla(E=1.25, A=120.0, B=250.0, alpha=0.29, beta=0.28), {"fused": 0.97})

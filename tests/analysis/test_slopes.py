@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from fp8lab import frontpage, tables
 from fp8lab.analysis.comparison import Deviation
+from fp8lab.analysis.laws import BESIROGLU
 from fp8lab.analysis.runs import plan_runs, training_runs
-from fp8lab.analysis.scaling import BESIROGLU
 from fp8lab.analysis.slopes import PUBLISHED_LAW, by_law, known_laws, ladder_law, law_slope, measured_slope, slope_at
 from fp8lab.config import MODELS, Recipe, parameter_count
 from fp8lab.errors import UserError
