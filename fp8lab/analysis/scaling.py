@@ -320,7 +320,11 @@ def unidentified(parameters: ArrayLike, tokens: ArrayLike) -> list[str]:
             f"{points} different pairs of size and tokens cannot determine the five constants of "
             "L = E + A/N^α + B/D^β: such a fit would pass through every point and prove nothing"
         )
-    if sizes > 1 and np.std(d) > 0 and abs(np.corrcoef(n, d)[0, 1]) > 0.995:
+    if sizes > 1 and np.ptp(d) < 1e-6:
+        reasons.append(
+            "all of them saw as many tokens, so what tokens buy (B and β) cannot be told from what stays however many (E)"
+        )
+    elif sizes > 1 and abs(np.corrcoef(n, d)[0, 1]) > 0.995:
         reasons.append(
             "tokens grow in proportion to parameters, so the exponents of size (α) and of tokens (β) "
             "cannot be told apart: only their joint effect along this line is measured"

@@ -255,6 +255,12 @@ def test_tokens_proportional_to_parameters_leave_the_exponents_unidentified() ->
     assert unidentified(points["parameters"], points["tokens"]) == []
 
 
+def test_as_many_tokens_for_every_size_leave_what_they_buy_unidentified() -> None:
+    (reason,) = unidentified(np.geomspace(1e6, 1e9, 8), np.full(8, 1e9))
+    assert "as many tokens" in reason
+    assert unidentified([], [])
+
+
 def test_three_sizes_leave_no_room_for_five_constants() -> None:
     n = np.array([4e5, 9e5, 2e6])
     assert any("3 different pairs" in reason for reason in unidentified(n, 2 * n))
