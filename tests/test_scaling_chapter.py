@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,17 +59,28 @@ def test_the_run_that_the_law_misses_most_is_named(tmp_path: Path) -> None:
     # One too small a misfit for BF16's losses to be refused, and larger than all others.
     text = chapter_on(tmp_path, lambda n, budget: 0.02 if n == SIZES[2] and budget > 15 else 0.0)
     assert "most of all `bf16` of 19M at 20 tokens a parameter" in text
-    assert "understates" not in text
+    assert "BF16's there" not in text
 
 
-def test_a_cost_that_one_share_understates_is_told_where_seeds_do_not_make_it(tmp_path: Path) -> None:
-    def lifted(n: int, budget: float) -> float:
-        return 0.2 if n == SIZES[1] and budget < 7 else 0.0
+def test_beside_an_fp8_run_that_the_law_misses_most_stands_bf16s_miss(tmp_path: Path) -> None:
+    text = chapter_on(tmp_path, lambda n, budget: 0.2 if n == SIZES[1] and budget < 7 else 0.0, recipe="fused")
+    found = re.search(r"most of all `fused` of 13M at 5 .* ended (\S+) nats from it \(BF16's there (\S+)\)", text)
+    assert found is not None
+    miss, beside = (float(number.replace("−", "-")) for number in found.groups())
+    assert miss > 0.1 > abs(beside)
 
-    assert "understates" not in chapter_on(tmp_path / "even", lambda n, budget: 0.0)
-    text = chapter_on(tmp_path / "one", lifted, recipe="fused")
-    assert "most of all `fused` of 13M at 5 tokens a parameter" in text
-    assert "understates what FP8 costs there" in text
+
+def test_a_largest_size_without_a_pair_has_no_gap(tmp_path: Path) -> None:
+    copy_sources(tmp_path)
+    write_ladder_records(tmp_path / "records")
+    for folder in (tmp_path / "records" / "ladder-h200").glob("48M-*"):
+        if "bf16" not in folder.name:
+            shutil.rmtree(folder)
+    chapter = tmp_path / "chapters" / "scaling.ipynb"
+    displays = shown(chapter, tmp_path, tmp_path / "records", {"refits = 200": "refits = 4"})
+    text = "\n".join(display.text for display in displays)
+    assert "grow from left to right." in text
+    assert "alone they are" not in text
 
 
 def test_the_choices_compared_are_the_first_and_the_one_in_use(tmp_path: Path) -> None:

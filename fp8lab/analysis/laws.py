@@ -15,7 +15,7 @@ depend on size, FP8 costs the same share of a budget everywhere.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -61,6 +61,10 @@ class Chinchilla:
     def size_exponent(self) -> float:
         """a of N ~ C ** a for the size that makes the most of a compute C = 6 N D (2203.15556, eq. 4)."""
         return self.beta / (self.alpha + self.beta)
+
+
+CONSTANTS = len(fields(Chinchilla))
+"""Of Chinchilla's law."""
 
 
 @dataclass(frozen=True)

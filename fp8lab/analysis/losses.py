@@ -103,7 +103,7 @@ def gaps_by_budget(
                     "by_law": float(by_law[at_budget.index].mean(skipna=False)),
                 }
             )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["recipe", "budget", "mean", "reach", "by_law"])
 
 
 GAP_PLANS = (SEEDS_PLAN, *MEASURED_PLANS, LARGER_PLAN)

@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize, nnls
 
 from fp8lab import flops
-from fp8lab.analysis.laws import PUBLISHED, Budget, Chinchilla, Floats, JointLaw, PowerLaw, published_loss
+from fp8lab.analysis.laws import CONSTANTS, PUBLISHED, Budget, Chinchilla, Floats, JointLaw, PowerLaw, published_loss
 from fp8lab.config import MODELS
 from fp8lab.errors import UserError
 
@@ -84,7 +84,7 @@ def fit_joint(
         UserError: fewer than five different pairs of N and D, the number of constants, or no run in BF16.
     """
     pairs = len(points[["parameters", "tokens"]].drop_duplicates())
-    if pairs < 5:
+    if pairs < CONSTANTS:
         raise UserError(f"Chinchilla's law has five constants and cannot be fitted to {pairs} runs")
     if "bf16" not in set(points["recipe"]):
         raise UserError("the precisions' joint law needs runs in bf16")
@@ -132,9 +132,10 @@ def _starts(log_n: Floats, log_d: Floats, log_loss: Floats) -> list[Floats]:
 def _start_at(law: JointLaw, recipes: Sequence[str], mean_n: float, mean_d: float) -> Floats:
     """A law as a start, for log N and log D around their means."""
     bf16 = law.bf16
-    a, b = np.log(bf16.A) - bf16.alpha * mean_n, np.log(bf16.B) - bf16.beta * mean_d
+    # Of zero, which a refit may underflow to, there is no logarithm.
+    a, b, e = np.log(np.maximum([bf16.A, bf16.B, bf16.E], np.finfo(float).tiny))
     shares = [np.log(law.multipliers.get(recipe, 1.0)) for recipe in recipes]
-    return np.array([a, b, np.log(bf16.E), bf16.alpha, bf16.beta, *shares])
+    return np.array([a - bf16.alpha * mean_n, b - bf16.beta * mean_d, e, bf16.alpha, bf16.beta, *shares])
 
 
 def _huber(
@@ -322,7 +323,7 @@ def unidentified(parameters: ArrayLike, tokens: ArrayLike) -> list[str]:
         )
     if sizes > 1 and np.ptp(d) < 1e-6:
         reasons.append(
-            "all of them saw as many tokens, so what tokens buy (B and β) cannot be told from what stays however many (E)"
+            "all of them saw as many tokens, so what tokens buy (B and β) cannot be told from what stays (E)"
         )
     elif sizes > 1 and abs(np.corrcoef(n, d)[0, 1]) > 0.995:
         reasons.append(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 
 import pandas as pd
@@ -23,7 +23,7 @@ from scipy import stats
 
 from fp8lab.analysis import scaling
 from fp8lab.analysis.comparison import Deviation
-from fp8lab.analysis.laws import Chinchilla, JointLaw
+from fp8lab.analysis.laws import CONSTANTS, JointLaw
 
 FEWEST_SIZES = 3
 """Of a precision that takes part in a law."""
@@ -62,14 +62,18 @@ def several_sizes(points: pd.DataFrame) -> pd.DataFrame:
 def following(points: pd.DataFrame, scatter: Deviation | None) -> pd.DataFrame | None:
     """`points` without the shortest schedules, as few of them as leave BF16 a law that fits; None where none does.
 
+    All of them where nothing can be tested: BF16 identifies no law, or the scatter is unknown.
+
     Args:
         points: as `losses.final_losses` gives them, BF16 among them.
         scatter: of final losses between seeds (nats a token); without it nothing tells a misfit, and all are kept.
     """
-    tested = [choice for choice in choices(points, scatter) if choice.p_of_fit is not None]
-    for choice in tested:
-        if choice.p_of_fit is not None and choice.p_of_fit >= SIGNIFICANCE:
-            return choice.kept
+    tested = False
+    for choice in choices(points, scatter):
+        if choice.p_of_fit is not None:
+            tested = True
+            if choice.p_of_fit >= SIGNIFICANCE:
+                return choice.kept
     return None if tested else points
 
 
@@ -102,4 +106,4 @@ def _misfit(bf16: pd.DataFrame) -> float | None:
 
 def _degrees(bf16: pd.DataFrame) -> int:
     """Losses beyond the constants of a law."""
-    return len(bf16) - len(fields(Chinchilla))
+    return len(bf16) - CONSTANTS

@@ -38,14 +38,14 @@ class FittedLaw:
 
     law: Chinchilla
     runs: tuple[tuple[float, float], ...]
-    """Parameters and tokens of each, or of those between which all others lie."""
+    """Parameters and tokens of each, or of those between which all others lie; three at least, not on one line."""
     source: str
     draws: tuple[Chinchilla, ...] = ()
     """Refits, for the interval; without any the slope has none."""
 
     @cached_property
     def _sides(self) -> NDArray[np.float64]:
-        """Of the convex hull of the runs in (log N, log D): normals outwards, and their distance from the origin."""
+        """Of the convex hull of the runs in (log N, log D): normals outwards, and qhull's offsets."""
         return ConvexHull(np.log(self.runs)).equations
 
     def is_between(self, parameters: float, tokens: float) -> bool:
