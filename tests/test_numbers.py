@@ -90,7 +90,7 @@ DISPLAYS: dict[str, tuple[str, str]] = {
     "stability health": ("health train", "1 18 20 32 60"),
     "tbl-rounding-losses": ("health", ""),
     "tbl-health": ("health", "0"),
-    "tbl-gradients-by-size": ("health", ""),
+    "tbl-underflow-by-size": ("health", ""),
     "fig-underflow-tensorwise": ("health", ""),
     "fig-amax-tensorwise": ("health", ""),
     "fig-underflow-fused": ("health", ""),

@@ -70,17 +70,30 @@ def test_beside_an_fp8_run_that_the_law_misses_most_stands_bf16s_miss(tmp_path: 
     assert miss > 0.1 > abs(beside)
 
 
+def chapter_without(folder: Path, *sizes: str) -> str:
+    """The chapter's text on a ladder that has these sizes in BF16 alone."""
+    copy_sources(folder)
+    write_ladder_records(folder / "records")
+    for size in sizes:
+        for run in (folder / "records" / "ladder-h200").glob(f"{size}-*"):
+            if "bf16" not in run.name:
+                shutil.rmtree(run)
+    displays = shown(folder / "chapters" / "scaling.ipynb", folder, folder / "records", {"refits = 200": "refits = 4"})
+    return "\n".join(display.text for display in displays)
+
+
 def test_a_largest_size_without_a_pair_has_no_gap(tmp_path: Path) -> None:
-    copy_sources(tmp_path)
-    write_ladder_records(tmp_path / "records")
-    for folder in (tmp_path / "records" / "ladder-h200").glob("48M-*"):
-        if "bf16" not in folder.name:
-            shutil.rmtree(folder)
-    chapter = tmp_path / "chapters" / "scaling.ipynb"
-    displays = shown(chapter, tmp_path, tmp_path / "records", {"refits = 200": "refits = 4"})
-    text = "\n".join(display.text for display in displays)
+    text = chapter_without(tmp_path, "48M")
     assert "grow from left to right." in text
     assert "alone they are" not in text
+
+
+def test_a_law_of_bf16_alone_says_nothing_of_fp8(tmp_path: Path) -> None:
+    text = chapter_without(tmp_path, "19M", "28M", "48M")
+    assert "No FP8 recipe ran its full length at 3 sizes" in text
+    assert "BF16 alone" in text
+    assert "FP8 on part of" not in text
+    assert "FP8 recipe makes use of" not in text
 
 
 def test_the_choices_compared_are_the_first_and_the_one_in_use(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -326,24 +325,38 @@ def test_of_our_recipes_only_occasions_with_the_latest_kernels_count(speeds: lis
     assert occasions(of(one, None, "2026-01-03"), of(other, None, "2026-01-02"))["fused"] == 1
 
 
-def test_occasions_of_short_turns_do_not_count_where_two_had_long_ones(tmp_path: Path) -> None:
+def with_turns(speed: SpeedRun, seconds: float, rounds: int = 3, left_out: str = "") -> SpeedRun:
+    """The occasion with its shortest turn at 1.5B so long, so many rounds, and one recipe less."""
+    steps = speed.steps[(speed.steps["round"] < rounds) & (speed.steps["recipe"] != left_out)]
+    at_largest = steps[steps["model"] == "1.5B"]
+    turns = at_largest.groupby(["recipe", "head", "round"])["step_ms"].sum()
+    shortest = turns.groupby(["recipe", "head"]).median().min()
+    changed = replace(speed, record=speed.record)
+    changed.__dict__["steps"] = steps.assign(step_ms=1e3 * seconds / shortest * steps["step_ms"])
+    return changed
+
+
+def test_short_turns_do_not_count_where_two_occasions_had_long_ones(tmp_path: Path) -> None:
     for occasion in "abc":
         write_speed_records(tmp_path, occasion)
+    a, b, c = speed_runs(tmp_path)
 
-    def slower(speed: SpeedRun, factor: float) -> SpeedRun:
-        """All steps so much longer, and with them the turns."""
-        changed = replace(speed, record=speed.record)
-        changed.__dict__["steps"] = speed.steps.assign(step_ms=factor * speed.steps["step_ms"])
-        return changed
-
-    def fused(*occasions: SpeedRun) -> dict[str, Any]:
+    def rounds(*occasions: SpeedRun, recipe: str = "fused") -> int:
         table = timings.speed_ratios(occasions)
-        return table.query("model == '1.5B' and recipe == 'fused' and head == 'bf16'").iloc[0].to_dict()
+        return int(table.query(f"model == '1.5B' and recipe == '{recipe}' and head == 'bf16'")["rounds"].item())
 
-    short, one, other = (slower(run, by) for run, by in zip(speed_runs(tmp_path), (0.001, 10, 10), strict=True))
-    assert fused(short, one)["occasions"] == 2, "a single occasion of long turns confirms nothing by itself"
-    assert fused(one, other)["timed_on"] == fused(short, one, other)["timed_on"]
-    assert fused(short, one, other)["rounds"] == fused(one, other)["rounds"] == 6
+    short, one, other = with_turns(a, 0.99), with_turns(b, 1.01), with_turns(c, 1.01)
+    assert a.steps.groupby(["model", "recipe", "head", "round"]).size().min() > 1
+    assert rounds(short, one, other) == 6
+    assert rounds(with_turns(a, 1.01), one, other) == 9
+    assert rounds(short, one) == 6, "one occasion of long turns confirms nothing by itself"
+    assert rounds(short, one, with_turns(c, 1.01, rounds=2)) == 8, "nor does one too short to count"
+    provenance = b.record.provenance.model_copy(update={"ended_utc": c.record.provenance.ended_utc})
+    longer = replace(one, record=b.record.model_copy(update={"provenance": provenance}))
+    longer.__dict__["steps"] = one.steps
+    assert rounds(short, longer, other) == 9, "two processes at the same time are one occasion"
+    others = with_turns(b, 1.01, left_out="tensorwise"), with_turns(c, 1.01, left_out="tensorwise")
+    assert rounds(short, *others, recipe="tensorwise") == 3, "of what had no long turns the short ones count"
 
 
 def test_the_interval_of_two_occasions_covers_both(speeds: list[SpeedRun]) -> None:

@@ -39,8 +39,8 @@ KEPT_STARTS = 8
 KEPT_STARTS_NEAR = 2
 """Of the grid, beside a law that is known to be near. That law alone is not enough: where its E is next to nothing, so
 is the slope of the objective in log E, and no refit would ever find an E again."""
-STEEPEST = 10.0
-"""No alpha or beta beyond: a term so steep is the loss of the smallest model or the shortest run alone."""
+FLATTEST, STEEPEST = 1e-6, 10.0
+"""No alpha or beta beyond: a term so flat is part of E, one so steep the loss of the smallest model or shortest run."""
 
 
 def fit_power_law(x: ArrayLike, loss: ArrayLike) -> PowerLaw:
@@ -99,7 +99,7 @@ def fit_joint(
         grid[:KEPT_STARTS] if near is None else [_start_at(near, recipes, mean_n, mean_d), *grid[:KEPT_STARTS_NEAR]]
     )
     objective = _huber(log_n, log_d, log_loss, is_recipe, on, delta)
-    bounds = [(None, None)] * 3 + [(0.0, STEEPEST)] * 2 + [(None, None)] * len(recipes)
+    bounds = [(None, None)] * 3 + [(FLATTEST, STEEPEST)] * 2 + [(None, None)] * len(recipes)
     fits = [
         minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=TOLERANCES) for start in starts
     ]
@@ -132,9 +132,9 @@ def _starts(log_n: Floats, log_d: Floats, log_loss: Floats) -> list[Floats]:
 def _start_at(law: JointLaw, recipes: Sequence[str], mean_n: float, mean_d: float) -> Floats:
     """A law as a start, for log N and log D around their means."""
     bf16 = law.bf16
-    # Of zero, which a refit may underflow to, there is no logarithm.
-    a, b, e = np.log(np.maximum([bf16.A, bf16.B, bf16.E], np.finfo(float).tiny))
-    shares = [np.log(law.multipliers.get(recipe, 1.0)) for recipe in recipes]
+    factors = [bf16.A, bf16.B, bf16.E, *(law.multipliers.get(recipe, 1.0) for recipe in recipes)]
+    # Of zero, which a fit may underflow to, there is no logarithm.
+    a, b, e, *shares = np.log(np.maximum(factors, np.finfo(float).tiny))
     return np.array([a - bf16.alpha * mean_n, b - bf16.beta * mean_d, e, bf16.alpha, bf16.beta, *shares])
 
 
@@ -321,9 +321,9 @@ def unidentified(parameters: ArrayLike, tokens: ArrayLike) -> list[str]:
             f"{points} different pairs of size and tokens cannot determine the five constants of "
             "L = E + A/N^α + B/D^β: such a fit would pass through every point and prove nothing"
         )
-    if sizes > 1 and np.ptp(d) < 1e-6:
+    if sizes > 1 and np.ptp(d) < 0.1:
         reasons.append(
-            "all of them saw as many tokens, so what tokens buy (B and β) cannot be told from what stays (E)"
+            "all of them saw about as many tokens, so what tokens buy (B and β) cannot be told from what stays (E)"
         )
     elif sizes > 1 and abs(np.corrcoef(n, d)[0, 1]) > 0.995:
         reasons.append(

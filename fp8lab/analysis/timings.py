@@ -27,7 +27,7 @@ ON_OUR_KERNELS = ("fused", "fused_precise")
 BUSY = 0.9
 """Share of a step from which on the GPU counts as working through it; below, it waits for the host to queue kernels."""
 LONG_TURN_SECONDS = 1.0
-"""Turns shorter than this are at the mercy of whatever else the host does in them."""
+"""Shorter turns are at the mercy of whatever else the host does in them."""
 SETTING = ["device", "model", "seq_len", "micro_batch"]
 
 
@@ -81,8 +81,8 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     """Speed of each recipe against the fastest BF16 timed in the same process, each device apart.
 
     Ratio and interval are those of `fp8lab.analysis.rounds`: of the settled rounds, and of several occasions
-    together, of what is `ON_OUR_KERNELS` those with the latest kernels, and of what had turns of `LONG_TURN_SECONDS`
-    on several those alone. Settings that an occasion did not time in BF16 are left out.
+    together, of what is `ON_OUR_KERNELS` those with the latest kernels, and of what `MIN_OCCASIONS` timed in turns of
+    `LONG_TURN_SECONDS` those alone. Settings that an occasion did not time in BF16 are left out.
 
     Returns:
         A row a device, setting (model, context, micro-batch) and recipe. Columns: device, model, case, seq_len,
@@ -110,9 +110,9 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     rounds["is_settled"] = _is_settled(rounds)
     rounds = rounds.merge(_baselines(rounds), on=[*SETTING, "occasion", "round"])
     rounds["ratio"] = rounds["bf16_ms"] / rounds["step_ms"]
-    rounds = _of_long_turns(_with_latest_kernels(rounds, speeds))
-    several = rounds["device"].nunique() > 1
     spans = {_occasion(speed): speed.span for speed in speeds}
+    rounds = _of_long_turns(_with_latest_kernels(rounds, speeds), spans)
+    several = rounds["device"].nunique() > 1
     table = pd.DataFrame(
         [
             _ratio_row(group.sort_values("round", kind="stable"), several, spans)
@@ -141,14 +141,22 @@ def _with_latest_kernels(rounds: pd.DataFrame, speeds: Sequence[SpeedRun]) -> pd
     return rounds[is_latest | ~ours]
 
 
-def _of_long_turns(rounds: pd.DataFrame) -> pd.DataFrame:
-    """`rounds` without the occasions on which a contestant had short turns, where it had long ones on several."""
-    contestant = [rounds[name] for name in (*SETTING, "recipe", "head")]
-    of_occasion = rounds.groupby([*contestant, rounds["occasion"]])
-    is_long = of_occasion["turn_ms"].transform("median") >= 1e3 * LONG_TURN_SECONDS
-    counts = is_long & (of_occasion["round"].transform("nunique") >= MIN_ROUNDS)
-    long_ones = rounds["occasion"].where(counts).groupby(contestant).transform("nunique")
-    return rounds[is_long | (long_ones < MIN_OCCASIONS)]
+def _of_long_turns(rounds: pd.DataFrame, spans: Mapping[str, tuple[str, str]]) -> pd.DataFrame:
+    """`rounds` without those of short turns, of contestants that `MIN_OCCASIONS` timed in long ones at the setting.
+
+    An occasion's turns at a setting are as long as its shortest, whoever's it is: whether an occasion counts must not
+    depend on how fast a contestant was.
+
+    Args:
+        spans: beginning and end of each occasion.
+    """
+    setting, contestant = ([rounds[name] for name in names] for names in (SETTING, (*SETTING, "recipe", "head")))
+    turns = rounds["turn_ms"].groupby([*contestant, rounds["occasion"]]).transform("median")
+    is_long = turns.groupby([*setting, rounds["occasion"]]).transform("min") >= 1e3 * LONG_TURN_SECONDS
+    enough = rounds.groupby([*contestant, rounds["occasion"]])["round"].transform("nunique") >= MIN_ROUNDS
+    names = rounds["occasion"].where(is_long & enough)
+    occasions = names.groupby(contestant).transform(lambda own: apart(spans[name] for name in own.dropna().unique()))
+    return rounds[is_long | (occasions < MIN_OCCASIONS)]
 
 
 def _baselines(rounds: pd.DataFrame) -> pd.DataFrame:

@@ -82,18 +82,20 @@ def rounding_losses(runs: Sequence[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def gradients_by_size(runs: RunSet) -> pd.DataFrame:
-    """What rounding does to gradients (grad_output) as models grow: a row an FP8 recipe and size; maybe empty.
+def underflow_by_size(runs: RunSet) -> pd.DataFrame:
+    """What rounding flushes to zero as models grow: a row an FP8 recipe and size; maybe empty.
 
-    Columns: recipe, model, largest underflow, Linear (where it is largest), middle underflow, lowest SQNR (dB), all of
-    the medians of the second half of the run, over its Linears.
+    Columns: recipe, model, and over the Linears of the medians of the second half of the run: the largest share of
+    gradients (grad_output) flushed, where that is, the middle one, their lowest SQNR (dB), and the largest share of
+    inputs flushed.
     """
     rows = []
     for recipe in runs.recipes:
         for size in runs.sizes:
             for run in diagnosis.measured(runs.where(size=size, recipe=recipe)):
                 table = diagnosis.settled(run)
-                gradients = table[table["tensor"] == "grad_output"].dropna(subset="underflow_fraction")
+                table = table.dropna(subset="underflow_fraction")
+                gradients, inputs = (table[table["tensor"] == tensor] for tensor in ("grad_output", "input"))
                 if gradients.empty:
                     continue
                 worst = gradients.iloc[int(gradients["underflow_fraction"].to_numpy().argmax())]
@@ -101,10 +103,11 @@ def gradients_by_size(runs: RunSet) -> pd.DataFrame:
                     {
                         "recipe": recipe,
                         "model": size,
-                        "largest underflow": _small_share(worst["underflow_fraction"]),
-                        "Linear": worst["layer"],
-                        "middle underflow": _small_share(gradients["underflow_fraction"].median()),
-                        "lowest SQNR (dB)": f"{gradients['sqnr_db'].min():.1f}",
+                        "gradients, most": _small_share(worst["underflow_fraction"]),
+                        "in": worst["layer"],
+                        "gradients, middle": _small_share(gradients["underflow_fraction"].median()),
+                        "their lowest SQNR (dB)": f"{gradients['sqnr_db'].min():.1f}",
+                        "inputs, most": _small_share(inputs["underflow_fraction"].max()),
                     }
                 )
     return pd.DataFrame(rows)

@@ -93,7 +93,7 @@ def test_growth_is_over_the_first_measurement(tmp_path: Path) -> None:
     assert rows["growth"].tolist() == [1.0] + [3.5] * 5
 
 
-def test_gradients_are_compared_by_recipe_and_size_without_bf16(tmp_path: Path) -> None:
+def test_what_is_flushed_is_compared_by_recipe_and_size_without_bf16(tmp_path: Path) -> None:
     for size in SIZES[:2]:
         for recipe in ("bf16", "tensorwise", "fused"):
             write_run(tmp_path, "demo", size, recipe)
@@ -105,17 +105,18 @@ def test_gradients_are_compared_by_recipe_and_size_without_bf16(tmp_path: Path) 
     table.loc[gradients & (table["layer"] == "blocks.1.mlp.down"), ["underflow_fraction", "sqnr_db"]] = [0.3, 25.0]
     table.loc[table["tensor"] == "input", "underflow_fraction"] = 0.9
     records.write_table(run.folder, "health", table)
-    found = tables.health.gradients_by_size(plan_runs(tmp_path, "demo"))
+    found = tables.health.underflow_by_size(plan_runs(tmp_path, "demo"))
     assert list(zip(found["recipe"], found["model"], strict=True)) == [
         (recipe, size.name) for recipe in ("tensorwise", "fused") for size in SIZES[:2]
     ]
     assert found.iloc[-1].to_dict() == {
         "recipe": "fused",
         "model": SIZES[1].name,
-        "largest underflow": "30%",
-        "Linear": "blocks.1.mlp.down",
-        "middle underflow": "2%",
-        "lowest SQNR (dB)": "25.0",
+        "gradients, most": "30%",
+        "in": "blocks.1.mlp.down",
+        "gradients, middle": "2%",
+        "their lowest SQNR (dB)": "25.0",
+        "inputs, most": "90%",
     }
 
 
