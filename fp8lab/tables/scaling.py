@@ -38,8 +38,8 @@ def law_table(fits: Mapping[str, tuple[JointLaw, Sequence[JointLaw]]]) -> pd.Dat
     """
     constants: dict[str, tuple[Callable[[JointLaw], float], int]] = {
         "E (nats/token)": (lambda law: law.bf16.E, 2),
-        "α": (lambda law: law.bf16.alpha, 3),
-        "β": (lambda law: law.bf16.beta, 3),
+        "α": (lambda law: law.bf16.alpha, 2),
+        "β": (lambda law: law.bf16.beta, 2),
         "a of N ∝ Cᵃ": (lambda law: law.bf16.size_exponent, 2),
     }
     columns: dict[str, list[str]] = {"constant": [*constants, "A", "B"]}
@@ -144,7 +144,8 @@ def exponents_by_parameters(points: pd.DataFrame, near: JointLaw) -> pd.DataFram
     for name, column in PARAMETER_CONVENTIONS.items():
         law = scaling.fit_joint(points.assign(parameters=points[column].astype(float)), near.on)
         shares = {f"{recipe}, share of its {near.on}": f"{share:.3f}" for recipe, share in law.multipliers.items()}
-        rows.append({"N counts parameters": name} | _constants(law) | shares)
+        exponent = {"a of N ∝ Cᵃ": f"{law.bf16.size_exponent:.2f}"}
+        rows.append({"N counts parameters": name} | _constants(law) | exponent | shares)
     return pd.DataFrame(rows)
 
 
@@ -164,8 +165,7 @@ def exponents_by_length(choices: Sequence[selection.Choice], fitted: pd.DataFram
     rows = []
     for choice in choices:
         measures = {
-            "shortest (steps)": f"{choice.steps:,}" + " ←" * (len(choice.kept) == len(fitted)),
-            "losses": len(choice.kept),
+            "steps": f"{choice.steps:,}" + " ←" * (len(choice.kept) == len(fitted)),
             "misfit": "–" if choice.misfit is None else f"{choice.misfit:.4f}",
             "p": "–" if choice.p_of_fit is None else p_value(choice.p_of_fit),
         }
@@ -180,7 +180,6 @@ def _constants(law: JointLaw) -> dict[str, object]:
         "E (nats)": f"{law.bf16.E:.2f}",
         "α": f"{law.bf16.alpha:.3f}",
         "β": f"{law.bf16.beta:.3f}",
-        "a of N ∝ Cᵃ": f"{law.bf16.size_exponent:.2f}",
     }
 
 
