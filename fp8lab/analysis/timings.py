@@ -110,6 +110,7 @@ def speed_ratios(speeds: Sequence[SpeedRun]) -> pd.DataFrame:
     rounds["is_settled"] = _is_settled(rounds)
     rounds = rounds.merge(_baselines(rounds), on=[*SETTING, "occasion", "round"])
     rounds["ratio"] = rounds["bf16_ms"] / rounds["step_ms"]
+    rounds["has_interval"] = _has_interval(rounds)
     spans = {_occasion(speed): speed.span for speed in speeds}
     rounds = _of_long_turns(_with_latest_kernels(rounds, speeds), spans)
     several = rounds["device"].nunique() > 1
@@ -133,8 +134,7 @@ def _with_latest_kernels(rounds: pd.DataFrame, speeds: Sequence[SpeedRun]) -> pd
     kernels = {_occasion(speed): speed.kernels for speed in speeds}
     groups = [rounds[name] for name in (*SETTING, "recipe", "head")]
     when = rounds["occasion"].map(names.index)
-    counts = rounds.groupby([*groups, rounds["occasion"]])["round"].transform("nunique")
-    last = when.where(counts >= MIN_ROUNDS).groupby(groups).transform("max")
+    last = when.where(rounds["has_interval"]).groupby(groups).transform("max")
     last = last.fillna(when.groupby(groups).transform("max")).astype(int)
     is_latest = rounds["occasion"].map(kernels) == last.map(lambda index: kernels[names[index]])
     ours = rounds["recipe"].isin(ON_OUR_KERNELS) | (rounds["head"] == "fp8")
@@ -153,8 +153,7 @@ def _of_long_turns(rounds: pd.DataFrame, spans: Mapping[str, tuple[str, str]]) -
     setting, contestant = ([rounds[name] for name in names] for names in (SETTING, (*SETTING, "recipe", "head")))
     turns = rounds["turn_ms"].groupby([*contestant, rounds["occasion"]]).transform("median")
     is_long = turns.groupby([*setting, rounds["occasion"]]).transform("min") >= 1e3 * LONG_TURN_SECONDS
-    enough = rounds.groupby([*contestant, rounds["occasion"]])["round"].transform("nunique") >= MIN_ROUNDS
-    names = rounds["occasion"].where(is_long & enough)
+    names = rounds["occasion"].where(is_long & rounds["has_interval"])
     occasions = names.groupby(contestant).transform(lambda own: apart(spans[name] for name in own.dropna().unique()))
     return rounds[is_long | (occasions < MIN_OCCASIONS)]
 
@@ -174,6 +173,12 @@ def _is_settled(rounds: pd.DataFrame) -> pd.Series:
     """Which rounds count: of each contestant and occasion the last ones."""
     own = rounds.sort_values("round", kind="stable").groupby([*SETTING, "recipe", "head", "occasion"], sort=False)
     return own.cumcount(ascending=False) < own["round"].transform("size").map(settled_count)
+
+
+def _has_interval(rounds: pd.DataFrame) -> pd.Series:
+    """Which rounds are of a contestant and occasion that have enough of them for an interval."""
+    own = rounds.groupby([*SETTING, "recipe", "head", "occasion"], sort=False)
+    return own["round"].transform("nunique") >= MIN_ROUNDS
 
 
 def _settled_ms(rounds: pd.DataFrame) -> float:
