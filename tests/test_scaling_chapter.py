@@ -24,15 +24,17 @@ from tests.projects import copy_sources
 SIZES = [parameter_count(model) for model in LADDER]
 
 
+def text_of_chapter(folder: Path) -> str:
+    displays = shown(folder / "chapters" / "scaling.ipynb", folder, folder / "records", {"refits = 200": "refits = 4"})
+    return "\n".join(display.text for display in displays)
+
+
 def chapter_on(folder: Path, loss_of: Callable[[int, float], float], recipe: str = "bf16") -> str:
     """The chapter's text on a ladder whose `recipe` is moved by `loss_of` parameters and tokens a parameter."""
-    folder.mkdir(exist_ok=True)
     copy_sources(folder)
     write_ladder_records(folder / "records")
     move_ladder_losses(folder / "records", loss_of, recipe)
-    refits = {"refits = 200": "refits = 4"}
-    displays = shown(folder / "chapters" / "scaling.ipynb", folder, folder / "records", refits)
-    return "\n".join(display.text for display in displays)
+    return text_of_chapter(folder)
 
 
 def test_runs_that_are_left_out_are_named_with_what_hangs_on_it(tmp_path: Path) -> None:
@@ -78,8 +80,7 @@ def chapter_without(folder: Path, *sizes: str) -> str:
         for run in (folder / "records" / "ladder-h200").glob(f"{size}-*"):
             if "bf16" not in run.name:
                 shutil.rmtree(run)
-    displays = shown(folder / "chapters" / "scaling.ipynb", folder, folder / "records", {"refits = 200": "refits = 4"})
-    return "\n".join(display.text for display in displays)
+    return text_of_chapter(folder)
 
 
 def test_a_largest_size_without_a_pair_has_no_gap(tmp_path: Path) -> None:

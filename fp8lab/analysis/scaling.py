@@ -15,6 +15,7 @@ instead of letting a fit look like knowledge.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -94,10 +95,10 @@ def fit_joint(
     # Around their means, so that a change of an exponent is not mostly a change of A or B.
     mean_n, mean_d = log_n.mean(), log_d.mean()
     log_n, log_d = log_n - mean_n, log_d - mean_d
-    grid = [np.append(start, np.zeros(len(recipes))) for start in _starts(log_n, log_d, log_loss)]
-    starts = (
-        grid[:KEPT_STARTS] if near is None else [_start_at(near, recipes, mean_n, mean_d), *grid[:KEPT_STARTS_NEAR]]
-    )
+    grid = _starts(log_n, log_d, log_loss)[: KEPT_STARTS if near is None else KEPT_STARTS_NEAR]
+    starts = [np.append(start, np.zeros(len(recipes))) for start in grid]
+    if near is not None:
+        starts.insert(0, _start_at(near, recipes, mean_n, mean_d))
     objective = _huber(log_n, log_d, log_loss, is_recipe, on, delta)
     bounds = [(None, None)] * 3 + [(FLATTEST, STEEPEST)] * 2 + [(None, None)] * len(recipes)
     fits = [
@@ -160,6 +161,12 @@ def _huber(
         return float(clipped @ (residual - clipped / 2)) / HUBER_DELTA**2, np.array(gradient) / HUBER_DELTA**2
 
     return objective
+
+
+def misfit(law: JointLaw, points: pd.DataFrame) -> float:
+    """Standard deviation about a law of the losses that it was fitted to (nats a token), by degrees of freedom."""
+    degrees = len(points) - CONSTANTS - len(law.multipliers)
+    return math.sqrt(((points["loss"] - law.of(points)) ** 2).sum() / degrees)
 
 
 def bootstrap(

@@ -13,7 +13,6 @@ how much hangs on it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,6 +46,15 @@ class Choice:
         """Of the shortest schedule that takes part."""
         return int(self.kept["steps"].min())
 
+    @property
+    def is_rejected(self) -> bool:
+        """True if seeds do not explain the misfit."""
+        return self.p_of_fit is not None and self.p_of_fit < SIGNIFICANCE
+
+    def is_of(self, points: pd.DataFrame) -> bool:
+        """True if these are the rows that it keeps: of choices, each keeps fewer than the one before."""
+        return len(self.kept) == len(points)
+
     @cached_property
     def law(self) -> JointLaw:
         """The joint law through them. No part of choosing, so it is fitted where it is shown."""
@@ -68,13 +76,12 @@ def following(points: pd.DataFrame, scatter: Deviation | None) -> pd.DataFrame |
         points: as `losses.final_losses` gives them, BF16 among them.
         scatter: of final losses between seeds (nats a token); without it nothing tells a misfit, and all are kept.
     """
-    tested = False
+    some_rejected = False
     for choice in choices(points, scatter):
-        if choice.p_of_fit is not None:
-            tested = True
-            if choice.p_of_fit >= SIGNIFICANCE:
-                return choice.kept
-    return None if tested else points
+        if choice.p_of_fit is not None and not choice.is_rejected:
+            return choice.kept
+        some_rejected |= choice.is_rejected
+    return None if some_rejected else points
 
 
 def long_enough(points: pd.DataFrame, scatter: Deviation | None) -> pd.DataFrame:
@@ -100,8 +107,7 @@ def choices(points: pd.DataFrame, scatter: Deviation | None) -> Iterator[Choice]
 def _misfit(bf16: pd.DataFrame) -> float | None:
     if _degrees(bf16) < 1:
         return None
-    law = scaling.fit_joint(bf16, delta=scaling.LEAST_SQUARES)
-    return math.sqrt(((law.of(bf16) - bf16["loss"]) ** 2).sum() / _degrees(bf16))
+    return scaling.misfit(scaling.fit_joint(bf16, delta=scaling.LEAST_SQUARES), bf16)
 
 
 def _degrees(bf16: pd.DataFrame) -> int:

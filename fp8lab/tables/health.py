@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -89,24 +90,21 @@ def underflow_by_size(runs: RunSet) -> pd.DataFrame:
     middle share of gradients (grad_output) flushed, the largest of inputs, and the gradients' lowest SQNR (dB).
     """
     rows = []
-    for recipe in runs.recipes:
-        for size in runs.sizes:
-            for run in diagnosis.measured(runs.where(size=size, recipe=recipe)):
-                table = diagnosis.settled(run)
-                table = table.dropna(subset="underflow_fraction")
-                gradients, inputs = (table[table["tensor"] == tensor] for tensor in ("grad_output", "input"))
-                if gradients.empty:
-                    continue
-                rows.append(
-                    {
-                        "recipe": recipe,
-                        "model": size,
-                        "gradients, most": _small_share(gradients["underflow_fraction"].max()),
-                        "gradients, middle": _small_share(gradients["underflow_fraction"].median()),
-                        "inputs, most": _small_share(inputs["underflow_fraction"].max()),
-                        "SQNR (dB)": f"{gradients['sqnr_db'].min():.1f}",
-                    }
-                )
+    pairs = itertools.product(runs.recipes, runs.sizes)
+    for run in (run for recipe, size in pairs for run in diagnosis.measured(runs.where(size=size, recipe=recipe))):
+        table = diagnosis.settled(run).dropna(subset="underflow_fraction")
+        gradients, inputs = (table[table["tensor"] == tensor] for tensor in ("grad_output", "input"))
+        if len(gradients):
+            rows.append(
+                {
+                    "recipe": run.recipe,
+                    "model": run.size,
+                    "gradients, most": _small_share(gradients["underflow_fraction"].max()),
+                    "gradients, middle": _small_share(gradients["underflow_fraction"].median()),
+                    "inputs, most": _small_share(inputs["underflow_fraction"].max()),
+                    "SQNR (dB)": f"{gradients['sqnr_db'].min():.1f}",
+                }
+            )
     return pd.DataFrame(rows)
 
 

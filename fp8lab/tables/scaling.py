@@ -155,9 +155,7 @@ MOST_CHOICES = 6
 
 def compared(choices: Sequence[selection.Choice], fitted: pd.DataFrame) -> list[selection.Choice]:
     """Of `selection.choices` the first `MOST_CHOICES`, and the one whose rows are `fitted`."""
-    return [
-        choice for position, choice in enumerate(choices) if position < MOST_CHOICES or len(choice.kept) == len(fitted)
-    ]
+    return [choice for position, choice in enumerate(choices) if position < MOST_CHOICES or choice.is_of(fitted)]
 
 
 def exponents_by_length(choices: Sequence[selection.Choice], fitted: pd.DataFrame) -> pd.DataFrame:
@@ -165,7 +163,7 @@ def exponents_by_length(choices: Sequence[selection.Choice], fitted: pd.DataFram
     rows = []
     for choice in choices:
         measures = {
-            "steps": f"{choice.steps:,}" + " ←" * (len(choice.kept) == len(fitted)),
+            "steps": f"{choice.steps:,}" + " ←" * choice.is_of(fitted),
             "misfit": "–" if choice.misfit is None else f"{choice.misfit:.4f}",
             "p": "–" if choice.p_of_fit is None else p_value(choice.p_of_fit),
         }
