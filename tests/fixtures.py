@@ -194,6 +194,12 @@ def write_gpu_records(
         write_run(records_dir, "pilot-h200", model, recipe, seed=seed, measured=measured, device_name="NVIDIA H200")
 
 
+def write_early_records(records_dir: Path, model: ModelConfig = SIZES[-1], *, measured: Measured = DEFAULT) -> None:
+    """The first minutes of one model on a GPU."""
+    for recipe in ("bf16", "fused"):
+        write_run(records_dir, "early-h200", model, recipe, measured=measured, budget=1, device_name="NVIDIA H200")
+
+
 def write_run(
     records_dir: Path,
     plan: str,
@@ -216,6 +222,7 @@ def write_run(
             steps that its tokens take, for laws; else those of its tables, for what is judged step by step.
     """
     on_cpu = device_name.startswith("CPU")
+    fp8_factor = 1.0 if recipe == "bf16" else measured.fp8_factor
     global_batch_tokens = 8 * model.seq_len
     tokens = int(budget * parameter_count(model) * measured.token_factor)
     steps = -(-tokens // global_batch_tokens)
@@ -267,10 +274,10 @@ def write_run(
                 underflowing_steps={} if recipe == "fused" else None,
             ),
             "speed": Speed(
-                tokens_per_second_median=1.1 * measured.tokens_per_second,
+                tokens_per_second_median=1.1 * measured.tokens_per_second / fp8_factor,
                 tokens_per_second_end_to_end=measured.tokens_per_second,
                 bf16_mfu=None if on_cpu else 0.4 * measured.bf16_factor,
-                peak_memory_bytes=None if on_cpu else int(20 * 2**30 * measured.bf16_factor),
+                peak_memory_bytes=None if on_cpu else int(20 * 2**30 * measured.bf16_factor * fp8_factor),
                 wall_seconds=tokens / measured.tokens_per_second,
             ),
             "conversion": _conversion(model, recipe),
@@ -405,7 +412,7 @@ def _health(config: RunConfig, measured: Measured) -> pd.DataFrame:
                 "layer": f"blocks.{block}.{linear}",
                 "tensor": tensor,
                 "amax": amax,
-                "scale": 448 / amax,
+                "scale": 448 / amax / (2 ** (factor * index) if tensor == "grad_output" else 1),
                 "underflow_fraction": 10 * loss,
                 "saturation_fraction": 0.02 * loss if config.recipe == "fused" else 0.0,
                 "sqnr_db": 31.5 - factor * 0.3 * index * (operand + 1),

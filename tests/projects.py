@@ -12,6 +12,7 @@ from tests.fixtures import (
     Measured,
     write_benchmark_records,
     write_demo_records,
+    write_early_records,
     write_gpu_records,
     write_map_records,
     write_numerics_records,
@@ -36,6 +37,7 @@ def write_every_kind(records_dir: Path, measured: Measured = DEFAULT, sizes: tup
     """Records of every kind that the article draws, the demo's and a GPU's; returns their folder."""
     write_demo_records(records_dir, sizes=sizes, measured=measured)
     write_gpu_records(records_dir, sizes=sizes, measured=measured)
+    write_early_records(records_dir, sizes[-1], measured=measured)
     write_speed_records(records_dir, trained=sizes[-1], measured=measured)
     write_map_records(records_dir, measured=measured)
     write_benchmark_records(records_dir, measured=measured)

@@ -56,7 +56,7 @@ FILES = {
 """The kinds of record, and the tables beside them: the file that holds each."""
 
 DISPLAYS: dict[str, tuple[str, str]] = {
-    "index 3": ("eval speed steps train", "2"),
+    "index 3": ("eval metrics speed steps train", "2"),
     "fig-switch": ("steps train", ""),
     "index 4": ("speed steps train", ""),
     "tbl-switch": ("steps", "1 16 20 32 64"),
@@ -84,6 +84,10 @@ DISPLAYS: dict[str, tuple[str, str]] = {
     "stability numerics": ("train", ""),
     "tbl-numerics-h200": ("train", "2"),
     "fig-domains": ("train", ""),
+    "stability starts": ("health metrics train", "1 60"),
+    "tbl-starts": ("metrics train", "60"),
+    "fig-start-2-2m": ("metrics", ""),
+    "tbl-underflow-starts": ("health", ""),
     "fig-gradients": ("metrics", ""),
     "tbl-spikes": ("metrics train", "0 120 2"),
     "stability 8": ("train", ""),

@@ -16,11 +16,14 @@ The limits ask what rounding does to a tensor, not what the loss makes of it: th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
 from fp8lab.analysis.runs import Run, RunSet
+from fp8lab.config import Fp8Format, recorded_fused
 from fp8lab.units import unique
 
 MIN_SQNR_DB = 20.0
@@ -28,17 +31,35 @@ MAX_UNDERFLOW = 0.01
 MAX_SATURATION = 1e-4
 KINDS = ("attention.qkv", "attention.output", "mlp.gate_up", "mlp.down")
 """The Linears of a block."""
+LARGEST: dict[Fp8Format, float] = {"e4m3": 448.0, "e5m2": 57344.0}
+"""The largest number of each format."""
 OPERANDS = ("input", "weight", "grad_output")
 COLUMN_OF = {"underflow": "underflow_fraction", "saturation": "saturation_fraction", "SQNR": "sqnr_db"}
 """Column of each quantity that has a limit."""
 
 
 def health(run: Run) -> pd.DataFrame:
-    """The run's health with columns `block` (number) and `kind` (one of `KINDS`), by step, kind and block."""
+    """The run's health by step, kind and block, with columns of our own.
+
+    `block`: its number. `kind`: one of `KINDS`. `unused_octaves`: powers of two between the largest gradient measured
+    and the largest number of its format. Only `fused` has them: its scales are set before their tensor is known, and
+    what they leave unused above is lacking below. The tokens measured are few, so their largest value is a lower one.
+    """
     table = run.health
     parts = table["layer"].str.extract(r"^blocks\.(?P<block>\d+)\.(?P<kind>.+)$")
-    table = table.assign(block=parts["block"].astype("Int64"), kind=pd.Categorical(parts["kind"], KINDS))
+    table = table.assign(
+        block=parts["block"].astype("Int64"),
+        kind=pd.Categorical(parts["kind"], KINDS),
+        unused_octaves=_unused_octaves(run, table),
+    )
     return table.dropna(subset=["block", "kind"]).sort_values(["step", "kind", "block"], ignore_index=True)
+
+
+def _unused_octaves(run: Run, table: pd.DataFrame) -> pd.Series:
+    ours = recorded_fused(run.record.config)
+    known = (table["tensor"] == "grad_output") & (table["amax"] > 0) & (ours is not None)
+    largest = LARGEST[ours.gradient_format] if ours else math.nan
+    return pd.Series(np.log2(largest / (table["amax"] * table["scale"]).where(known)), table.index)
 
 
 def settled(run: Run) -> pd.DataFrame:

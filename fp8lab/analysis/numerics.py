@@ -5,7 +5,8 @@ other side of every difference: BF16, and ``fused`` as it is by default. torchao
 since a loss that any FP8 recipe has is not for ``fused`` to win back. Every variant is a comparison more, and the best
 of several differs from the rest by chance more easily than one alone: it is a candidate.
 ``runs/plans/candidates-h200.yaml`` trains candidates on seeds that did not choose them, beside those of ``seeds-h200``;
-``runs/plans/gradients-h200.yaml`` one of them at the ladder's largest size.
+``runs/plans/gradients-h200.yaml`` one of them at the ladder's largest size, and
+``runs/plans/early-gradients-h200.yaml`` what concerns gradients in the first minutes of 1.5B.
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp8lab.analysis.comparison import Gap
-from fp8lab.analysis.runs import LADDER_PLAN, SEEDS_PLAN, Run, RunSet, by_seed, plan_runs
+from fp8lab.analysis.runs import EARLY_PLAN, LADDER_PLAN, SEEDS_PLAN, Run, RunSet, by_seed, plan_runs
 from fp8lab.analysis.variance import VARIANCE_PLAN, Study, design_of
 from fp8lab.config import FusedConfig, recorded_fused
 from fp8lab.units import unique
 
 NUMERICS_PLAN = "numerics-h200"
-REFERENCES = {NUMERICS_PLAN: VARIANCE_PLAN, "candidates-h200": SEEDS_PLAN, "gradients-h200": LADDER_PLAN}
+REFERENCES = {
+    NUMERICS_PLAN: VARIANCE_PLAN,
+    "candidates-h200": SEEDS_PLAN,
+    "gradients-h200": LADDER_PLAN,
+    "early-gradients-h200": EARLY_PLAN,
+}
 """Plans of variants, and those whose runs of the same design and seeds are the other side of their differences."""
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pandas as pd
 
 from fp8lab import claims
-from fp8lab.analysis import decision, losses, numerics, slopes
+from fp8lab.analysis import decision, losses, numerics, slopes, starts
 from fp8lab.analysis.decision import Matched, Payoff
 from fp8lab.analysis.numerics import HeadCost
 from fp8lab.analysis.occasions import MAP_PLAN, SpeedRun, speed_runs
 from fp8lab.analysis.runs import SEEDS_PLAN, Run, RunSet, has_ladder, plan_runs, scored_runs, training_runs
 from fp8lab.analysis.slopes import FittedLaw
+from fp8lab.analysis.starts import Start
 from fp8lab.analysis.timings import break_even, comparable, with_verdicts
 from fp8lab.units import listing, unique
 
@@ -42,6 +43,8 @@ class Evidence:
     laws: list[FittedLaw]
     head_costs: list[HeadCost]
     """In loss."""
+    starts: list[Start]
+    """The first minutes of larger models."""
     findings: list[claims.Finding]
 
     @classmethod
@@ -72,6 +75,7 @@ class Evidence:
             matched=matched,
             laws=laws,
             head_costs=numerics.best_known_head_costs(records_dir),
+            starts=starts.starts(starts.early_runs(records_dir)),
             findings=claims.scoreboard(
                 gaps=[row.measured for row in matched],
                 stability=plans,

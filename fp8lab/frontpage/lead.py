@@ -12,15 +12,15 @@ from fp8lab.analysis.timings import BUSY, short_device
 from fp8lab.article import scale_note
 from fp8lab.claims import OURS
 from fp8lab.frontpage.evidence import Evidence
-from fp8lab.frontpage.loss import loss_costs, speed_at_matched_loss
+from fp8lab.frontpage.loss import loss_costs, speed_at_matched_loss, starts
 from fp8lab.frontpage.payoff import span, times, where, widths_by_tokens
 from fp8lab.units import listing, unique
 
 
 def lead(evidence: Evidence) -> str:
     """The first paragraph: which recipe pays at which widths, and which never; what is contradicted; the loss."""
-    parts = [_answer(evidence), _contradictions(evidence), loss_costs(evidence), speed_at_matched_loss(evidence)]
-    return " ".join(part for part in parts if part)
+    costs = (loss_costs(evidence), speed_at_matched_loss(evidence), starts(evidence))
+    return " ".join(part for part in (_answer(evidence), _contradictions(evidence), *costs) if part)
 
 
 def _answer(evidence: Evidence) -> str:

@@ -52,6 +52,18 @@ def _gap(measured: MeasuredGap) -> str:
     return f"{gap.text('nats/token')} with `{measured.recipe}` at {measured.size}"
 
 
+def starts(evidence: Evidence) -> str:
+    """What FP8 does to the first minutes of models larger than those trained to an end."""
+    told = [
+        f"{start.gap.text('nats/token')} with `{start.recipe}` at {start.size}"
+        + (f", {start.token_factor:.2f} times BF16's tokens to the same training loss" if start.token_factor else "")
+        for start in evidence.starts
+    ]
+    if not told:
+        return ""
+    return f"Of larger models only the first minutes were trained (@tbl-starts). FP8 ends them at {'; '.join(told)}."
+
+
 def speed_at_matched_loss(evidence: Evidence) -> str:
     """The speed-up that is left when FP8 trains to BF16's loss, ours before others; else what is known towards it."""
     known = [row for row in evidence.matched if row.speedup]

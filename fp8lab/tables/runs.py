@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 
 from fp8lab import estimate, flops
 from fp8lab.analysis.runs import Run, RunSet
+from fp8lab.analysis.starts import Start
 from fp8lab.config import ModelConfig, Recipe, parameter_count
 from fp8lab.plan import Plan
-from fp8lab.units import number, scientific
+from fp8lab.units import number, scientific, signed
 
 
 def run_table(runs: RunSet) -> pd.DataFrame:
@@ -45,6 +48,34 @@ def parameter_conventions(runs: RunSet) -> pd.DataFrame:
         }
         rows.append(row | {f"in FP8, {recipe}": _fp8_share(runs, size, recipe) for recipe in _fp8_recipes(runs)})
     return pd.DataFrame(rows)
+
+
+def starts(compared: Sequence[Start]) -> pd.DataFrame:
+    """The first minutes of larger models: a row a run, each FP8 recipe below the BF16 that it stands beside."""
+    rows: dict[str, dict[str, str]] = {}
+    for start in compared:
+        rows.setdefault(start.baseline.record.run, _start_row(start.baseline, None))
+        rows[start.ours.record.run] = _start_row(start.ours, start)
+    return pd.DataFrame(rows.values())
+
+
+def _start_row(run: Run, start: Start | None) -> dict[str, str]:
+    speed = run.record.speed
+    rate, peak = (speed.tokens_per_second_median, speed.peak_memory_bytes) if speed else (None, None)
+    row = {
+        "model": run.size,
+        "recipe": run.recipe,
+        "tokens": number(run.record.tokens),
+        "steps": f"{run.record.steps:,}",
+        "validation loss (nats/token)": f"{run.validation_loss:.4f}",
+        "− BF16": signed(start.gap.mean) if start else "–",
+        "tokens, × BF16": f"{start.token_factor:.2f}" if start and start.token_factor else "–",
+        "tokens/s": f"{rate:,.0f}" if rate else "–",
+        "GiB": f"{peak / 2**30:.1f}" if peak else "–",
+    }
+    for column, ratio in (("tokens/s", start and start.speed_ratio), ("GiB", start and start.memory_ratio)):
+        row[column] += f" ({ratio:.2f})" if ratio else ""
+    return row
 
 
 def _fp8_recipes(runs: RunSet) -> list[Recipe]:

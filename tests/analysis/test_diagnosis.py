@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -104,6 +105,8 @@ def test_what_is_flushed_is_compared_by_recipe_and_size_without_bf16(tmp_path: P
     table.loc[gradients, ["underflow_fraction", "sqnr_db"]] = [0.02, 31.0]
     table.loc[gradients & (table["layer"] == "blocks.1.mlp.down"), ["underflow_fraction", "sqnr_db"]] = [0.3, 25.0]
     table.loc[table["tensor"] == "input", "underflow_fraction"] = 0.9
+    table.loc[gradients, "scale"] = 448 / table["amax"] / 2**3
+    table.loc[gradients & (table["layer"] == "blocks.2.mlp.down"), "scale"] /= 2**2.5
     records.write_table(run.folder, "health", table)
     found = tables.health.underflow_by_size(plan_runs(tmp_path, "demo"))
     assert list(zip(found["recipe"], found["model"], strict=True)) == [
@@ -114,9 +117,29 @@ def test_what_is_flushed_is_compared_by_recipe_and_size_without_bf16(tmp_path: P
         "model": SIZES[1].name,
         "gradients, most": "30%",
         "gradients, middle": "2%",
+        "octaves unused, most": "5.5",
+        "octaves unused, middle": "3.0",
         "inputs, most": "90%",
         "SQNR (dB)": "25.0",
     }
+    assert set(found[found["recipe"] == "tensorwise"]["octaves unused, most"]) == {"–"}
+
+
+def test_octaves_are_left_unused_below_the_largest_number_of_the_gradients_own_format(tmp_path: Path) -> None:
+    run = a_run(tmp_path, "fused")
+    table = records.read_table(run.folder, "health")
+    table["scale"] = 448 / table["amax"]
+    records.write_table(run.folder, "health", table)
+    path = run.folder / "record.json"
+    seen = {}
+    for gradient_format in ("e4m3", "e5m2"):
+        record = json.loads(path.read_text())
+        record["config"]["fused"]["gradient_format"] = gradient_format
+        path.write_text(json.dumps(record))
+        found = diagnosis.health(plan_runs(tmp_path, "demo").runs[0])
+        assert found[found["tensor"] != "grad_output"]["unused_octaves"].isna().all()
+        (seen[gradient_format],) = found[found["tensor"] == "grad_output"]["unused_octaves"].round(9).unique()
+    assert seen == {"e4m3": 0.0, "e5m2": 7.0}
 
 
 def test_counts_of_overflow_are_told_for_delayed_scales_alone(tmp_path: Path) -> None:

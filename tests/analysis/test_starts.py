@@ -1,0 +1,113 @@
+"""What the first minutes of a model say: a delay in tokens, whatever made it, and nothing where runs do not compare."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fp8lab import records, tables
+from fp8lab.analysis import starts
+from fp8lab.analysis.runs import Run
+from fp8lab.config import Recipe, ScheduleConfig
+from fp8lab.frontpage import Evidence, lead
+from fp8lab.records import TrainRecord
+from fp8lab.schedule import decay_start
+from tests.fixtures import SIZES, STEPS, write_early_records, write_run
+
+WARM, STABLE_END = 6, decay_start(ScheduleConfig(kind="wsd", decay_fraction=0.2), STEPS)
+
+
+def write_start(root: Path, recipe: Recipe, delay: float, slope: float = 1.3) -> Path:
+    """A run whose loss falls by `slope` for every factor e in tokens, and lags `delay` times behind one without."""
+    folder = write_run(root, "early-h200", SIZES[0], recipe, budget=1, device_name="NVIDIA H200")
+    table = records.read_table(folder, "metrics")
+    table["loss"] = 9 - slope * np.log(table["tokens"] / delay)
+    # Neither the warm-up nor the decay may count.
+    table.loc[(table["step"] <= WARM) | (table["step"] > STABLE_END), "loss"] = 0.0 if recipe == "bf16" else 20.0
+    records.write_table(folder, "metrics", table)
+    path = folder / "record.json"
+    record = json.loads(path.read_text())
+    record["config"]["schedule"]["warmup_fraction"] = WARM / STEPS
+    path.write_text(json.dumps(record))
+    return folder
+
+
+def only_start(root: Path) -> starts.Start:
+    (start,) = starts.starts(starts.early_runs(root))
+    return start
+
+
+@given(delay=st.floats(0.7, 1.5), slope=st.floats(0.2, 3))
+def test_a_run_that_lags_takes_as_many_times_the_tokens_as_it_lags(
+    tmp_path_factory: pytest.TempPathFactory, delay: float, slope: float
+) -> None:
+    root = tmp_path_factory.mktemp("early")
+    write_start(root, "bf16", 1, slope)
+    write_start(root, "fused", delay, slope)
+    start = only_start(root)
+    assert start.token_factor == pytest.approx(delay, rel=0.02)
+    assert start.falls == pytest.approx(slope, rel=0.05)
+
+
+def test_a_run_that_gets_worse_again_is_taken_where_it_first_reached_its_best(tmp_path: Path) -> None:
+    write_start(tmp_path, "bf16", 1)
+    folder = write_start(tmp_path, "fused", 1)
+    table = records.read_table(folder, "metrics")
+    table.loc[table["step"].between(STABLE_END - 12, STABLE_END), "loss"] += 3
+    records.write_table(folder, "metrics", table)
+    assert only_start(tmp_path).token_factor == pytest.approx(1, rel=0.02)
+
+
+def test_speed_and_memory_are_compared_between_runs_that_had_a_gpu_of_one_kind_to_themselves(tmp_path: Path) -> None:
+    write_early_records(tmp_path)
+    paths = {path.parent.name.split("-")[1]: path for path in tmp_path.glob("early-h200/*/record.json")}
+    original = json.loads(paths["fused"].read_text())
+
+    def with_fused(**changes: object) -> starts.Start:
+        record = json.loads(json.dumps(original))
+        for name, value in changes.items():
+            record[name] |= value
+        paths["fused"].write_text(json.dumps(record))
+        return only_start(tmp_path)
+
+    tokens_per_second = original["speed"]["tokens_per_second_median"]
+    faster = {"tokens_per_second_median": 1.5 * tokens_per_second, "peak_memory_bytes": 10 * 2**30}
+    start = with_fused(speed=faster)
+    assert start.speed_ratio == pytest.approx(1.5)
+    assert start.memory_ratio == pytest.approx(0.5)
+    row = tables.runs.starts([start]).iloc[1]
+    assert row["tokens/s"].endswith("(1.50)")
+    assert row["GiB"] == "10.0 (0.50)"
+    for elsewhere in ({"device_name": "NVIDIA H100"}, {"device_count": 2}, {"concurrent_runs": 2}):
+        start = with_fused(provenance=elsewhere)
+        assert start.speed_ratio is None
+        assert start.memory_ratio is None
+    assert with_fused(speed={"tokens_per_second_median": None}).speed_ratio is None
+
+
+def test_the_first_page_says_what_fp8_does_to_a_start_and_nothing_where_none_was_trained(tmp_path: Path) -> None:
+    write_run(tmp_path, "early-h200", SIZES[0], "bf16", budget=1, device_name="NVIDIA H200")
+    assert "first minutes" not in lead(Evidence.read(tmp_path))
+    write_start(tmp_path, "bf16", 1)
+    folder = write_start(tmp_path, "fused", 1.25)
+    record = records.read(folder)
+    assert isinstance(record, TrainRecord)
+    assert record.final is not None
+    baseline = Run(folder, record)
+    said = lead(Evidence.read(tmp_path))
+    gap = only_start(tmp_path).gap
+    assert math.isclose(gap.mean, baseline.validation_loss - gap.baseline)
+    assert f"{gap.text('nats/token')} with `fused` at 0.4M, 1.25 times BF16's tokens" in said
+
+
+def test_a_start_on_a_cpu_is_no_measurement(tmp_path: Path) -> None:
+    for recipe in ("bf16", "fused"):
+        write_run(tmp_path, "early-h200", SIZES[0], recipe, budget=1)
+    assert not starts.early_runs(tmp_path)
+    assert starts.starts(starts.early_runs(tmp_path)) == []
