@@ -30,7 +30,11 @@ from fp8lab.units import unique
 
 
 def loss_curves(runs: RunSet, size: str) -> Figure:
-    """Training loss of every recipe at one size, and below it the difference to BF16 on the same tokens."""
+    """Training loss of every recipe at one size, and below it the difference to BF16 on the same tokens.
+
+    The difference is drawn to the scale of what follows the first tenth of the tokens: a model's first steps may part
+    by nats, beside which nothing later would show.
+    """
     return _with_difference(runs, size, Run.training_curve, "training loss")
 
 
@@ -57,6 +61,7 @@ def _with_difference(
 ) -> Figure:
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(WIDTH, 4.6), sharex=True, height_ratios=(2, 1))
     baselines = {run.record.seed: curve_of(run) for run in runs.where(size=size, recipe="bf16")}
+    settled: list[float] = []
     for run in runs.where(size=size):
         curve = curve_of(run)
         style = line_style(run.recipe) | (point_style(run.recipe) if marked else {})
@@ -64,6 +69,7 @@ def _with_difference(
         if run.recipe != "bf16" and run.record.seed in baselines:
             difference = (curve - baselines[run.record.seed]).dropna()
             bottom.plot(difference.index / 1e6, difference, **style)
+            settled += list(difference[difference.index > difference.index.max() / 10].abs())
     bottom.axhline(0, color=NEUTRAL, linewidth=0.8)
     if band is not None:
         end = max(run.record.tokens for run in runs.where(size=size)) / 1e6
@@ -71,7 +77,9 @@ def _with_difference(
     top.set_ylabel(f"{quantity} (nats/token)")
     bottom.set_ylabel("FP8 − BF16\n(nats/token)")
     bottom.set_xlabel("training tokens (millions)")
-    symmetric_limits(bottom)
+    reach = 1.2 * max((*settled, band or 0.0), default=0.0)
+    if reach > 0:
+        bottom.set_ylim(-reach, reach)
     figure.align_ylabels()
     finish(figure, top, recipes_at(runs, size), runs.toy)
     return figure

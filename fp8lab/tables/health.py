@@ -10,7 +10,7 @@ import pandas as pd
 
 from fp8lab.analysis import diagnosis, trouble
 from fp8lab.analysis.runs import Run, RunSet
-from fp8lab.units import ranges
+from fp8lab.units import ranges, span
 
 
 def spikes(plans: Sequence[RunSet]) -> pd.DataFrame:
@@ -87,8 +87,9 @@ def underflow_by_size(runs: RunSet) -> pd.DataFrame:
     """What rounding flushes to zero as models grow: a row an FP8 recipe and size; maybe empty.
 
     Columns: recipe, model, and over the Linears of the medians of the second half of the run: the largest and the
-    middle share of gradients (grad_output) flushed and, where scales are delayed, of the octaves of their format left
-    unused above them (`diagnosis.health`); the largest share of inputs flushed, and the gradients' lowest SQNR (dB).
+    middle share of gradients (grad_output) flushed; where scales are delayed, the middle and the most of the octaves of
+    their format left unused above them (`diagnosis.health`); the largest share of inputs flushed, and the gradients'
+    lowest SQNR (dB).
     """
     rows = []
     pairs = itertools.product(runs.recipes, runs.sizes)
@@ -102,8 +103,7 @@ def underflow_by_size(runs: RunSet) -> pd.DataFrame:
                     "model": run.size,
                     "gradients, most": _small_share(gradients["underflow_fraction"].max()),
                     "gradients, middle": _small_share(gradients["underflow_fraction"].median()),
-                    "octaves unused, most": _octaves(gradients["unused_octaves"].max()),
-                    "octaves unused, middle": _octaves(gradients["unused_octaves"].median()),
+                    "octaves unused": _octaves(gradients["unused_octaves"].dropna()),
                     "inputs, most": _small_share(inputs["underflow_fraction"].max()),
                     "SQNR (dB)": f"{gradients['sqnr_db'].min():.1f}",
                 }
@@ -111,8 +111,9 @@ def underflow_by_size(runs: RunSet) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _octaves(value: float) -> str:
-    return "–" if np.isnan(value) else f"{value:.1f}"
+def _octaves(unused: pd.Series) -> str:
+    """From the middle to the most."""
+    return span((unused.median(), unused.max()), 1) if len(unused) else "–"
 
 
 def _small_share(value: float) -> str:
