@@ -115,6 +115,7 @@ DISPLAYS: dict[str, tuple[str, str]] = {
     "fig-memory-h200": ("steps", "1"),
     "throughput cb1d50b1": ("speed", ""),
     "tbl-warmup": ("speed", "4"),
+    "throughput loss-cost": ("train", ""),
     "throughput 29adfaff": ("steps", "1,320 3.35 4.8 55% 690 77% 90%"),
     "fig-roofline": ("steps", ""),
     "tbl-roofline": ("steps", "16 64"),

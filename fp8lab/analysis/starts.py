@@ -7,6 +7,7 @@ whose rates decay at one step cannot be compared at two.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ WINDOWS = 12
 
 @dataclass(frozen=True)
 class Start:
-    """The first minutes of one size in an FP8 recipe, and in BF16: of each the first seed, but for the gap."""
+    """The first minutes of one size in an FP8 recipe and in BF16: one run of each, of one seed where they share one."""
 
     gap: Gap
     """Of the losses in the end, FP8 minus BF16, over all seeds (nats/token)."""
@@ -83,10 +84,13 @@ class Start:
 
 def starts(runs: RunSet) -> list[Start]:
     """Of every size and FP8 recipe that has BF16 beside it, small sizes first."""
-    return [
-        Start(gap, runs.where(size=size, recipe=recipe)[0], runs.where(size=size, recipe="bf16")[0])
-        for (size, recipe), gap in runs.gaps().items()
-    ]
+    found = []
+    for (size, recipe), gap in runs.gaps().items():
+        pairs = itertools.product(runs.where(size=size, recipe=recipe), runs.where(size=size, recipe="bf16"))
+        # Runs of one seed see the same batches in the same order.
+        ours, baseline = min(pairs, key=lambda pair: pair[0].record.seed != pair[1].record.seed)
+        found.append(Start(gap, ours, baseline))
+    return found
 
 
 def early_runs(records_dir: Path) -> RunSet:
@@ -99,7 +103,8 @@ def _stable_loss(run: Run) -> pd.Series:
     """Mean training loss (nats/token) over windows of steps at the highest rate, by their mean tokens."""
     schedule, steps = ScheduleConfig(**run.record.config["schedule"]), run.record.steps
     first = warmup_steps(schedule, steps)
-    last = decay_start(schedule, steps) if schedule.kind == "wsd" else steps
+    # A cosine leaves the highest rate as soon as it is reached.
+    last = decay_start(schedule, steps) if schedule.kind == "wsd" else first
     table = run.metrics[run.metrics["step"].between(first + 1, last)]
     width = max(1, math.ceil(len(table) / WINDOWS))
     # From the end, so that the last window is whole.

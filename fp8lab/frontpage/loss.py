@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from fp8lab.analysis import decision, matched
 from fp8lab.analysis.decision import Matched
-from fp8lab.analysis.losses import MeasuredGap, left_out
+from fp8lab.analysis.losses import MeasuredGap, left_out, most_seeds
 from fp8lab.analysis.timings import short_device
 from fp8lab.claims import OURS
 from fp8lab.config import MODELS
@@ -17,7 +16,7 @@ from fp8lab.units import listing, unique
 
 def loss_costs(evidence: Evidence) -> str:
     """What is known of the cost in loss, of each recipe at its size with most seeds."""
-    telling = most_seeds(evidence.matched)
+    telling = most_seeds([row.measured for row in evidence.matched])
     if not telling:
         return ""
     unclear = [measured for measured in telling if not _excludes_zero(measured)]
@@ -25,31 +24,18 @@ def loss_costs(evidence: Evidence) -> str:
     for raised, which in ((True, "higher"), (False, "lower")):
         clear = [one for one in telling if _excludes_zero(one) and (one.gap.mean > 0) == raised]
         if clear:
-            said.append(
-                f"FP8 ends at a {which} loss, by 95% intervals that exclude zero: {listing([*map(_gap, clear)])}."
-            )
+            said.append(f"FP8 ends at a {which} loss, by 95% intervals that exclude zero: {_listed(clear)}.")
     if unclear:
-        said.append(f"What FP8 costs in loss these runs cannot tell from nothing: {listing([*map(_gap, unclear)])}.")
+        said.append(f"What FP8 costs in loss these runs cannot tell from nothing: {_listed(unclear)}.")
     return " ".join([*said, left_out(telling)]).strip()
-
-
-def most_seeds(matched: Sequence[Matched]) -> list[MeasuredGap]:
-    """A gap a recipe: of most seeds, and of the largest size among those."""
-    found = []
-    for recipe in unique(row.measured.recipe for row in matched):
-        of_recipe = [row.measured for row in matched if row.measured.recipe == recipe]
-        most = max(measured.gap.seeds for measured in of_recipe)
-        found.append([measured for measured in of_recipe if measured.gap.seeds == most][-1])
-    return found
 
 
 def _excludes_zero(measured: MeasuredGap) -> bool:
     return measured.gap.excludes_zero and not measured.assumed
 
 
-def _gap(measured: MeasuredGap) -> str:
-    gap = replace(measured.gap, interval=None) if measured.assumed else measured.gap
-    return f"{gap.text('nats/token')} with `{measured.recipe}` at {measured.size}"
+def _listed(gaps: Sequence[MeasuredGap]) -> str:
+    return listing([measured.text("nats/token") for measured in gaps])
 
 
 def starts(evidence: Evidence) -> str:

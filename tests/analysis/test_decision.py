@@ -22,7 +22,7 @@ from fp8lab.chart import switch
 from fp8lab.chart.page import chart_html
 from fp8lab.claims import CLAIMED_TRAININGS
 from fp8lab.config import MODELS, ModelConfig
-from fp8lab.frontpage.loss import loss_costs, most_seeds
+from fp8lab.frontpage.loss import loss_costs
 from fp8lab.frontpage.payoff import where
 from fp8lab.units import listing
 from tests.fixtures import (
@@ -197,7 +197,7 @@ def test_the_first_page_quotes_the_gap_that_the_figure_draws(tmp_path: Path) -> 
                 if recipe == "fused":
                     shift = 0.01 * seed * len(plan)
                     edit(folder / "record.json", lambda record, by=shift: add_loss(record, by))
-    (measured,) = most_seeds(frontpage.Evidence.read(tmp_path).matched)
+    (measured,) = losses.most_seeds([row.measured for row in frontpage.Evidence.read(tmp_path).matched])
     figure = figures.loss.loss_gaps(gaps_of(tmp_path))
     colour = figures.style.RECIPE_COLOURS["fused"].lower()
     (drawn,) = [line.get_ydata()[0] for line in figure.axes[0].lines if to_hex(line.get_color()) == colour]

@@ -64,6 +64,25 @@ def test_a_run_that_gets_worse_again_is_taken_where_it_first_reached_its_best(tm
     assert only_start(tmp_path).token_factor == pytest.approx(1, rel=0.02)
 
 
+def test_runs_of_one_seed_stand_beside_each_other_where_there_are_such(tmp_path: Path) -> None:
+    for recipe, seed in (("bf16", 1), ("bf16", 2), ("fused", 2)):
+        write_run(tmp_path, "early-h200", SIZES[0], recipe, seed=seed, budget=1, device_name="NVIDIA H200")
+    start = only_start(tmp_path)
+    assert (start.ours.record.seed, start.baseline.record.seed) == (2, 2)
+
+
+def test_a_cosine_has_no_steps_at_its_highest_rate_to_compare(tmp_path: Path) -> None:
+    for recipe in ("bf16", "fused"):
+        path = write_run(tmp_path, "early-h200", SIZES[0], recipe, budget=1, device_name="NVIDIA H200") / "record.json"
+        record = json.loads(path.read_text())
+        record["config"]["schedule"]["kind"] = "cosine"
+        path.write_text(json.dumps(record))
+    start = only_start(tmp_path)
+    assert start.token_factor is None
+    assert start.falls is None
+    assert tables.runs.starts([start]).iloc[1]["tokens, × BF16"] == "–"
+
+
 def test_speed_and_memory_are_compared_between_runs_that_had_a_gpu_of_one_kind_to_themselves(tmp_path: Path) -> None:
     write_early_records(tmp_path)
     paths = {path.parent.name.split("-")[1]: path for path in tmp_path.glob("early-h200/*/record.json")}
