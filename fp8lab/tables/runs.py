@@ -69,7 +69,7 @@ def _start_row(run: Run, start: Start | None) -> dict[str, str]:
         "loss (nats/token)": f"{run.validation_loss:.4f}",
         "− BF16": signed(start.gap.mean) if start else "–",
         "tokens, × BF16": f"{start.token_factor:.2f}" if start and start.token_factor else "–",
-        "tokens/s": f"{rate:,.0f}" if rate else "–",
+        "tokens/s": number(rate) if rate else "–",
         "GiB": f"{peak / 2**30:.1f}" if peak else "–",
     }
     for column, ratio in (("tokens/s", start and start.speed_ratio), ("GiB", start and start.memory_ratio)):
