@@ -42,8 +42,8 @@ def health(run: Run) -> pd.DataFrame:
     """The run's health by step, kind and block, with columns of our own.
 
     `block`: its number. `kind`: one of `KINDS`. `unused_octaves`: powers of two between the largest gradient measured
-    and the largest number of its format. Only `fused` has them: its scales are set before their tensor is known, and
-    what they leave unused above is lacking below. The tokens measured are few, so their largest value is a lower one.
+    and the largest number of its format. Only `fused` has them: its scales are set before their tensor is known. The
+    largest gradient is that of the tokens measured, which overstates what the whole batch leaves unused.
     """
     table = run.health
     parts = table["layer"].str.extract(r"^blocks\.(?P<block>\d+)\.(?P<kind>.+)$")
@@ -65,10 +65,24 @@ def _unused_octaves(run: Run, table: pd.DataFrame) -> pd.Series:
 def settled(run: Run) -> pd.DataFrame:
     """Medians over the second half of the run's measurements: a row a layer and tensor, in BF16 too."""
     table = health(run)
-    steps = sorted(table["step"].unique())
-    late = table[table["step"].isin(steps[len(steps) // 2 :])]
+    late = table[table["step"].isin(_second_half(table))]
     keys = ["kind", "block", "layer", "tensor"]
     return late.groupby(keys, observed=True, sort=False).median(numeric_only=True).drop(columns="step").reset_index()
+
+
+def settled_measurements(runs: RunSet) -> dict[tuple[str, str], int]:
+    """How many measurements the medians of `settled` are of, by size and FP8 recipe."""
+    found: dict[tuple[str, str], int] = {}
+    for size in runs.sizes:
+        for run in measured(runs.where(size=size)):
+            if run.recipe != "bf16":
+                found[size, run.recipe] = len(_second_half(run.health))
+    return found
+
+
+def _second_half(table: pd.DataFrame) -> list[int]:
+    steps = sorted(table["step"].unique())
+    return steps[len(steps) // 2 :]
 
 
 def violations(run: Run) -> pd.DataFrame:

@@ -22,13 +22,19 @@ from fp8lab.config import FusedConfig, recorded_fused
 from fp8lab.units import unique
 
 NUMERICS_PLAN = "numerics-h200"
+EARLY_GRADIENTS_PLAN = "early-gradients-h200"
 REFERENCES = {
     NUMERICS_PLAN: VARIANCE_PLAN,
     "candidates-h200": SEEDS_PLAN,
     "gradients-h200": LADDER_PLAN,
-    "early-gradients-h200": EARLY_PLAN,
+    EARLY_GRADIENTS_PLAN: EARLY_PLAN,
 }
 """Plans of variants, and those whose runs of the same design and seeds are the other side of their differences."""
+SEEDS = {
+    NUMERICS_PLAN: "On the seeds that the variants are chosen by",
+    EARLY_GRADIENTS_PLAN: "On seeds of which the first suggested the variants",
+}
+"""What a plan's seeds know of its variants; of other plans nothing."""
 
 
 @dataclass(frozen=True)

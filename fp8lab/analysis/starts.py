@@ -1,8 +1,9 @@
 """The first minutes of models too large to train to an end here: whether FP8 starts as BF16 does.
 
 So early a loss falls fast, and a difference in it says little by itself. `Start` puts it beside what it is worth: the
-tokens that FP8 takes over those that BF16 took to the same training loss, at the highest learning rate, since two runs
-whose rates decay at one step cannot be compared at two.
+tokens that FP8 takes to the training loss that BF16 had with fewer, at the highest learning rate, since two runs whose
+rates decay at one step cannot be compared at two. The two read different batches by then, so that the tokens are known
+to some percent.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +23,10 @@ from fp8lab.analysis.runs import EARLY_PLAN, Run, RunSet, plan_runs
 from fp8lab.config import ScheduleConfig
 from fp8lab.records import Speed
 from fp8lab.schedule import decay_start, warmup_steps
+from fp8lab.units import listing
 
 WINDOWS = 12
-"""That a run's steps at the highest rate are averaged over: single batches differ by more than recipes do."""
+"""At most so many are made of a run's steps at the highest rate: single batches differ by more than recipes do."""
 
 
 @dataclass(frozen=True)
@@ -43,24 +46,30 @@ class Start:
     def recipe(self) -> str:
         return self.ours.recipe
 
-    @property
-    def token_factor(self) -> float | None:
-        """Tokens that FP8 takes over BF16's to the same training loss, the last that both reach before their decay.
+    @cached_property
+    def tokens_to_one_loss(self) -> tuple[float, float] | None:
+        """Tokens of FP8 and of BF16 to the lowest training loss that both have before their decay.
 
-        None where a run has no two windows of steps at its highest rate.
+        None where a run has no two windows of steps at its highest rate, or had that loss before the first.
         """
         ours, baseline = _stable_loss(self.ours), _stable_loss(self.baseline)
         if min(len(ours), len(baseline)) < 2:
             return None
         loss = max(ours.min(), baseline.min())
-        return _tokens_to(loss, ours) / _tokens_to(loss, baseline)
+        if loss > min(ours.iloc[0], baseline.iloc[0]):
+            return None
+        return _tokens_to(loss, ours), _tokens_to(loss, baseline)
 
     @property
-    def falls(self) -> float | None:
-        """Nats by which BF16's training loss falls for a factor e in tokens, from the middle of its stable part on."""
-        curve = _stable_loss(self.baseline)
-        half = curve[curve.index >= curve.index[-1] / 2] if len(curve) else curve
-        return -float(np.polyfit(np.log(half.index), half, 1)[0]) if len(half) > 1 else None
+    def token_factor(self) -> float | None:
+        """`tokens_to_one_loss`, FP8's over BF16's."""
+        tokens = self.tokens_to_one_loss
+        return tokens[0] / tokens[1] if tokens else None
+
+    @property
+    def time_factor(self) -> float | None:
+        """The same in time, at the tokens/s of the two runs."""
+        return self.token_factor / self.speed_ratio if self.token_factor and self.speed_ratio else None
 
     @property
     def speed_ratio(self) -> float | None:
@@ -88,7 +97,7 @@ def starts(runs: RunSet) -> list[Start]:
     for (size, recipe), gap in runs.gaps().items():
         pairs = itertools.product(runs.where(size=size, recipe=recipe), runs.where(size=size, recipe="bf16"))
         # Runs of one seed see the same batches in the same order.
-        ours, baseline = min(pairs, key=lambda pair: pair[0].record.seed != pair[1].record.seed)
+        ours, baseline = min(pairs, key=lambda pair: (pair[0].record.seed != pair[1].record.seed, pair[0].record.seed))
         found.append(Start(gap, ours, baseline))
     return found
 
@@ -96,7 +105,13 @@ def starts(runs: RunSet) -> list[Start]:
 def early_runs(records_dir: Path) -> RunSet:
     """The runs of the first minutes that were made on a GPU; an empty set where none were."""
     runs = plan_runs(records_dir, EARLY_PLAN)
-    return runs if runs and not runs.toy else RunSet(EARLY_PLAN, ())
+    return RunSet(EARLY_PLAN, ()) if runs and runs.toy else runs
+
+
+def diverged(runs: RunSet) -> str:
+    """A sentence about the starts that diverged, and so are in no gap; empty where none did."""
+    lost = [f"`{run.record.run}`" for run in runs.unfinished if run.record.status == "diverged"]
+    return f"Diverged and in no gap: {listing(lost)}." if lost else ""
 
 
 def _stable_loss(run: Run) -> pd.Series:

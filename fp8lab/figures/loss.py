@@ -61,7 +61,7 @@ def _with_difference(
 ) -> Figure:
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(WIDTH, 4.6), sharex=True, height_ratios=(2, 1))
     baselines = {run.record.seed: curve_of(run) for run in runs.where(size=size, recipe="bf16")}
-    settled: list[float] = []
+    parted: list[float] = []
     for run in runs.where(size=size):
         curve = curve_of(run)
         style = line_style(run.recipe) | (point_style(run.recipe) if marked else {})
@@ -69,7 +69,8 @@ def _with_difference(
         if run.recipe != "bf16" and run.record.seed in baselines:
             difference = (curve - baselines[run.record.seed]).dropna()
             bottom.plot(difference.index / 1e6, difference, **style)
-            settled += list(difference[difference.index > difference.index.max() / 10].abs())
+            first = 0 if marked else difference.index.max() / 10
+            parted += list(difference[difference.index > first].abs())
     bottom.axhline(0, color=NEUTRAL, linewidth=0.8)
     if band is not None:
         end = max(run.record.tokens for run in runs.where(size=size)) / 1e6
@@ -77,7 +78,7 @@ def _with_difference(
     top.set_ylabel(f"{quantity} (nats/token)")
     bottom.set_ylabel("FP8 − BF16\n(nats/token)")
     bottom.set_xlabel("training tokens (millions)")
-    reach = 1.2 * max((*settled, band or 0.0), default=0.0)
+    reach = 1.2 * max((*parted, band or 0.0))
     if reach > 0:
         bottom.set_ylim(-reach, reach)
     figure.align_ylabels()

@@ -45,6 +45,8 @@ class Evidence:
     """In loss."""
     starts: list[Start]
     """The first minutes of larger models."""
+    diverged_starts: str
+    """A sentence about those that diverged."""
     findings: list[claims.Finding]
 
     @classmethod
@@ -61,6 +63,7 @@ class Evidence:
         plans += [runs for runs in sets if runs.plan not in losses.GAP_PLANS]
         ladder = training_runs(records_dir, suits=has_ladder) or runs
         scored = scored_runs(records_dir)
+        early = starts.early_runs(records_dir)
         return cls(
             runs=runs,
             seeds=next(plan for plan in plans if plan.plan == SEEDS_PLAN),
@@ -75,7 +78,8 @@ class Evidence:
             matched=matched,
             laws=laws,
             head_costs=numerics.best_known_head_costs(records_dir),
-            starts=starts.starts(starts.early_runs(records_dir)),
+            starts=starts.starts(early),
+            diverged_starts=starts.diverged(early),
             findings=claims.scoreboard(
                 gaps=[row.measured for row in matched],
                 stability=plans,

@@ -40,14 +40,17 @@ def _listed(gaps: Sequence[MeasuredGap]) -> str:
 
 def starts(evidence: Evidence) -> str:
     """What FP8 does to the first minutes of models larger than those trained to an end."""
+    trained = {row.measured.size for row in evidence.matched}
     told = [
         f"{start.gap.text('nats/token')} with `{start.recipe}` at {start.size}"
-        + (f", {start.token_factor:.2f} times BF16's tokens to the same training loss" if start.token_factor else "")
+        + (f", about {start.token_factor:.2f} times BF16's tokens to one training loss" if start.token_factor else "")
         for start in evidence.starts
+        if start.size not in trained
     ]
     if not told:
-        return ""
-    return f"Of larger models only the first minutes were trained (@tbl-starts). FP8 ends them at {'; '.join(told)}."
+        return evidence.diverged_starts
+    begun = "Of larger models only the first minutes were trained, which say nothing of their end (@tbl-starts)."
+    return f"{begun} FP8 leaves them at {'; '.join(told)}. {evidence.diverged_starts}".strip()
 
 
 def speed_at_matched_loss(evidence: Evidence) -> str:

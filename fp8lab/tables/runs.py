@@ -51,30 +51,33 @@ def parameter_conventions(runs: RunSet) -> pd.DataFrame:
 
 
 def starts(compared: Sequence[Start]) -> pd.DataFrame:
-    """The first minutes of larger models: a row a run, each FP8 recipe below the BF16 that it stands beside."""
-    rows: dict[str, dict[str, str]] = {}
+    """The first minutes of larger models: a row a recipe, those in FP8 below the BF16 that they stand beside."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
     for start in compared:
-        rows.setdefault(start.baseline.record.run, _start_row(start.baseline, None))
-        rows[start.ours.record.run] = _start_row(start.ours, start)
+        rows.setdefault((start.size, "bf16"), _start_row(start.baseline, start.gap.baseline))
+        row = _start_row(start.ours, start.gap.baseline + start.gap.mean)
+        row["− BF16"] = signed(start.gap.mean)
+        if start.token_factor:
+            row["tokens, × BF16"] = f"{start.token_factor:.2f}"
+        for column, ratio in (("tokens/s", start.speed_ratio), ("GiB", start.memory_ratio)):
+            row[column] += f" ({ratio:.2f})" if ratio else ""
+        rows[start.size, start.recipe] = row
     return pd.DataFrame(rows.values())
 
 
-def _start_row(run: Run, start: Start | None) -> dict[str, str]:
+def _start_row(run: Run, loss: float) -> dict[str, str]:
     speed = run.record.speed
     rate, peak = (speed.tokens_per_second_median, speed.peak_memory_bytes) if speed else (None, None)
-    row = {
+    return {
         "model": run.size,
         "recipe": run.recipe,
         "tokens": number(run.record.tokens),
-        "loss (nats/token)": f"{run.validation_loss:.4f}",
-        "− BF16": signed(start.gap.mean) if start else "–",
-        "tokens, × BF16": f"{start.token_factor:.2f}" if start and start.token_factor else "–",
+        "loss (nats/token)": f"{loss:.4f}",
+        "− BF16": "–",
+        "tokens, × BF16": "–",
         "tokens/s": number(rate) if rate else "–",
         "GiB": f"{peak / 2**30:.1f}" if peak else "–",
     }
-    for column, ratio in (("tokens/s", start and start.speed_ratio), ("GiB", start and start.memory_ratio)):
-        row[column] += f" ({ratio:.2f})" if ratio else ""
-    return row
 
 
 def _fp8_recipes(runs: RunSet) -> list[Recipe]:

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp8lab import records, tables
+from fp8lab import figures, records, tables
 from fp8lab.analysis import starts
-from fp8lab.analysis.runs import Run
 from fp8lab.config import Recipe, ScheduleConfig
 from fp8lab.frontpage import Evidence, lead
-from fp8lab.records import TrainRecord
 from fp8lab.schedule import decay_start
 from tests.fixtures import SIZES, STEPS, write_early_records, write_run
 
@@ -43,6 +41,7 @@ def only_start(root: Path) -> starts.Start:
     return start
 
 
+@settings(max_examples=15, deadline=None)
 @given(delay=st.floats(0.7, 1.5), slope=st.floats(0.2, 3))
 def test_a_run_that_lags_takes_as_many_times_the_tokens_as_it_lags(
     tmp_path_factory: pytest.TempPathFactory, delay: float, slope: float
@@ -52,23 +51,77 @@ def test_a_run_that_lags_takes_as_many_times_the_tokens_as_it_lags(
     write_start(root, "fused", delay, slope)
     start = only_start(root)
     assert start.token_factor == pytest.approx(delay, rel=0.02)
-    assert start.falls == pytest.approx(slope, rel=0.05)
+    assert start.speed_ratio == pytest.approx(1)
+    assert start.time_factor == pytest.approx(delay, rel=0.02)
 
 
-def test_a_run_that_gets_worse_again_is_taken_where_it_first_reached_its_best(tmp_path: Path) -> None:
+def test_a_delay_that_grows_is_taken_at_the_lowest_loss_before_a_run_gets_worse_again(tmp_path: Path) -> None:
+    write_start(tmp_path, "bf16", 1, slope=1.3)
+    folder = write_start(tmp_path, "fused", 1)
+    table = records.read_table(folder, "metrics")
+    stable = table["step"].between(WARM + 1, STABLE_END)
+    first = float(table.loc[stable, "tokens"].iloc[0])
+    # Both begin alike; BF16's loss falls faster from there on.
+    table.loc[stable, "loss"] = 9 - 1.3 * math.log(first) - 1.0 * np.log(table.loc[stable, "tokens"] / first)
+    worse = table["step"].between(STABLE_END - 7, STABLE_END)
+    lowest = table.loc[stable & ~worse, "tokens"].iloc[-1]
+    table.loc[worse, "loss"] += 0.4
+    records.write_table(folder, "metrics", table)
+    expected = lowest / (first * (lowest / first) ** (1 / 1.3))
+    assert expected > 1.3
+    assert only_start(tmp_path).token_factor == pytest.approx(expected, rel=0.04)
+
+
+@pytest.mark.parametrize("shift", [5.0, -5.0])
+def test_a_loss_that_one_run_had_before_its_first_window_gives_no_factor(tmp_path: Path, shift: float) -> None:
     write_start(tmp_path, "bf16", 1)
     folder = write_start(tmp_path, "fused", 1)
     table = records.read_table(folder, "metrics")
-    table.loc[table["step"].between(STABLE_END - 12, STABLE_END), "loss"] += 3
-    records.write_table(folder, "metrics", table)
-    assert only_start(tmp_path).token_factor == pytest.approx(1, rel=0.02)
+    records.write_table(folder, "metrics", table.assign(loss=table["loss"] + shift))
+    start = only_start(tmp_path)
+    assert start.token_factor is None
+    assert start.time_factor is None
+    assert tables.runs.starts([start]).iloc[1]["tokens, × BF16"] == "–"
+
+
+def test_losses_of_several_seeds_differ_by_the_gap_beside_them(tmp_path: Path) -> None:
+    for recipe, seed in (("bf16", 1), ("bf16", 2), ("fused", 1), ("tensorwise", 2)):
+        write_run(tmp_path, "early-h200", SIZES[0], recipe, seed=seed, budget=1, device_name="NVIDIA H200")
+    table = tables.runs.starts(starts.starts(starts.early_runs(tmp_path))).set_index("recipe")
+    assert list(table.index) == ["bf16", "tensorwise", "fused"]
+    losses = table["loss (nats/token)"].astype(float)
+    for recipe in ("tensorwise", "fused"):
+        assert losses[recipe] - losses["bf16"] == pytest.approx(float(table["− BF16"][recipe]), abs=1.5e-4)
+
+
+def test_a_start_that_diverged_is_named_though_nothing_is_left_to_compare(tmp_path: Path) -> None:
+    write_early_records(tmp_path)
+    (path,) = tmp_path.glob("early-h200/*-fused-*/record.json")
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"status": "diverged", "reason": "loss is NaN", "final": None}))
+    assert starts.starts(starts.early_runs(tmp_path)) == []
+    assert f"Diverged and in no gap: `{record['run']}`." in lead(Evidence.read(tmp_path))
 
 
 def test_runs_of_one_seed_stand_beside_each_other_where_there_are_such(tmp_path: Path) -> None:
-    for recipe, seed in (("bf16", 1), ("bf16", 2), ("fused", 2)):
+    for recipe, seed in (("bf16", 1), ("bf16", 3), ("bf16", 2), ("fused", 3), ("fused", 2)):
         write_run(tmp_path, "early-h200", SIZES[0], recipe, seed=seed, budget=1, device_name="NVIDIA H200")
     start = only_start(tmp_path)
     assert (start.ours.record.seed, start.baseline.record.seed) == (2, 2)
+
+
+def test_a_jump_in_the_first_steps_does_not_flatten_what_follows(tmp_path: Path) -> None:
+    write_start(tmp_path, "bf16", 1)
+    folder = write_start(tmp_path, "fused", 1.1)
+    for recipe_folder in (folder, folder.with_name(folder.name.replace("fused", "bf16"))):
+        table = records.read_table(recipe_folder, "metrics")
+        table.loc[table["step"] > STABLE_END, "loss"] = 5.0
+        table.loc[table["step"] <= WARM, "loss"] = 9.0
+        table.loc[(table["step"] == 2) & ("fused" in recipe_folder.name), "loss"] = 13.0
+        records.write_table(recipe_folder, "metrics", table)
+    bottom = figures.loss.loss_curves(starts.early_runs(tmp_path), SIZES[0].name).axes[1]
+    apart = 1.3 * math.log(1.1)
+    assert apart < bottom.get_ylim()[1] < 1.5 * apart
 
 
 def test_a_cosine_has_no_steps_at_its_highest_rate_to_compare(tmp_path: Path) -> None:
@@ -79,8 +132,6 @@ def test_a_cosine_has_no_steps_at_its_highest_rate_to_compare(tmp_path: Path) ->
         path.write_text(json.dumps(record))
     start = only_start(tmp_path)
     assert start.token_factor is None
-    assert start.falls is None
-    assert tables.runs.starts([start]).iloc[1]["tokens, × BF16"] == "–"
 
 
 def test_speed_and_memory_are_compared_between_runs_that_had_a_gpu_of_one_kind_to_themselves(tmp_path: Path) -> None:
@@ -108,21 +159,21 @@ def test_speed_and_memory_are_compared_between_runs_that_had_a_gpu_of_one_kind_t
         assert start.speed_ratio is None
         assert start.memory_ratio is None
     assert with_fused(speed={"tokens_per_second_median": None}).speed_ratio is None
+    paths["fused"].write_text(json.dumps(original | {"emulated": True}))
+    assert only_start(tmp_path).speed_ratio is None
 
 
 def test_the_first_page_says_what_fp8_does_to_a_start_and_nothing_where_none_was_trained(tmp_path: Path) -> None:
     write_run(tmp_path, "early-h200", SIZES[0], "bf16", budget=1, device_name="NVIDIA H200")
     assert "first minutes" not in lead(Evidence.read(tmp_path))
     write_start(tmp_path, "bf16", 1)
-    folder = write_start(tmp_path, "fused", 1.25)
-    record = records.read(folder)
-    assert isinstance(record, TrainRecord)
-    assert record.final is not None
-    baseline = Run(folder, record)
+    write_start(tmp_path, "fused", 1.25)
     said = lead(Evidence.read(tmp_path))
     gap = only_start(tmp_path).gap
-    assert math.isclose(gap.mean, baseline.validation_loss - gap.baseline)
-    assert f"{gap.text('nats/token')} with `fused` at 0.4M, 1.25 times BF16's tokens" in said
+    losses = {path.parent.name.split("-")[1]: path for path in tmp_path.glob("early-h200/*/record.json")}
+    ends = {recipe: json.loads(path.read_text())["final"]["validation_loss"] for recipe, path in losses.items()}
+    assert gap.mean == pytest.approx(ends["fused"] - ends["bf16"])
+    assert f"{gap.text('nats/token')} with `fused` at 0.4M, about 1.25 times BF16's tokens" in said
 
 
 def test_a_start_on_a_cpu_is_no_measurement(tmp_path: Path) -> None:
