@@ -194,8 +194,10 @@ def write_gpu_records(
         write_run(records_dir, "pilot-h200", model, recipe, seed=seed, measured=measured, device_name="NVIDIA H200")
 
 
-def write_early_records(records_dir: Path, model: ModelConfig = SIZES[-1], *, measured: Measured = DEFAULT) -> None:
-    """The first minutes of one model on a GPU."""
+def write_early_records(records_dir: Path, largest: ModelConfig = SIZES[-1], *, measured: Measured = DEFAULT) -> None:
+    """The first minutes, on a GPU, of a model larger than the largest trained to an end."""
+    name = f"{float(largest.name.removesuffix('M')) + 1:.1f}M"
+    model = largest.model_copy(update={"name": name, "n_layers": largest.n_layers + 2})
     for recipe in ("bf16", "fused"):
         write_run(records_dir, "early-h200", model, recipe, measured=measured, budget=1, device_name="NVIDIA H200")
 
