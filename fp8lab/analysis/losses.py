@@ -135,9 +135,9 @@ class MeasuredGap:
     bf16_diverged: int = 0
 
     def text(self, unit: str = "nats") -> str:
-        """As prose has it, with its interval where seeds gave one: '+0.0041 nats (one seed) with `fused` at 7M'."""
+        """As prose has it, with its interval where seeds gave one."""
         gap = replace(self.gap, interval=None) if self.assumed else self.gap
-        return f"{gap.text(unit)} with `{self.recipe}` at {self.size}"
+        return gap.text_of(self.recipe, self.size, unit)
 
 
 def most_seeds(gaps: Sequence[MeasuredGap]) -> list[MeasuredGap]:

@@ -46,6 +46,10 @@ class Start:
     def recipe(self) -> str:
         return self.ours.recipe
 
+    def text(self, unit: str = "nats") -> str:
+        """The gap as prose has it."""
+        return self.gap.text_of(self.recipe, self.size, unit)
+
     @cached_property
     def tokens_to_one_loss(self) -> tuple[float, float] | None:
         """Tokens of FP8 and of BF16 to the lowest training loss that both have before their decay.

@@ -42,7 +42,7 @@ def starts(evidence: Evidence) -> str:
     """What FP8 does to the first minutes of models larger than those trained to an end."""
     trained = {row.measured.size for row in evidence.matched}
     told = [
-        f"{start.gap.text('nats/token')} with `{start.recipe}` at {start.size}"
+        start.text("nats/token")
         + (f", about {start.token_factor:.2f} times BF16's tokens to one training loss" if start.token_factor else "")
         for start in evidence.starts
         if start.size not in trained
