@@ -195,11 +195,41 @@ def write_gpu_records(
 
 
 def write_early_records(records_dir: Path, largest: ModelConfig = SIZES[-1], *, measured: Measured = DEFAULT) -> None:
-    """The first minutes, on a GPU, of a model larger than the largest trained to an end."""
+    """The first minutes, on a GPU, of a model larger than the largest trained to an end, with either gradients."""
     name = f"{float(largest.name.removesuffix('M')) + 1:.1f}M"
     model = largest.model_copy(update={"name": name, "n_layers": largest.n_layers + 2})
     for recipe in ("bf16", "fused"):
         write_run(records_dir, "early-h200", model, recipe, measured=measured, budget=1, device_name="NVIDIA H200")
+    write_early_change(records_dir, model, "e5m2", {"gradient_format": "e5m2"}, measured=measured)
+
+
+def write_early_change(
+    records_dir: Path,
+    model: ModelConfig,
+    suffix: str,
+    changed: Mapping[str, Any],
+    *,
+    seed: int = 1,
+    measured: Measured = DEFAULT,
+) -> Path:
+    """The first minutes of ``fused`` with other than its defaults, at a lower loss."""
+    folder = write_run(
+        records_dir,
+        "early-gradients-h200",
+        model,
+        "fused",
+        seed=seed,
+        measured=measured,
+        budget=1,
+        device_name="NVIDIA H200",
+    )
+    record = records.read(folder)
+    assert isinstance(record, TrainRecord)
+    assert record.final is not None
+    record.run = f"{record.run}-{suffix}"
+    record.final = _shifted(record.final, record.final.validation_loss - 0.01 * measured.bf16_factor, 0.0)
+    record.config["fused"] |= changed
+    return records.write(record, folder.rename(folder.with_name(record.run)).parents[1])
 
 
 def write_run(

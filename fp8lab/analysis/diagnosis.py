@@ -34,6 +34,8 @@ KINDS = ("attention.qkv", "attention.output", "mlp.gate_up", "mlp.down")
 LARGEST: dict[Fp8Format, float] = {"e4m3": 448.0, "e5m2": 57344.0}
 """The largest number of each format."""
 OPERANDS = ("input", "weight", "grad_output")
+DELAYED_SCALES = "Delayed scales are set before their tensor is known."
+"""What a reader of `overflows` has to know."""
 COLUMN_OF = {"underflow": "underflow_fraction", "saturation": "saturation_fraction", "SQNR": "sqnr_db"}
 """Column of each quantity that has a limit."""
 
@@ -70,14 +72,10 @@ def settled(run: Run) -> pd.DataFrame:
     return late.groupby(keys, observed=True, sort=False).median(numeric_only=True).drop(columns="step").reset_index()
 
 
-def settled_measurements(runs: RunSet) -> dict[tuple[str, str], int]:
-    """How many measurements the medians of `settled` are of, by size and FP8 recipe."""
-    found: dict[tuple[str, str], int] = {}
-    for size in runs.sizes:
-        for run in measured(runs.where(size=size)):
-            if run.recipe != "bf16":
-                found[size, run.recipe] = len(_second_half(run.health))
-    return found
+def settled_measurements(runs: RunSet) -> list[tuple[Run, int]]:
+    """How many measurements the medians of `settled` are of, for each FP8 run that tells of its size and recipe."""
+    tells = [run for size in runs.sizes for run in measured(runs.where(size=size))]
+    return [(run, len(_second_half(run.health))) for run in tells if run.recipe != "bf16"]
 
 
 def _second_half(table: pd.DataFrame) -> list[int]:
@@ -95,6 +93,14 @@ def violations(run: Run) -> pd.DataFrame:
     }
     found = [table[is_over].assign(reason=reason) for reason, is_over in passed.items()]
     return pd.concat(found, ignore_index=True)
+
+
+def flushed_gradients(run: Run) -> pd.Series:
+    """What rounding flushes to zero of gradients: the mean share over all Linears, by tokens of each measurement."""
+    table = run.health
+    gradients = table[table["tensor"] == "grad_output"].dropna(subset="underflow_fraction")
+    shares = gradients.groupby("step")["underflow_fraction"].mean()
+    return shares.set_axis(shares.index.astype(float) * run.record.global_batch_tokens)
 
 
 def keep_in_bf16(run: Run) -> list[str]:
@@ -129,16 +135,20 @@ def overflows(run: Run) -> str | None:
         worst = max(steps_of, key=lambda name: steps_of[name])
         often = f"{steps_of[worst]:,} of {run.record.steps:,} steps"
         parts.append(f"{len(steps_of)} {what} at least once, most often `{worst}`, in {often}")
-    return f"Delayed scales are set before their tensor is known. Of the tensors of `{run.recipe}`, {'; '.join(parts)}."
+    return f"Of the tensors of {run.named}, {'; '.join(parts)}."
 
 
 def measured(runs: Sequence[Run]) -> list[Run]:
-    """The runs that measured their health: of each recipe the first seed."""
-    first: dict[str, Run] = {}
+    """The runs that measured their health: of each recipe the one with most measurements, of several the first."""
+    most: dict[str, Run] = {}
     for run in runs:
-        if run.recipe not in first and not run.health.empty:
-            first[run.recipe] = run
-    return list(first.values())
+        if _measurements(run) > (_measurements(most[run.named]) if run.named in most else 0):
+            most[run.named] = run
+    return list(most.values())
+
+
+def _measurements(run: Run) -> int:
+    return int(run.health["step"].nunique())
 
 
 def measured_sizes(runs: RunSet) -> list[str]:

@@ -4,9 +4,9 @@
 other side of every difference: BF16, and ``fused`` as it is by default. torchao's ``tensorwise`` is among the variants,
 since a loss that any FP8 recipe has is not for ``fused`` to win back. Every variant is a comparison more, and the best
 of several differs from the rest by chance more easily than one alone: it is a candidate.
-``runs/plans/candidates-h200.yaml`` trains candidates on seeds that did not choose them, beside those of ``seeds-h200``;
-``runs/plans/gradients-h200.yaml`` one of them at the ladder's largest size, and
-``runs/plans/early-gradients-h200.yaml`` what concerns gradients in the first minutes of 1.5B.
+``runs/plans/candidates-h200.yaml`` trains candidates on seeds that did not choose them, beside those of ``seeds-h200``,
+``runs/plans/gradients-h200.yaml`` one of them at the ladder's largest size. What they do to the first minutes of larger
+models is `fp8lab.analysis.starts`' business.
 """
 
 from __future__ import annotations
@@ -16,23 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp8lab.analysis.comparison import Gap
-from fp8lab.analysis.runs import EARLY_PLAN, LADDER_PLAN, SEEDS_PLAN, Run, RunSet, by_seed, plan_runs
+from fp8lab.analysis.runs import LADDER_PLAN, SEEDS_PLAN, Run, RunSet, by_seed, plan_runs
 from fp8lab.analysis.variance import VARIANCE_PLAN, Study, design_of
-from fp8lab.config import FusedConfig, recorded_fused
 from fp8lab.units import unique
 
 NUMERICS_PLAN = "numerics-h200"
-EARLY_GRADIENTS_PLAN = "early-gradients-h200"
 REFERENCES = {
     NUMERICS_PLAN: VARIANCE_PLAN,
     "candidates-h200": SEEDS_PLAN,
     "gradients-h200": LADDER_PLAN,
-    EARLY_GRADIENTS_PLAN: EARLY_PLAN,
 }
 """Plans of variants, and those whose runs of the same design and seeds are the other side of their differences."""
 SEEDS = {
     NUMERICS_PLAN: "On the seeds that the variants are chosen by",
-    EARLY_GRADIENTS_PLAN: "On seeds of which the first suggested the variants",
 }
 """What a plan's seeds know of its variants; of other plans nothing."""
 
@@ -58,7 +54,7 @@ class Variant:
     @property
     def changes(self) -> str:
         """In what ``fused`` differs from its defaults ('gradient_format: e5m2'); empty where in nothing."""
-        return _changes(self.runs[0])
+        return self.runs[0].changes
 
     @property
     def losses(self) -> dict[int, float]:
@@ -117,7 +113,7 @@ def variants(records_dir: Path, plan: str) -> list[Variant]:
         return []
     kinds: dict[tuple[str, str, str], list[Run]] = {}
     for run in _of_design((*plan_runs(records_dir, REFERENCES[plan]).runs, *tried), tried[0]):
-        kinds.setdefault((run.recipe, run.record.head, _changes(run)), []).append(run)
+        kinds.setdefault((run.recipe, run.record.head, run.changes), []).append(run)
     found = [Variant(tuple(runs)) for runs in kinds.values()]
     return found if found[0].recipe == "bf16" else []
 
@@ -140,18 +136,7 @@ def designs(records_dir: Path, study: Study) -> list[RunSet]:
 
 def _by_default(like: Run, *groups: Sequence[Run]) -> tuple[Run, ...]:
     of_design = _of_design([run for group in groups for run in group], like)
-    return tuple(run for run in of_design if run.record.head == "bf16" and not _changes(run))
-
-
-def _changes(run: Run) -> str:
-    settings, defaults = recorded_fused(run.record.config), FusedConfig()
-    if settings is None:
-        return ""
-    return "; ".join(f"{name}: {_text(value)}" for name, value in settings if value != getattr(defaults, name))
-
-
-def _text(value: object) -> str:
-    return (", ".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
+    return tuple(run for run in of_design if run.record.head == "bf16" and not run.changes)
 
 
 def _of_design(runs: Sequence[Run], like: Run) -> list[Run]:

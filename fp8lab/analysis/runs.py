@@ -18,7 +18,7 @@ import pandas as pd
 
 from fp8lab import records
 from fp8lab.analysis.comparison import Deviation, Gap
-from fp8lab.config import RECIPES, Head, Recipe
+from fp8lab.config import RECIPES, FusedConfig, Head, Recipe, recorded_fused
 from fp8lab.errors import UserError
 from fp8lab.records import TrainRecord
 from fp8lab.units import listing, unique
@@ -32,6 +32,8 @@ LARGER_PLAN = "125m-h200"
 """A size above the ladder, in another vocabulary."""
 EARLY_PLAN = "early-h200"
 """The first minutes of sizes above those."""
+EARLY_GRADIENTS_PLAN = "early-gradients-h200"
+"""The same with other gradients of ``fused``."""
 SCALING_OUT_PLAN = "scaling-out-h200"
 DEMO_PLAN = "demo"
 DEMO_COMMAND = "fp8lab run runs/plans/demo.yaml"
@@ -75,6 +77,19 @@ class Run:
         head = "-head_fp8" if self.record.head == "fp8" else ""
         return self.record.run.removeprefix(f"{self.size}-{self.recipe}{head}-s{self.record.seed}").removeprefix("-")
 
+    @cached_property
+    def changes(self) -> str:
+        """In what ``fused`` differs from its defaults ('gradient_format: e5m2'); empty where in nothing."""
+        settings, defaults = recorded_fused(self.record.config), FusedConfig()
+        if settings is None:
+            return ""
+        return "; ".join(f"{name}: {_text(value)}" for name, value in settings if value != getattr(defaults, name))
+
+    @property
+    def named(self) -> str:
+        """Its recipe and what differs from that recipe's defaults, as prose has them."""
+        return f"`{self.recipe}` (`{self.changes}`)" if self.changes else f"`{self.recipe}`"
+
     @property
     def kind(self) -> tuple[str, Recipe, Head, int, str]:
         """What it has in common with the runs that differ from it in their seed alone: size to design."""
@@ -85,6 +100,11 @@ class Run:
         """What makes runs of several plans one design; with precision and seed, one training."""
         names = ("model", "tokens", "optimizer", "schedule", "global_batch_tokens", "micro_batch", "mixture")
         return {name: self.record.config[name] for name in names}
+
+    def design_differences(self, other: Run) -> list[str]:
+        """In which of `design_settings` the two differ. A recipe may need memory, so micro-batches may."""
+        settings = other.design_settings.items()
+        return [name for name, value in settings if name != "micro_batch" and value != self.design_settings[name]]
 
     @property
     def tuning(self) -> dict[str, Any]:
@@ -217,10 +237,7 @@ class RunSet:
         """
         value = value or (lambda run: run.validation_loss)
         ours, baseline = (self.where(size=size, recipe=name) for name in (recipe, "bf16"))
-        other = baseline[0].design_settings
-        differing = [name for name, value in ours[0].design_settings.items() if value != other[name]]
-        # A recipe may need memory that another does without.
-        if differing := [name for name in differing if name != "micro_batch"]:
+        if differing := ours[0].design_differences(baseline[0]):
             raise UserError(f"{_name(ours[0])} and {_name(baseline[0])} differ in {listing(differing)}")
         return Gap.by_seed(by_seed(ours, value), by_seed(baseline, value), paired=size in self.paired_sizes)
 
@@ -249,6 +266,10 @@ def by_seed(runs: Iterable[Run], value: Callable[[Run], float]) -> dict[int, flo
             raise UserError(f"{_name(seeds[run.record.seed])} and {_name(run)} differ in nothing but their name")
         seeds[run.record.seed] = run
     return {seed: value(run) for seed, run in seeds.items()}
+
+
+def _text(value: object) -> str:
+    return (", ".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
 
 
 def _name(run: Run) -> str:

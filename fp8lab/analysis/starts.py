@@ -4,13 +4,15 @@ So early a loss falls fast, and a difference in it says little by itself. `Start
 tokens that FP8 takes to the training loss that BF16 had with fewer, at the highest learning rate, since two runs whose
 rates decay at one step cannot be compared at two. The two read different batches by then, so that the tokens are known
 to some percent.
+
+``runs/plans/early-h200.yaml`` trains them, and ``runs/plans/early-gradients-h200.yaml`` the same with one thing of
+``fused``'s gradients changed: `Change` is what that does on one seed.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +20,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from fp8lab.analysis.comparison import Gap
-from fp8lab.analysis.runs import EARLY_PLAN, Run, RunSet, plan_runs
-from fp8lab.config import ScheduleConfig
+from fp8lab.analysis.runs import EARLY_GRADIENTS_PLAN, EARLY_PLAN, Run, RunSet, plan_runs
+from fp8lab.config import RECIPES, ScheduleConfig
 from fp8lab.records import Speed
 from fp8lab.schedule import decay_start, warmup_steps
-from fp8lab.units import listing
+from fp8lab.units import listing, signed
 
 WINDOWS = 12
 """At most so many are made of a run's steps at the highest rate: single batches differ by more than recipes do."""
@@ -31,10 +32,8 @@ WINDOWS = 12
 
 @dataclass(frozen=True)
 class Start:
-    """The first minutes of one size in an FP8 recipe and in BF16: one run of each, of one seed where they share one."""
+    """The first minutes of one size in an FP8 recipe and in BF16: two runs of one seed, on the same batches."""
 
-    gap: Gap
-    """Of the losses in the end, FP8 minus BF16, over all seeds (nats/token)."""
     ours: Run
     baseline: Run
 
@@ -46,9 +45,10 @@ class Start:
     def recipe(self) -> str:
         return self.ours.recipe
 
-    def text(self, unit: str = "nats") -> str:
-        """The gap as prose has it."""
-        return self.gap.text_of(self.recipe, self.size, unit)
+    @property
+    def gap(self) -> float:
+        """Validation loss in the end, FP8 minus BF16 (nats/token)."""
+        return self.ours.validation_loss - self.baseline.validation_loss
 
     @cached_property
     def tokens_to_one_loss(self) -> tuple[float, float] | None:
@@ -96,20 +96,71 @@ class Start:
 
 
 def starts(runs: RunSet) -> list[Start]:
-    """Of every size and FP8 recipe that has BF16 beside it, small sizes first."""
-    found = []
-    for (size, recipe), gap in runs.gaps().items():
-        pairs = itertools.product(runs.where(size=size, recipe=recipe), runs.where(size=size, recipe="bf16"))
-        # Runs of one seed see the same batches in the same order.
-        ours, baseline = min(pairs, key=lambda pair: (pair[0].record.seed != pair[1].record.seed, pair[0].record.seed))
-        found.append(Start(gap, ours, baseline))
-    return found
+    """Every FP8 run that has BF16's of its size, seed and design beside it, small sizes first."""
+    baselines = {(run.size, run.record.seed): run for run in runs.where(recipe="bf16")}
+    pairs = [(run, baselines.get((run.size, run.record.seed))) for run in runs.runs if run.recipe != "bf16"]
+    return [
+        Start(ours, baseline)
+        for ours, baseline in pairs
+        if baseline is not None and not ours.design_differences(baseline)
+    ]
 
 
 def early_runs(records_dir: Path) -> RunSet:
-    """The runs of the first minutes that were made on a GPU; an empty set where none were."""
-    runs = plan_runs(records_dir, EARLY_PLAN)
-    return RunSet(EARLY_PLAN, ()) if runs and runs.toy else runs
+    """The runs of the first minutes that were made on a GPU, those with other gradients too; maybe none."""
+    by_plan = [plan_runs(records_dir, plan) for plan in (EARLY_PLAN, EARLY_GRADIENTS_PLAN)]
+    measured = [runs for runs in by_plan if not (runs and runs.toy)]
+    found = [run for runs in measured for run in runs.runs]
+    return RunSet(
+        EARLY_PLAN,
+        # A recipe by its defaults before what was changed of it.
+        tuple(sorted(found, key=lambda run: (run.parameters, RECIPES.index(run.recipe), run.changes, run.record.seed))),
+        tuple(run for runs in measured for run in runs.unfinished),
+    )
+
+
+def by_setting(begun: Sequence[Start]) -> list[list[Start]]:
+    """Starts that differ in their seed alone, together."""
+    settings: dict[tuple[str, str], list[Start]] = {}
+    for start in begun:
+        settings.setdefault((start.size, start.ours.named), []).append(start)
+    return list(settings.values())
+
+
+def gaps_text(seeds: Sequence[Start], unit: str = "nats") -> str:
+    """The gaps of one setting, as prose has them: '+0.1694 and +0.2635 nats (seeds 2 and 1) with `fused` at 1.5B'.
+
+    Without an interval: so few seeds know none, and tell more one by one.
+    """
+    ranked = sorted(seeds, key=lambda start: start.gap)
+    told = listing([signed(start.gap) for start in ranked])
+    which = listing([str(start.ours.record.seed) for start in ranked])
+    counted = "one seed" if len(ranked) == 1 else f"seeds {which}"
+    return f"{told} {unit} ({counted}) with {ranked[0].ours.named} at {ranked[0].size}"
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a change of a recipe's defaults does to a start: two runs of one seed."""
+
+    changed: Start
+    default: Start
+
+    @property
+    def gap(self) -> float:
+        """Validation loss in the end, changed minus default (nats/token)."""
+        return self.changed.gap - self.default.gap
+
+
+def changes(begun: Sequence[Start]) -> list[Change]:
+    """Every start with other than its recipe's defaults that has one with them beside it."""
+    defaults = {(start.size, start.recipe, start.ours.record.seed): start for start in begun if not start.ours.changes}
+    pairs = [
+        (start, defaults.get((start.size, start.recipe, start.ours.record.seed)))
+        for start in begun
+        if start.ours.changes
+    ]
+    return [Change(changed, default) for changed, default in pairs if default is not None]
 
 
 def diverged(runs: RunSet) -> str:

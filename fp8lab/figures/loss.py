@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from fp8lab.analysis.comparison import EQUIVALENCE_MARGIN, TARGET_HALF_WIDTH
+from fp8lab.analysis.diagnosis import flushed_gradients
 from fp8lab.analysis.losses import MeasuredGap, domain_gaps
 from fp8lab.analysis.runs import Run, RunSet
+from fp8lab.analysis.starts import Start
 from fp8lab.analysis.variance import Line
 from fp8lab.figures.style import (
     NEUTRAL,
@@ -71,18 +74,57 @@ def _with_difference(
             bottom.plot(difference.index / 1e6, difference, **style)
             first = 0 if marked else difference.index.max() / 10
             parted += list(difference[difference.index > first].abs())
-    bottom.axhline(0, color=NEUTRAL, linewidth=0.8)
     if band is not None:
         end = max(run.record.tokens for run in runs.where(size=size)) / 1e6
         bottom.vlines(end, -band, band, color=SLATE, alpha=0.35, linewidth=7)
     top.set_ylabel(f"{quantity} (nats/token)")
-    bottom.set_ylabel("FP8 − BF16\n(nats/token)")
     bottom.set_xlabel("training tokens (millions)")
-    reach = 1.2 * max((*parted, band or 0.0))
-    if reach > 0:
-        bottom.set_ylim(-reach, reach)
+    _scale_difference(bottom, 1.2 * max((*parted, band or 0.0)))
     figure.align_ylabels()
     finish(figure, top, recipes_at(runs, size), runs.toy)
+    return figure
+
+
+def _scale_difference(axes: Axes, reach: float) -> None:
+    axes.axhline(0, color=NEUTRAL, linewidth=0.8)
+    axes.set_ylabel("FP8 − BF16\n(nats/token)")
+    if reach > 0:
+        axes.set_ylim(-reach, reach)
+
+
+def starts(begun: Sequence[Start]) -> Figure:
+    """Training loss in the first minutes of one size, the difference to BF16, and what rounding does to gradients.
+
+    A line a run. The difference is between runs of one seed, so on the same tokens, and drawn to the scale of what
+    follows the first tenth of them. Of gradients it is the share that is flushed to zero, the mean over all Linears:
+    a point a measurement. Runs that changed their recipe's defaults are dashed.
+    """
+    figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(WIDTH, 6.2), sharex=True, height_ratios=(2, 1.2, 1))
+    changed = unique(start.ours.changes for start in begun if start.ours.changes)
+    dashes = {"": "-"} | dict(zip(changed, ((0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2))), strict=False))
+    for run in {start.baseline.record.seed: start.baseline for start in begun}.values():
+        curve = run.training_curve()
+        top.plot(curve.index / 1e6, curve, **line_style(run.recipe))
+    parted: list[float] = []
+    for start in begun:
+        style = line_style(start.recipe) | {"linestyle": dashes.get(start.ours.changes, ":")}
+        curve = start.ours.training_curve()
+        top.plot(curve.index / 1e6, curve, **style)
+        difference = (curve - start.baseline.training_curve()).dropna()
+        middle.plot(difference.index / 1e6, difference, **style)
+        parted += list(difference[difference.index > difference.index.max() / 10].abs())
+        flushed = 100 * flushed_gradients(start.ours)
+        bottom.plot(flushed.index / 1e6, flushed, **style, marker="o", markersize=3)
+    _scale_difference(middle, 1.2 * max(parted, default=0.0))
+    top.set_ylabel("training loss (nats/token)")
+    bottom.set_ylabel("gradients\nflushed to 0 (%)")
+    bottom.set_ylim(bottom=0)
+    bottom.set_xlabel("training tokens (millions)")
+    figure.align_ylabels()
+    shown = {start.ours.changes: start.recipe for start in begun}
+    styles = [line_style(shown[what]) | {"linestyle": dashes.get(what, ":")} for what in changed]
+    others = [Line2D([], [], label=what, **style) for what, style in zip(changed, styles, strict=True)]
+    finish(figure, top, unique(["bf16", *(start.recipe for start in begun)]), toy=False, others=others)
     return figure
 
 

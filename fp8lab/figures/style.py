@@ -77,13 +77,18 @@ def use_style() -> None:
     )
 
 
-def finish(figure: Figure, axes: Axes, recipes: Sequence[str], toy: bool) -> None:
-    """Add the legend of `recipes` above everything and, for the demo's runs, 'toy scale, CPU' above `axes`."""
+def finish(figure: Figure, axes: Axes, recipes: Sequence[str], toy: bool, others: Sequence[Line2D] = ()) -> None:
+    """Add the legend of `recipes` above everything and, for the demo's runs, 'toy scale, CPU' above `axes`.
+
+    Args:
+        others: what the legend names after the recipes.
+    """
     if recipes:
         handles = [
             Line2D([], [], label=recipe, **point_style(recipe), linestyle="-")
             for recipe in sorted(recipes, key=list(RECIPE_COLOURS).index)
         ]
+        handles += others
         figure.legend(
             handles=handles, loc="outside upper left", ncols=3, columnspacing=1.2, handletextpad=0.4, handlelength=1.6
         )

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 from fp8lab.analysis import decision, matched
 from fp8lab.analysis.decision import Matched
+from fp8lab.analysis.diagnosis import flushed_gradients
 from fp8lab.analysis.losses import MeasuredGap, left_out, most_seeds
+from fp8lab.analysis.starts import Change, Start, by_setting, changes, gaps_text
 from fp8lab.analysis.timings import short_device
 from fp8lab.claims import OURS
 from fp8lab.config import MODELS
 from fp8lab.frontpage.evidence import Evidence
-from fp8lab.units import listing, unique
+from fp8lab.units import listing, signed, span, unique
 
 
 def loss_costs(evidence: Evidence) -> str:
@@ -40,17 +42,49 @@ def _listed(gaps: Sequence[MeasuredGap]) -> str:
 
 def starts(evidence: Evidence) -> str:
     """What FP8 does to the first minutes of models larger than those trained to an end."""
-    trained = {row.measured.size for row in evidence.matched}
-    told = [
-        start.text("nats/token")
-        + (f", about {start.token_factor:.2f} times BF16's tokens to one training loss" if start.token_factor else "")
-        for start in evidence.starts
-        if start.size not in trained
-    ]
-    if not told:
+    larger = _larger_starts(evidence)
+    if not larger:
         return evidence.diverged_starts
-    begun = "Of larger models only the first minutes were trained, which say nothing of their end (@tbl-starts)."
-    return f"{begun} FP8 leaves them at {'; '.join(told)}. {evidence.diverged_starts}".strip()
+    told = []
+    for setting in by_setting(larger):
+        factors = [start.token_factor for start in setting if start.token_factor]
+        times = span(factors, 2) if len(factors) > 1 else "".join(f"{factor:.2f}" for factor in factors)
+        told.append(gaps_text(setting, "nats/token") + (f", {times} times" if times else ""))
+    said = [
+        "Of larger models only the first minutes were trained, which say nothing of their end (@tbl-starts). FP8 − "
+        f"BF16 there, and FP8's tokens to one training loss over BF16's: {'; '.join(told)}.",
+        *(_change(change) for change in changes(larger)),
+    ]
+    return " ".join([*said, evidence.diverged_starts]).strip()
+
+
+def gradient_format(evidence: Evidence) -> list[str]:
+    """Of every change of ``fused`` that lowered the loss of a start, and of what rounding did to gradients."""
+    said = []
+    for change in changes(_larger_starts(evidence)):
+        ours, default = (start.ours for start in (change.changed, change.default))
+        flushed, before = flushed_gradients(ours), flushed_gradients(default)
+        if change.gap < 0 and len(flushed) and len(before):
+            said.append(
+                f"{_change(change).removesuffix('.')}: it flushes at most {flushed.max():.1%} of its gradients to zero "
+                f"there, the mean of all Linears, by its defaults {before.max():.1%} "
+                f"(@fig-start-{ours.size.lower().replace('.', '-')}). Until more pairs say otherwise it is the safer "
+                "choice for models of that size."
+            )
+    return said
+
+
+def _change(change: Change) -> str:
+    ours = change.changed.ours
+    return (
+        f"On seed {ours.record.seed} of {ours.size} {ours.named} ends {signed(change.gap)} nats/token from "
+        f"`{ours.recipe}` by its defaults."
+    )
+
+
+def _larger_starts(evidence: Evidence) -> list[Start]:
+    trained = {row.measured.size for row in evidence.matched}
+    return [start for start in evidence.starts if start.size not in trained]
 
 
 def speed_at_matched_loss(evidence: Evidence) -> str:

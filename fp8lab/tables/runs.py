@@ -11,7 +11,7 @@ from fp8lab.analysis.runs import Run, RunSet
 from fp8lab.analysis.starts import Start
 from fp8lab.config import ModelConfig, Recipe, parameter_count
 from fp8lab.plan import Plan
-from fp8lab.units import number, scientific, signed
+from fp8lab.units import number, scientific, signed, unique
 
 
 def run_table(runs: RunSet) -> pd.DataFrame:
@@ -50,34 +50,44 @@ def parameter_conventions(runs: RunSet) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def starts(compared: Sequence[Start]) -> pd.DataFrame:
-    """The first minutes of larger models: a row a recipe, those in FP8 below the BF16 that they stand beside."""
-    rows: dict[tuple[str, str], dict[str, str]] = {}
-    for start in compared:
-        rows.setdefault((start.size, "bf16"), _start_row(start.baseline, start.gap.baseline))
-        row = _start_row(start.ours, start.gap.baseline + start.gap.mean)
-        row["− BF16"] = signed(start.gap.mean)
-        if start.token_factor:
-            row["tokens, × BF16"] = f"{start.token_factor:.2f}"
-        for column, ratio in (("tokens/s", start.speed_ratio), ("GiB", start.memory_ratio)):
-            row[column] += f" ({ratio:.2f})" if ratio else ""
-        rows[start.size, start.recipe] = row
-    return pd.DataFrame(rows.values())
+def starts(begun: Sequence[Start]) -> pd.DataFrame:
+    """The first minutes of larger models: a row a run, those in FP8 below the BF16 runs that they stand beside.
+
+    Columns: as they are called; where some runs changed their recipe's defaults, what they changed.
+    """
+    varied = any(start.ours.changes for start in begun)
+    rows = []
+    for size in unique(start.size for start in begun):
+        at_size = [start for start in begun if start.size == size]
+        baselines = {start.baseline.record.seed: start.baseline for start in at_size}
+        rows += [_start_row(baselines[seed], varied) for seed in sorted(baselines)]
+        for start in at_size:
+            row = _start_row(start.ours, varied) | {"− BF16": signed(start.gap)}
+            if start.token_factor:
+                row["tokens, × BF16"] = f"{start.token_factor:.2f}"
+            for column, ratio in (("tokens/s", start.speed_ratio), ("GiB", start.memory_ratio)):
+                row[column] += f" ({ratio:.2f})" if ratio else ""
+            rows.append(row)
+    return pd.DataFrame(rows)
 
 
-def _start_row(run: Run, loss: float) -> dict[str, str]:
+def _start_row(run: Run, varied: bool) -> dict[str, str]:
     speed = run.record.speed
     rate, peak = (speed.tokens_per_second_median, speed.peak_memory_bytes) if speed else (None, None)
-    return {
-        "model": run.size,
-        "recipe": run.recipe,
-        "tokens": number(run.record.tokens),
-        "loss (nats/token)": f"{loss:.4f}",
-        "− BF16": "–",
-        "tokens, × BF16": "–",
-        "tokens/s": number(rate) if rate else "–",
-        "GiB": f"{peak / 2**30:.1f}" if peak else "–",
-    }
+    changed = {"changed": run.changes or "–"} if varied else {}
+    return (
+        {"model": run.size, "recipe": run.recipe}
+        | changed
+        | {
+            "seed": str(run.record.seed),
+            "tokens": number(run.record.tokens),
+            "loss (nats/token)": f"{run.validation_loss:.4f}",
+            "− BF16": "–",
+            "tokens, × BF16": "–",
+            "tokens/s": number(rate) if rate else "–",
+            "GiB": f"{peak / 2**30:.1f}" if peak else "–",
+        }
+    )
 
 
 def _fp8_recipes(runs: RunSet) -> list[Recipe]:

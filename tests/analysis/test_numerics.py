@@ -160,7 +160,7 @@ def test_what_a_record_does_not_say_is_how_fused_was_then_whatever_its_defaults_
         path.write_text(json.dumps(values))
     assert ("fused", "") in named(numerics.variants(records_dir, "numerics-h200"))
     later = FusedConfig.model_construct(**FusedConfig().model_dump() | {"history": 4})
-    monkeypatch.setattr(numerics, "FusedConfig", lambda: later)
+    monkeypatch.setattr("fp8lab.analysis.runs.FusedConfig", lambda: later)
     assert ("fused", "history: 16") in named(numerics.variants(records_dir, "numerics-h200"))
 
 

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8lab import figures, records, tables
-from fp8lab.analysis import starts
+from fp8lab.analysis import diagnosis, starts
 from fp8lab.config import Recipe, ScheduleConfig
 from fp8lab.frontpage import Evidence, lead
 from fp8lab.schedule import decay_start
-from tests.fixtures import SIZES, STEPS, write_early_records, write_run
+from fp8lab.units import signed
+from tests.fixtures import SIZES, STEPS, write_early_change, write_early_records, write_run
 
 WARM, STABLE_END = 6, decay_start(ScheduleConfig(kind="wsd", decay_fraction=0.2), STEPS)
 
@@ -37,7 +38,7 @@ def write_start(root: Path, recipe: Recipe, delay: float, slope: float = 1.3) ->
 
 
 def only_start(root: Path) -> starts.Start:
-    (start,) = starts.starts(starts.early_runs(root))
+    (start,) = (start for start in starts.starts(starts.early_runs(root)) if not start.ours.changes)
     return start
 
 
@@ -84,30 +85,81 @@ def test_a_loss_that_one_run_had_before_its_first_window_gives_no_factor(tmp_pat
     assert tables.runs.starts([start]).iloc[1]["tokens, × BF16"] == "–"
 
 
-def test_losses_of_several_seeds_differ_by_the_gap_beside_them(tmp_path: Path) -> None:
-    for recipe, seed in (("bf16", 1), ("bf16", 2), ("fused", 1), ("tensorwise", 2)):
+def test_every_run_stands_beside_bf16_of_its_own_seed(tmp_path: Path) -> None:
+    for recipe, seed in (("bf16", 1), ("bf16", 2), ("fused", 1), ("fused", 2), ("tensorwise", 2), ("fused", 3)):
         write_run(tmp_path, "early-h200", SIZES[0], recipe, seed=seed, budget=1, device_name="NVIDIA H200")
-    table = tables.runs.starts(starts.starts(starts.early_runs(tmp_path))).set_index("recipe")
-    assert list(table.index) == ["bf16", "tensorwise", "fused"]
+    begun = starts.starts(starts.early_runs(tmp_path))
+    table = tables.runs.starts(begun).set_index(["recipe", "seed"])
+    assert list(table.index) == [("bf16", "1"), ("bf16", "2"), ("tensorwise", "2"), ("fused", "1"), ("fused", "2")]
     losses = table["loss (nats/token)"].astype(float)
-    for recipe in ("tensorwise", "fused"):
-        assert losses[recipe] - losses["bf16"] == pytest.approx(float(table["− BF16"][recipe]), abs=1.5e-4)
+    assert losses["bf16", "1"] != losses["bf16", "2"]
+    for recipe, seed in (("tensorwise", "2"), ("fused", "1"), ("fused", "2")):
+        gap = float(table["− BF16"][recipe, seed].replace("−", "-"))
+        assert losses[recipe, seed] - losses["bf16", seed] == pytest.approx(gap, abs=1.5e-4)
+    _, fused = starts.by_setting(begun)
+    low, high = sorted(start.gap for start in fused)
+    which = " and ".join(str(start.ours.record.seed) for start in sorted(fused, key=lambda start: start.gap))
+    said = f"{signed(low)} and {signed(high)} nats (seeds {which}) with `fused` at 0.4M"
+    assert starts.gaps_text(fused) == said
+
+
+def test_a_change_of_a_recipe_is_compared_with_its_defaults_on_the_same_seed(tmp_path: Path) -> None:
+    for recipe, seed in (("bf16", 1), ("bf16", 2), ("fused", 1), ("fused", 2)):
+        write_run(tmp_path, "early-h200", SIZES[0], recipe, seed=seed, budget=1, device_name="NVIDIA H200")
+    for seed in (2, 3):
+        write_early_change(tmp_path, SIZES[0], "e5m2", {"gradient_format": "e5m2"}, seed=seed)
+    begun = starts.starts(starts.early_runs(tmp_path))
+    (change,) = starts.changes(begun)
+    ends = {
+        path.parent.name: json.loads(path.read_text())["final"]["validation_loss"]
+        for path in tmp_path.glob("early-*/*/record.json")
+    }
+    assert change.gap == pytest.approx(ends["0.4M-fused-s2-e5m2"] - ends["0.4M-fused-s2"])
+    assert change.gap < 0
+    table = tables.runs.starts(begun)
+    assert list(table["changed"]) == ["–"] * 4 + ["gradient_format: e5m2"]
+    assert starts.gaps_text([change.changed]).endswith("(one seed) with `fused` (`gradient_format: e5m2`) at 0.4M")
+    lines = figures.loss.starts(begun).axes[1].get_lines()
+    assert [line.get_linestyle() for line in lines if len(line.get_xdata()) > 2] == ["-", "-", "--"]
+
+
+def test_a_run_of_another_design_is_no_start_beside_these(tmp_path: Path) -> None:
+    for recipe in ("bf16", "fused"):
+        write_run(tmp_path, "early-h200", SIZES[0], recipe, budget=1, device_name="NVIDIA H200")
+    path = write_early_change(tmp_path, SIZES[0], "e5m2", {"gradient_format": "e5m2"}) / "record.json"
+    record = json.loads(path.read_text())
+    record["config"]["optimizer"]["peak_learning_rate"] /= 2
+    path.write_text(json.dumps(record))
+    assert [start.ours.named for start in starts.starts(starts.early_runs(tmp_path))] == ["`fused`"]
+
+
+def test_the_share_of_gradients_flushed_is_the_mean_over_linears_at_each_measurement(tmp_path: Path) -> None:
+    run = records.read(write_run(tmp_path, "early-h200", SIZES[0], "fused", budget=1, device_name="NVIDIA H200"))
+    folder = tmp_path / "early-h200" / run.run
+    table = records.read_table(folder, "health")
+    first = table["step"].min()
+    gradients = table["tensor"] == "grad_output"
+    table.loc[gradients, "underflow_fraction"] = 0.25
+    layers = table.loc[gradients & (table["step"] == first), "layer"]
+    table.loc[gradients & (table["step"] == first) & (table["layer"] == layers.iloc[0]), "underflow_fraction"] = 1.0
+    table.loc[~gradients, "underflow_fraction"] = 0.9
+    records.write_table(folder, "health", table)
+    (early,) = starts.early_runs(tmp_path).runs
+    flushed = diagnosis.flushed_gradients(early)
+    assert flushed.iloc[0] == pytest.approx(0.25 + 0.75 / len(layers))
+    assert flushed.iloc[1:].to_numpy() == pytest.approx(0.25)
+    assert flushed.index[0] == first * early.record.global_batch_tokens
 
 
 def test_a_start_that_diverged_is_named_though_nothing_is_left_to_compare(tmp_path: Path) -> None:
     write_early_records(tmp_path)
-    (path,) = tmp_path.glob("early-h200/*-fused-*/record.json")
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"status": "diverged", "reason": "loss is NaN", "final": None}))
+    lost = []
+    for path in sorted(tmp_path.glob("early-*/*-fused-*/record.json"), reverse=True):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"status": "diverged", "reason": "loss is NaN", "final": None}))
+        lost.append(record["run"])
     assert starts.starts(starts.early_runs(tmp_path)) == []
-    assert f"Diverged and in no gap: `{record['run']}`." in lead(Evidence.read(tmp_path))
-
-
-def test_runs_of_one_seed_stand_beside_each_other_where_there_are_such(tmp_path: Path) -> None:
-    for recipe, seed in (("bf16", 1), ("bf16", 3), ("bf16", 2), ("fused", 3), ("fused", 2)):
-        write_run(tmp_path, "early-h200", SIZES[0], recipe, seed=seed, budget=1, device_name="NVIDIA H200")
-    start = only_start(tmp_path)
-    assert (start.ours.record.seed, start.baseline.record.seed) == (2, 2)
+    assert f"Diverged and in no gap: `{lost[0]}` and `{lost[1]}`." in lead(Evidence.read(tmp_path))
 
 
 def test_a_jump_in_the_first_steps_does_not_flatten_what_follows(tmp_path: Path) -> None:
@@ -119,9 +171,9 @@ def test_a_jump_in_the_first_steps_does_not_flatten_what_follows(tmp_path: Path)
         table.loc[table["step"] <= WARM, "loss"] = 9.0
         table.loc[(table["step"] == 2) & ("fused" in recipe_folder.name), "loss"] = 13.0
         records.write_table(recipe_folder, "metrics", table)
-    bottom = figures.loss.loss_curves(starts.early_runs(tmp_path), SIZES[0].name).axes[1]
+    difference = figures.loss.starts(starts.starts(starts.early_runs(tmp_path))).axes[1]
     apart = 1.3 * math.log(1.1)
-    assert apart < bottom.get_ylim()[1] < 1.5 * apart
+    assert apart < difference.get_ylim()[1] < 1.5 * apart
 
 
 def test_a_cosine_has_no_steps_at_its_highest_rate_to_compare(tmp_path: Path) -> None:
@@ -169,11 +221,11 @@ def test_the_first_page_says_what_fp8_does_to_a_start_and_nothing_where_none_was
     write_start(tmp_path, "bf16", 1)
     write_start(tmp_path, "fused", 1.25)
     said = lead(Evidence.read(tmp_path))
-    gap = only_start(tmp_path).gap
+    start = only_start(tmp_path)
     losses = {path.parent.name.split("-")[1]: path for path in tmp_path.glob("early-h200/*/record.json")}
     ends = {recipe: json.loads(path.read_text())["final"]["validation_loss"] for recipe, path in losses.items()}
-    assert gap.mean == pytest.approx(ends["fused"] - ends["bf16"])
-    assert f"{gap.text('nats/token')} with `fused` at 0.4M, about 1.25 times BF16's tokens" in said
+    assert start.gap == pytest.approx(ends["fused"] - ends["bf16"])
+    assert f"{signed(start.gap)} nats/token (one seed) with `fused` at 0.4M, about 1.25 times BF16's tokens" in said
 
 
 def test_a_start_on_a_cpu_is_no_measurement(tmp_path: Path) -> None:
