@@ -89,15 +89,16 @@ def test_contestants_start_from_the_same_weights_and_batches(tmp_path) -> None:
         assert contestants[name]["warmup_losses"] != exact
 
 
-def test_the_precise_variant_adds_up_its_weight_gradients_alone_in_fp32() -> None:
+def test_variants_of_fused_change_what_their_names_say_and_nothing_else() -> None:
     weights = GPT(ModelConfig(**TINY))
     settings = {}
-    for recipe in ("fused", "fused_precise"):
+    for recipe in ("fused", "fused_precise", "fused_e5m2"):
         model, _ = contestants.build(weights, contestants.Contestant(recipe=recipe))
         assert model.fp8_state.settings == contestants.fused_settings(contestants.Contestant(recipe=recipe))
         settings[recipe] = model.fp8_state.settings
     assert settings["fused"] == FusedConfig()
     assert settings["fused_precise"] == FusedConfig(fast_accumulation=("output", "grad_input"))
+    assert settings["fused_e5m2"] == FusedConfig(gradient_format="e5m2")
 
 
 def test_a_budget_ends_a_plan_early_and_says_so(tmp_path) -> None:

@@ -22,7 +22,7 @@ from fp8lab.units import listing, unique
 
 BF16_CONTESTANTS = ("bf16", "te_bf16")
 """What is timed in BF16: ours, and Transformer Engine's. FP8 is held against the faster of the two."""
-ON_OUR_KERNELS = ("fused", "fused_precise")
+ON_OUR_KERNELS = ("fused", "fused_precise", "fused_e5m2")
 """Recipes that run on this project's kernels, which change: an occasion with older ones tells nothing of them now."""
 BUSY = 0.9
 """Share of a step from which on the GPU counts as working through it; below, it waits for the host to queue kernels."""

@@ -27,6 +27,7 @@ RECIPE_COLOURS: dict[str, str] = {
     "fused": "#009E73",
     "tensorwise_fast": "#8C3B00",
     "fused_precise": "#00664D",
+    "fused_e5m2": "#7FC97F",
     "te_bf16": "#56B4E9",
     "te_current": "#7A7A7A",
     "te_delayed": "#000000",
@@ -35,7 +36,7 @@ RECIPE_COLOURS: dict[str, str] = {
 """Colour of each precision; peers of the speed measurements have theirs too."""
 
 
-RECIPE_MARKERS: dict[str, str] = dict(zip(RECIPE_COLOURS, "osD^vXP<*ph", strict=True))
+RECIPE_MARKERS: dict[str, str] = dict(zip(RECIPE_COLOURS, "osD^vXPd<*ph", strict=True))
 """Marker of each precision: colour is never the only sign."""
 
 

@@ -2,7 +2,7 @@
 
 Two recipes have a variant that differs in how GEMMs add up (see `fp8lab.precision`), to tell what that is worth:
 ``tensorwise_fast`` keeps the sums of all three in the tensor cores, as ``fused`` does, and ``fused_precise`` adds up
-those of weight gradients in FP32.
+those of weight gradients in FP32. ``fused_e5m2`` has its gradients in E5M2.
 
 Peers are other projects' FP8 (Transformer Engine, nanochat), swapped into the same model by a module in
 ``runs/peers/``. Such a module is loaded only when a plan names its recipe.
@@ -30,7 +30,11 @@ PEERS = {
     "nanochat": "nanochat_adapter",
 }
 """Names of peers in plans and records, and the module in ``runs/peers/`` that converts a model to each."""
-_PRECISE = FusedConfig(fast_accumulation=("output", "grad_input"))
+_FUSED = {
+    "fused": FusedConfig(),
+    "fused_precise": FusedConfig(fast_accumulation=("output", "grad_input")),
+    "fused_e5m2": FusedConfig(gradient_format="e5m2"),
+}
 PEERS_DIR = Path(__file__).parents[2] / "runs" / "peers"
 
 
@@ -53,7 +57,7 @@ def build(weights: GPT, contestant: Contestant) -> tuple[GPT, str | None]:
 
 def fused_settings(contestant: Contestant) -> FusedConfig | None:
     """How this project's blocks compute in a contestant that has them: for the record, where a name may not last."""
-    return {"fused": FusedConfig(), "fused_precise": _PRECISE}.get(contestant.recipe)
+    return _FUSED.get(contestant.recipe)
 
 
 def initialised(config: ModelConfig, seed: int, device: torch.device) -> GPT:

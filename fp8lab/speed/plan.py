@@ -14,7 +14,10 @@ from fp8lab.config import Config, Head, Mixture, ModelConfig, Name, NamedModel, 
 class Contestant(Config):
     """One recipe in the comparison."""
 
-    recipe: Recipe | Literal["tensorwise_fast", "fused_precise", "te_bf16", "te_current", "te_delayed", "nanochat"]
+    recipe: (
+        Recipe
+        | Literal["tensorwise_fast", "fused_precise", "fused_e5m2", "te_bf16", "te_current", "te_delayed", "nanochat"]
+    )
     """A recipe of `fp8lab.precision`; or a variant of one or a peer (`fp8lab.speed.contestants`)."""
     head: Head = "bf16"
     """Precision of the output head's GEMMs."""
