@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 
 def number(value: float) -> str:
     """A count with the suffix that suits it: 1.2M, 350M, 30B."""
@@ -32,6 +34,11 @@ def span(values: Iterable[float], digits: int) -> str:
     """From the lowest to the highest, true minus included: 0.43 to 1.20."""
     ordered = sorted(values)
     return f"{ordered[0]:.{digits}f} to {ordered[-1]:.{digits}f}".replace("-", "−")
+
+
+def small_percent(share: float) -> str:
+    """A share that may be tiny, as a percentage with two digits that count: 38%, 0.4%, 0.000042%; 0 for none."""
+    return "0" if share == 0 else f"{np.format_float_positional(100 * share, 2, fractional=False, trim='-')}%"
 
 
 def p_value(value: float) -> str:

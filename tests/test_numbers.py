@@ -56,11 +56,11 @@ FILES = {
 """The kinds of record, and the tables beside them: the file that holds each."""
 
 DISPLAYS: dict[str, tuple[str, str]] = {
-    "index 3": ("eval metrics speed steps train", "2"),
+    "index 3": ("eval metrics speed steps train", "1 2"),
     "fig-switch": ("steps train", ""),
     "index 4": ("speed steps train", ""),
     "tbl-switch": ("steps", "1 16 20 32 64"),
-    "index 6": ("speed steps train", "2 256 256, 512 512, 768, 8,192 20"),
+    "index 6": ("health speed steps train", "1 2 256 256, 512 512, 768, 8,192 20"),
     "tbl-scoreboard": ("eval steps train", "0 2 20 3 4 5 8"),
     "tbl-conversion": ("", "1 4"),
     "approach 3": ("", "16"),

@@ -5,7 +5,7 @@ Every clause has its condition: other records, other words. What the records can
 
 from fp8lab.frontpage.conclusions import conclusions
 from fp8lab.frontpage.evidence import Evidence
-from fp8lab.frontpage.lead import lead, setting
+from fp8lab.frontpage.lead import costs, lead, setting
 from fp8lab.frontpage.scoreboard import VERDICTS, scoreboard
 
-__all__ = ["VERDICTS", "Evidence", "conclusions", "lead", "scoreboard", "setting"]
+__all__ = ["VERDICTS", "Evidence", "conclusions", "costs", "lead", "scoreboard", "setting"]

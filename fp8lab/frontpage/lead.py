@@ -1,4 +1,4 @@
-"""The first two paragraphs: the answer, and what it rests on."""
+"""The first three paragraphs: the answer, what it rests on, and what is less certain of the cost in loss."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ from fp8lab.analysis.timings import BUSY, short_device
 from fp8lab.article import scale_note
 from fp8lab.claims import OURS
 from fp8lab.frontpage.evidence import Evidence
-from fp8lab.frontpage.loss import loss_costs, speed_at_matched_loss, starts
+from fp8lab.frontpage.loss import clear_costs, speed_at_matched_loss, starts, unclear_costs
 from fp8lab.frontpage.payoff import span, times, where, widths_by_tokens
 from fp8lab.units import listing, unique
 
 
 def lead(evidence: Evidence) -> str:
     """The first paragraph: which recipe pays at which widths, and which never; what is contradicted; the loss."""
-    costs = (loss_costs(evidence), speed_at_matched_loss(evidence), starts(evidence))
-    return " ".join(part for part in (_answer(evidence), _contradictions(evidence), *costs) if part)
+    loss = clear_costs(evidence) or unclear_costs(evidence)
+    return " ".join(part for part in (_answer(evidence), _contradictions(evidence), loss) if part)
+
+
+def costs(evidence: Evidence) -> str:
+    """The third paragraph, maybe empty: what is left of the loss, what the speed is worth, how larger models start."""
+    rest = unclear_costs(evidence) if clear_costs(evidence) else ""
+    return " ".join(part for part in (rest, speed_at_matched_loss(evidence), starts(evidence)) if part)
 
 
 def _answer(evidence: Evidence) -> str:

@@ -13,22 +13,32 @@ from fp8lab.analysis.timings import short_device
 from fp8lab.claims import OURS
 from fp8lab.config import MODELS
 from fp8lab.frontpage.evidence import Evidence
-from fp8lab.units import listing, signed, span, unique
+from fp8lab.units import listing, signed, small_percent, span, unique
 
 
 def loss_costs(evidence: Evidence) -> str:
     """What is known of the cost in loss, of each recipe at its size with most seeds."""
+    return f"{clear_costs(evidence)} {unclear_costs(evidence)}".strip()
+
+
+def clear_costs(evidence: Evidence) -> str:
+    """Of `loss_costs` what seeds leave no doubt about."""
     telling = most_seeds([row.measured for row in evidence.matched])
-    if not telling:
-        return ""
-    unclear = [measured for measured in telling if not _excludes_zero(measured)]
     said = []
     for raised, which in ((True, "higher"), (False, "lower")):
         clear = [one for one in telling if _excludes_zero(one) and (one.gap.mean > 0) == raised]
         if clear:
             said.append(f"FP8 ends at a {which} loss, by 95% intervals that exclude zero: {_listed(clear)}.")
-    if unclear:
-        said.append(f"What FP8 costs in loss these runs cannot tell from nothing: {_listed(unclear)}.")
+    return " ".join(said)
+
+
+def unclear_costs(evidence: Evidence) -> str:
+    """The rest of it, and the runs that are in no gap."""
+    telling = most_seeds([row.measured for row in evidence.matched])
+    if not telling:
+        return ""
+    unclear = [measured for measured in telling if not _excludes_zero(measured)]
+    said = [f"What FP8 costs in loss these runs cannot tell from nothing: {_listed(unclear)}."] if unclear else []
     return " ".join([*said, left_out(telling)]).strip()
 
 
@@ -65,11 +75,11 @@ def gradient_format(evidence: Evidence) -> list[str]:
         ours, default = (start.ours for start in (change.changed, change.default))
         flushed, before = flushed_gradients(ours), flushed_gradients(default)
         if change.gap < 0 and len(flushed) and len(before):
+            share, before_share = small_percent(flushed.max()), small_percent(before.max())
             said.append(
-                f"{_change(change).removesuffix('.')}: it flushes at most {flushed.max():.1%} of its gradients to zero "
-                f"there, the mean of all Linears, by its defaults {before.max():.1%} "
-                f"(@fig-start-{ours.size.lower().replace('.', '-')}). Until more pairs say otherwise it is the safer "
-                "choice for models of that size."
+                f"{_change(change).removesuffix('.')}: it flushes at most {share} of its gradients to zero there, the mean "
+                f"of all Linears, by its defaults {before_share} (@fig-start-{ours.size.lower().replace('.', '-')}). "
+                "Until more pairs say otherwise it is the safer choice for models of that size."
             )
     return said
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 
 from fp8lab.analysis import diagnosis, trouble
 from fp8lab.analysis.runs import Run, RunSet
-from fp8lab.units import ranges, span
+from fp8lab.units import ranges, small_percent, span
 
 
 def spikes(plans: Sequence[RunSet]) -> pd.DataFrame:
@@ -53,8 +52,8 @@ def health(runs: Sequence[Run]) -> pd.DataFrame:
                     "recipe": run.recipe,
                     "Linear": str(kind).rpartition(".")[2],
                     "operand": tensor,
-                    "underflow": _small_share(group["underflow_fraction"].max()),
-                    "saturation": _small_share(group["saturation_fraction"].max()),
+                    "underflow": small_percent(group["underflow_fraction"].max()),
+                    "saturation": small_percent(group["saturation_fraction"].max()),
                     "SQNR (dB)": f"{group['sqnr_db'].min():.1f}",
                     "largest amax, × first": f"{growth:.2f}",
                 }
@@ -69,7 +68,7 @@ def rounding_losses(runs: Sequence[Run]) -> pd.DataFrame:
         found = diagnosis.violations(run)
         for (kind, tensor, reason), group in found.groupby(["kind", "tensor", "reason"], observed=True, sort=False):
             values = group[diagnosis.COLUMN_OF[str(reason)]]
-            worst = f"{values.min():.1f} dB" if reason == "SQNR" else _small_share(values.max())
+            worst = f"{values.min():.1f} dB" if reason == "SQNR" else small_percent(values.max())
             rows.append(
                 {
                     "recipe": run.recipe,
@@ -103,10 +102,10 @@ def underflow_by_size(runs: RunSet) -> pd.DataFrame:
                 | ({"changed": run.changes or "–"} if varied else {})
                 | {
                     "model": run.size,
-                    "gradients, most": _small_share(gradients["underflow_fraction"].max()),
-                    "gradients, middle": _small_share(gradients["underflow_fraction"].median()),
+                    "gradients, most": small_percent(gradients["underflow_fraction"].max()),
+                    "gradients, middle": small_percent(gradients["underflow_fraction"].median()),
                     "octaves unused": _octaves(gradients["unused_octaves"].dropna()),
-                    "inputs, most": _small_share(inputs["underflow_fraction"].max()),
+                    "inputs, most": small_percent(inputs["underflow_fraction"].max()),
                     "SQNR (dB)": f"{gradients['sqnr_db'].min():.1f}",
                 }
             )
@@ -116,8 +115,3 @@ def underflow_by_size(runs: RunSet) -> pd.DataFrame:
 def _octaves(unused: pd.Series) -> str:
     """From the middle to the most."""
     return span((unused.median(), unused.max()), 1) if len(unused) else "–"
-
-
-def _small_share(value: float) -> str:
-    """0, or a percentage with two digits that count."""
-    return "0" if value == 0 else f"{np.format_float_positional(100 * value, 2, fractional=False, trim='-')}%"

@@ -269,7 +269,7 @@ def test_the_first_page_leads_with_speed_the_claim_and_the_loss(tmp_path: Path) 
     assert "*FP8 trains 40% faster at 1.5B.* torchao's fastest recipe as it ships" in lead
     assert "second occasion" not in lead
     assert "FP8 ends at a higher loss, by 95% intervals that exclude zero: +" in lead
-    assert "untested" in lead
+    assert "untested" in frontpage.costs(evidence)
     verdicts = re.findall(r"^\|[^|]+\| \*\*(\w+)\*\*", frontpage.scoreboard(evidence.findings), re.MULTILINE)
     assert verdicts == sorted(verdicts, key=frontpage.VERDICTS.index)
     assert verdicts[0] == "contradicted"
@@ -372,38 +372,53 @@ def write_pairs(records_dir: Path, plan: str, model: ModelConfig, budget: float)
 def test_an_unknown_slope_is_why_the_speed_at_matched_loss_is_untested(tmp_path: Path) -> None:
     write_pairs(tmp_path, "125m-h200", MODELS["125M"], budget=5)
     write_speed_records(tmp_path)
-    lead = frontpage.lead(frontpage.Evidence.read(tmp_path))
+    costs = frontpage.costs(frontpage.Evidence.read(tmp_path))
     assert (
-        "At the end of a training the loss falls too little, or by an unknown amount, at 125M, so the speed-up" in lead
+        "At the end of a training the loss falls too little, or by an unknown amount, at 125M, so the speed-up" in costs
     )
-    assert "by the published law, the lower end" in lead
+    assert "by the published law, the lower end" in costs
 
 
 def test_a_speed_at_matched_loss_says_what_leaves_it_without_an_interval(tmp_path: Path) -> None:
     write_pairs(tmp_path, "article", MODELS["350M"], budget=20)
     write_speed_records(tmp_path)
     evidence = frontpage.Evidence.read(tmp_path)
-    lead = frontpage.lead(evidence)
+    costs = frontpage.costs(evidence)
     (row,) = evidence.matched
     assert row.speedup is not None
-    assert f"At matched loss `fused` is {row.speedup.text()} times as fast as BF16 at 350M" in lead
-    assert "(@tbl-matched; without an interval: a slope by the published law alone)" in lead
-    assert "untested" not in lead
+    assert f"At matched loss `fused` is {row.speedup.text()} times as fast as BF16 at 350M" in costs
+    assert "(@tbl-matched; without an interval: a slope by the published law alone)" in costs
+    assert "untested" not in costs
 
 
 def test_the_law_that_prices_a_speed_is_named(tmp_path: Path) -> None:
     write_speed_records(tmp_path)
     own = replace(slopes.PUBLISHED_LAW, source="law of ladder-h200")
-    lead = frontpage.lead(replace(frontpage.Evidence.read(tmp_path), laws=[own, slopes.PUBLISHED_LAW]))
-    assert "No size was both timed and trained in the same FP8 recipe, so" in lead
-    assert "by the law of ladder-h200, the lower end of the speed of `fused` at 1.5B" in lead
+    costs = frontpage.costs(replace(frontpage.Evidence.read(tmp_path), laws=[own, slopes.PUBLISHED_LAW]))
+    assert "No size was both timed and trained in the same FP8 recipe, so" in costs
+    assert "by the law of ladder-h200, the lower end of the speed of `fused` at 1.5B" in costs
 
 
 def test_one_seed_is_called_one_seed(tmp_path: Path) -> None:
     for recipe in ("bf16", "fused"):
         write_run(tmp_path, "pilot-h200", SIZES[0], recipe, device_name="NVIDIA H200")
-    lead = frontpage.lead(frontpage.Evidence.read(tmp_path))
-    assert re.search(r"cannot tell from nothing: \S+ nats/token \(one seed\) with `fused` at 0.4M", lead)
+    evidence = frontpage.Evidence.read(tmp_path)
+    known = re.compile(r"cannot tell from nothing: \S+ nats/token \(one seed\) with `fused` at 0.4M")
+    assert known.search(frontpage.lead(evidence))
+    assert not known.search(frontpage.costs(evidence)), "said once"
+
+
+def test_what_seeds_leave_open_follows_where_the_first_paragraph_has_what_they_settle(tmp_path: Path) -> None:
+    for seed in (1, 2, 3, 4):
+        for recipe, loss in (("bf16", 3.0), ("fused", 3.2)):
+            loss += 0.001 * seed
+            write_run(tmp_path, "pilot-h200", SIZES[0], recipe, seed=seed, final_loss=loss, device_name="NVIDIA H200")
+    write_run(tmp_path, "pilot-h200", SIZES[0], "rowwise", final_loss=3.05, device_name="NVIDIA H200")
+    evidence = frontpage.Evidence.read(tmp_path)
+    assert "higher loss, by 95% intervals that exclude zero: +0.19" in frontpage.lead(evidence)
+    assert "rowwise" not in frontpage.lead(evidence)
+    assert "cannot tell from nothing: +0.0" in frontpage.costs(evidence)
+    assert "with `rowwise` at 0.4M" in frontpage.costs(evidence)
 
 
 def test_each_device_has_figures_of_its_own_and_a_claim_points_to_those_that_it_rests_on(tmp_path: Path) -> None:

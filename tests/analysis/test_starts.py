@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from fp8lab import figures, records, tables
 from fp8lab.analysis import diagnosis, starts
 from fp8lab.config import Recipe, ScheduleConfig
-from fp8lab.frontpage import Evidence, lead
+from fp8lab.frontpage import Evidence, conclusions, costs
 from fp8lab.schedule import decay_start
-from fp8lab.units import signed
+from fp8lab.units import signed, small_percent
 from tests.fixtures import SIZES, STEPS, write_early_change, write_early_records, write_run
 
 WARM, STABLE_END = 6, decay_start(ScheduleConfig(kind="wsd", decay_fraction=0.2), STEPS)
@@ -159,7 +159,7 @@ def test_a_start_that_diverged_is_named_though_nothing_is_left_to_compare(tmp_pa
         path.write_text(json.dumps(record | {"status": "diverged", "reason": "loss is NaN", "final": None}))
         lost.append(record["run"])
     assert starts.starts(starts.early_runs(tmp_path)) == []
-    assert f"Diverged and in no gap: `{lost[0]}` and `{lost[1]}`." in lead(Evidence.read(tmp_path))
+    assert f"Diverged and in no gap: `{lost[0]}` and `{lost[1]}`." in costs(Evidence.read(tmp_path))
 
 
 def test_a_jump_in_the_first_steps_does_not_flatten_what_follows(tmp_path: Path) -> None:
@@ -217,15 +217,44 @@ def test_speed_and_memory_are_compared_between_runs_that_had_a_gpu_of_one_kind_t
 
 def test_the_first_page_says_what_fp8_does_to_a_start_and_nothing_where_none_was_trained(tmp_path: Path) -> None:
     write_run(tmp_path, "early-h200", SIZES[0], "bf16", budget=1, device_name="NVIDIA H200")
-    assert "first minutes" not in lead(Evidence.read(tmp_path))
+    assert "first minutes" not in costs(Evidence.read(tmp_path))
     write_start(tmp_path, "bf16", 1)
     write_start(tmp_path, "fused", 1.25)
-    said = lead(Evidence.read(tmp_path))
+    said = costs(Evidence.read(tmp_path))
     start = only_start(tmp_path)
     losses = {path.parent.name.split("-")[1]: path for path in tmp_path.glob("early-h200/*/record.json")}
     ends = {recipe: json.loads(path.read_text())["final"]["validation_loss"] for recipe, path in losses.items()}
     assert start.gap == pytest.approx(ends["fused"] - ends["bf16"])
-    assert f"{signed(start.gap)} nats/token (one seed) with `fused` at 0.4M, about 1.25 times BF16's tokens" in said
+    assert f"{signed(start.gap)} nats/token (one seed) with `fused` at 0.4M, 1.25 times." in said
+
+
+@pytest.mark.parametrize("gain", [0.1, -0.1])
+def test_gradients_that_lower_the_loss_of_a_start_are_recommended_and_others_are_not(
+    tmp_path: Path, gain: float
+) -> None:
+    for recipe in ("bf16", "fused"):
+        folder = write_run(tmp_path, "early-h200", SIZES[0], recipe, budget=1, device_name="NVIDIA H200")
+    default = records.read(folder).final.validation_loss
+    path = write_early_change(tmp_path, SIZES[0], "e5m2", {"gradient_format": "e5m2"}) / "record.json"
+    record = json.loads(path.read_text())
+    record["final"]["validation_loss"] = default - gain
+    path.write_text(json.dumps(record))
+    evidence = Evidence.read(tmp_path)
+    ends = f"`fused` (`gradient_format: e5m2`) ends {signed(-gain)} nats/token from `fused` by its defaults"
+    change = f"On seed 1 of 0.4M {ends}"
+    assert f"{change}." in costs(evidence)
+    told = [said for said in conclusions(evidence) if said.startswith("**Format of gradients.**")]
+    assert bool(told) == (gain > 0)
+    for said in told:
+        assert change in said
+        assert "@fig-start-0-4m" in said
+        flushed = [
+            diagnosis.flushed_gradients(run).max()
+            for run in sorted(
+                starts.early_runs(tmp_path).where(recipe="fused"), key=lambda run: run.changes, reverse=True
+            )
+        ]
+        assert [small_percent(share) in said for share in flushed] == [True, True]
 
 
 def test_a_start_on_a_cpu_is_no_measurement(tmp_path: Path) -> None:
