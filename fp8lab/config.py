@@ -196,10 +196,9 @@ class FusedConfig(Config):
     gradient_format: Fp8Format = "e4m3"
     """E4M3 has a mantissa bit more than E5M2 and 2^18 between its largest and smallest numbers instead of 2^32.
 
-    On the ladder, up to 48M, neither trained measurably better. In the first minutes of 1.5B one scale a tensor leaves
-    up to 38% of E4M3's gradients below its smallest number, and the loss falls behind; E5M2's follows BF16's (one pair
-    of runs, `runs/LOG.md`). DeepSeek-V3 (2412.19437, section 3.3.2) uses E4M3 throughout, but with a scale for every
-    128 values.
+    Which of the two a loss needs is for runs to say: with one scale a tensor, what lies farther below the largest
+    gradient than the format spans is lost. DeepSeek-V3 (2412.19437, section 3.3.2) uses E4M3 throughout, with a scale
+    for every 128 values.
     """
     history: int = Field(default=16, gt=0)
     """Steps whose largest amax sets the scale."""

@@ -201,10 +201,6 @@ class Gap:
         spread = f"{signed(self.interval[0])} to {signed(self.interval[1])}, {seeds}" if self.interval else seeds
         return f"{signed(self.mean)} {unit} ({spread})"
 
-    def text_of(self, recipe: str, size: str, unit: str = "nats") -> str:
-        """The same, of a recipe at a size: '+0.0041 nats (one seed) with `fused` at 7M'."""
-        return f"{self.text(unit)} with `{recipe}` at {size}"
-
     def __str__(self) -> str:
         return self.text()
 

@@ -35,7 +35,7 @@ LARGEST: dict[Fp8Format, float] = {"e4m3": 448.0, "e5m2": 57344.0}
 """The largest number of each format."""
 OPERANDS = ("input", "weight", "grad_output")
 DELAYED_SCALES = "Delayed scales are set before their tensor is known."
-"""What a reader of `overflows` has to know."""
+"""What a reader of `overflows` has to know first."""
 COLUMN_OF = {"underflow": "underflow_fraction", "saturation": "saturation_fraction", "SQNR": "sqnr_db"}
 """Column of each quantity that has a limit."""
 
@@ -96,7 +96,10 @@ def violations(run: Run) -> pd.DataFrame:
 
 
 def flushed_gradients(run: Run) -> pd.Series:
-    """What rounding flushes to zero of gradients: the mean share over all Linears, by tokens of each measurement."""
+    """Share (0 to 1) of gradients that rounding flushes to zero, by tokens trained at each measurement.
+
+    The mean of all Linears' shares, however many gradients each has; empty for a run that measured none.
+    """
     table = run.health
     gradients = table[table["tensor"] == "grad_output"].dropna(subset="underflow_fraction")
     shares = gradients.groupby("step")["underflow_fraction"].mean()
@@ -122,7 +125,7 @@ def limits() -> str:
 
 
 def overflows(run: Run) -> str | None:
-    """How often whole tensors left their range, in a sentence; None where the recipe's scales follow each tensor."""
+    """How often whole tensors left their range, as a clause; None where the recipe's scales follow each tensor."""
     stability = run.record.stability
     if stability is None or stability.saturated_steps is None:
         return None
@@ -135,11 +138,14 @@ def overflows(run: Run) -> str | None:
         worst = max(steps_of, key=lambda name: steps_of[name])
         often = f"{steps_of[worst]:,} of {run.record.steps:,} steps"
         parts.append(f"{len(steps_of)} {what} at least once, most often `{worst}`, in {often}")
-    return f"Of the tensors of {run.named}, {'; '.join(parts)}."
+    return f"of the tensors of {run.named}, {'; '.join(parts)}"
 
 
 def measured(runs: Sequence[Run]) -> list[Run]:
-    """The runs that measured their health: of each recipe the one with most measurements, of several the first."""
+    """The runs that measured their health: of each recipe, by its defaults and with each change of them, one.
+
+    It is the one with most measurements, and of several the first.
+    """
     most: dict[str, Run] = {}
     for run in runs:
         if _measurements(run) > (_measurements(most[run.named]) if run.named in most else 0):

@@ -137,7 +137,7 @@ class MeasuredGap:
     def text(self, unit: str = "nats") -> str:
         """As prose has it, with its interval where seeds gave one."""
         gap = replace(self.gap, interval=None) if self.assumed else self.gap
-        return gap.text_of(self.recipe, self.size, unit)
+        return f"{gap.text(unit)} with `{self.recipe}` at {self.size}"
 
 
 def most_seeds(gaps: Sequence[MeasuredGap]) -> list[MeasuredGap]:

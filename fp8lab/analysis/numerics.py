@@ -52,9 +52,9 @@ class Variant:
         return self.runs[0].size
 
     @property
-    def changes(self) -> str:
+    def changed_settings(self) -> str:
         """In what ``fused`` differs from its defaults ('gradient_format: e5m2'); empty where in nothing."""
-        return self.runs[0].changes
+        return self.runs[0].changed_settings
 
     @property
     def losses(self) -> dict[int, float]:
@@ -68,7 +68,9 @@ class Variant:
 
 def find(variants: Sequence[Variant], recipe: str, head: str = "bf16", changes: str = "") -> Variant | None:
     """The one of these, a recipe by its defaults if no changes are named; None where there is none."""
-    return next((one for one in variants if (one.recipe, one.head, one.changes) == (recipe, head, changes)), None)
+    return next(
+        (one for one in variants if (one.recipe, one.head, one.changed_settings) == (recipe, head, changes)), None
+    )
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def head_costs(plan: str, tried: Sequence[Variant]) -> list[HeadCost]:
     found = []
     for one in tried:
         itself, bf16 = find(tried, one.recipe), find(tried, "bf16")
-        if one.head == "fp8" and not one.changes and itself is not None and bf16 is not None:
+        if one.head == "fp8" and not one.changed_settings and itself is not None and bf16 is not None:
             found.append(HeadCost(plan, one.size, one.recipe, one.minus(itself), one.minus(bf16)))
     return found
 
@@ -113,7 +115,7 @@ def variants(records_dir: Path, plan: str) -> list[Variant]:
         return []
     kinds: dict[tuple[str, str, str], list[Run]] = {}
     for run in _of_design((*plan_runs(records_dir, REFERENCES[plan]).runs, *tried), tried[0]):
-        kinds.setdefault((run.recipe, run.record.head, run.changes), []).append(run)
+        kinds.setdefault((run.recipe, run.record.head, run.changed_settings), []).append(run)
     found = [Variant(tuple(runs)) for runs in kinds.values()]
     return found if found[0].recipe == "bf16" else []
 
@@ -136,7 +138,7 @@ def designs(records_dir: Path, study: Study) -> list[RunSet]:
 
 def _by_default(like: Run, *groups: Sequence[Run]) -> tuple[Run, ...]:
     of_design = _of_design([run for group in groups for run in group], like)
-    return tuple(run for run in of_design if run.record.head == "bf16" and not run.changes)
+    return tuple(run for run in of_design if run.record.head == "bf16" and not run.changed_settings)
 
 
 def _of_design(runs: Sequence[Run], like: Run) -> list[Run]:

@@ -78,22 +78,26 @@ class Run:
         return self.record.run.removeprefix(f"{self.size}-{self.recipe}{head}-s{self.record.seed}").removeprefix("-")
 
     @cached_property
-    def changes(self) -> str:
+    def changed_settings(self) -> str:
         """In what ``fused`` differs from its defaults ('gradient_format: e5m2'); empty where in nothing."""
         settings, defaults = recorded_fused(self.record.config), FusedConfig()
         if settings is None:
             return ""
-        return "; ".join(f"{name}: {_text(value)}" for name, value in settings if value != getattr(defaults, name))
+        return "; ".join(
+            f"{name}: {_setting_text(value)}" for name, value in settings if value != getattr(defaults, name)
+        )
 
     @property
     def named(self) -> str:
         """Its recipe and what differs from that recipe's defaults, as prose has them."""
-        return f"`{self.recipe}` (`{self.changes}`)" if self.changes else f"`{self.recipe}`"
+        more = [f"`{self.changed_settings}`"] if self.changed_settings else []
+        more += ["output head in FP8"] if self.record.head == "fp8" else []
+        return f"`{self.recipe}` ({', '.join(more)})" if more else f"`{self.recipe}`"
 
     @property
-    def kind(self) -> tuple[str, Recipe, Head, int, str]:
+    def kind(self) -> tuple[str, Recipe, Head, str, int, str]:
         """What it has in common with the runs that differ from it in their seed alone: size to design."""
-        return self.size, self.recipe, self.record.head, self.record.tokens, self.design
+        return self.size, self.recipe, self.record.head, self.changed_settings, self.record.tokens, self.design
 
     @property
     def design_settings(self) -> dict[str, Any]:
@@ -184,7 +188,7 @@ class Run:
 
 @dataclass(frozen=True)
 class RunSet:
-    """The finished runs of one plan, by size and then in the order of `config.RECIPES`."""
+    """The finished runs of a plan, or of plans of one design, by size and then in the order of `config.RECIPES`."""
 
     plan: str
     runs: tuple[Run, ...]
@@ -268,7 +272,7 @@ def by_seed(runs: Iterable[Run], value: Callable[[Run], float]) -> dict[int, flo
     return {seed: value(run) for seed, run in seeds.items()}
 
 
-def _text(value: object) -> str:
+def _setting_text(value: object) -> str:
     return (", ".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
 
 

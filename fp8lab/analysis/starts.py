@@ -1,8 +1,8 @@
 """The first minutes of models too large to train to an end here: whether FP8 starts as BF16 does.
 
 So early a loss falls fast, and a difference in it says little by itself. `Start` puts it beside what it is worth: the
-tokens that FP8 takes to the training loss that BF16 had with fewer, at the highest learning rate, since two runs whose
-rates decay at one step cannot be compared at two. The two read different batches by then, so that the tokens are known
+tokens that each takes to one training loss, at the highest learning rate, since two runs whose rates decay at one step
+cannot be compared at two. The two read different batches by then, so that the tokens are known
 to some percent.
 
 ``runs/plans/early-h200.yaml`` trains them, and ``runs/plans/early-gradients-h200.yaml`` the same with one thing of
@@ -22,6 +22,7 @@ import pandas as pd
 
 from fp8lab.analysis.runs import EARLY_GRADIENTS_PLAN, EARLY_PLAN, Run, RunSet, plan_runs
 from fp8lab.config import RECIPES, ScheduleConfig
+from fp8lab.errors import UserError
 from fp8lab.records import Speed
 from fp8lab.schedule import decay_start, warmup_steps
 from fp8lab.units import listing, signed
@@ -96,14 +97,21 @@ class Start:
 
 
 def starts(runs: RunSet) -> list[Start]:
-    """Every FP8 run that has BF16's of its size, seed and design beside it, small sizes first."""
-    baselines = {(run.size, run.record.seed): run for run in runs.where(recipe="bf16")}
-    pairs = [(run, baselines.get((run.size, run.record.seed))) for run in runs.runs if run.recipe != "bf16"]
-    return [
-        Start(ours, baseline)
-        for ours, baseline in pairs
-        if baseline is not None and not ours.design_differences(baseline)
-    ]
+    """Every FP8 run that has BF16's of its size, seed and design beside it, small sizes first.
+
+    Raises:
+        UserError: two runs of BF16 could stand beside one of FP8.
+    """
+    pairs = [(run, _baselines(run, runs)) for run in runs.runs if run.recipe != "bf16"]
+    for run, baselines in pairs:
+        if len(baselines) > 1:
+            raise UserError(f"{run.folder}: {listing([one.record.run for one in baselines])} could stand beside it")
+    return [Start(run, baselines[0]) for run, baselines in pairs if baselines]
+
+
+def _baselines(ours: Run, runs: RunSet) -> list[Run]:
+    alike = (run for run in runs.where(size=ours.size, recipe="bf16") if run.record.seed == ours.record.seed)
+    return [run for run in alike if not ours.design_differences(run)]
 
 
 def early_runs(records_dir: Path) -> RunSet:
@@ -114,29 +122,34 @@ def early_runs(records_dir: Path) -> RunSet:
     return RunSet(
         EARLY_PLAN,
         # A recipe by its defaults before what was changed of it.
-        tuple(sorted(found, key=lambda run: (run.parameters, RECIPES.index(run.recipe), run.changes, run.record.seed))),
+        tuple(sorted(found, key=lambda run: (run.parameters, RECIPES.index(run.recipe), run.named, run.record.seed))),
         tuple(run for runs in measured for run in runs.unfinished),
     )
 
 
-def by_setting(begun: Sequence[Start]) -> list[list[Start]]:
+def by_setting(compared: Sequence[Start]) -> list[list[Start]]:
     """Starts that differ in their seed alone, together."""
     settings: dict[tuple[str, str], list[Start]] = {}
-    for start in begun:
+    for start in compared:
         settings.setdefault((start.size, start.ours.named), []).append(start)
     return list(settings.values())
 
 
 def gaps_text(seeds: Sequence[Start], unit: str = "nats") -> str:
-    """The gaps of one setting, as prose has them: '+0.1694 and +0.2635 nats (seeds 2 and 1) with `fused` at 1.5B'.
+    """The gaps of one setting, as prose has them: '+0.264 and +0.169 nats (seeds 1 and 2) with `fused` at 1.5B'.
 
-    Without an interval: so few seeds know none, and tell more one by one.
+    Seed by seed: so few have an interval that contains anything, and batches that another seed's do not share.
     """
-    ranked = sorted(seeds, key=lambda start: start.gap)
-    told = listing([signed(start.gap) for start in ranked])
-    which = listing([str(start.ours.record.seed) for start in ranked])
-    counted = "one seed" if len(ranked) == 1 else f"seeds {which}"
-    return f"{told} {unit} ({counted}) with {ranked[0].ours.named} at {ranked[0].size}"
+    first = seeds[0]
+    told = listing([signed(start.gap, 3) for start in seeds])
+    which = listing([str(start.ours.record.seed) for start in seeds])
+    return f"{told} {unit} (seed{'s' if len(seeds) > 1 else ''} {which}) with {first.ours.named} at {first.size}"
+
+
+def baseline_spread(compared: Sequence[Start], size: str) -> float | None:
+    """How far the highest of BF16's losses at a size lies above the lowest (nats/token); None of a single seed."""
+    losses = {start.baseline.record.seed: start.baseline.validation_loss for start in compared if start.size == size}
+    return max(losses.values()) - min(losses.values()) if len(losses) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -151,22 +164,41 @@ class Change:
         """Validation loss in the end, changed minus default (nats/token)."""
         return self.changed.gap - self.default.gap
 
-
-def changes(begun: Sequence[Start]) -> list[Change]:
-    """Every start with other than its recipe's defaults that has one with them beside it."""
-    defaults = {(start.size, start.recipe, start.ours.record.seed): start for start in begun if not start.ours.changes}
-    pairs = [
-        (start, defaults.get((start.size, start.recipe, start.ours.record.seed)))
-        for start in begun
-        if start.ours.changes
-    ]
-    return [Change(changed, default) for changed, default in pairs if default is not None]
+    @property
+    def text(self) -> str:
+        """As prose has the gap: '0.249 nats below its defaults (seed 2)'."""
+        side = "below" if self.gap < 0 else "above"
+        return f"{abs(self.gap):.3f} nats {side} its defaults (seed {self.changed.ours.record.seed})"
 
 
-def diverged(runs: RunSet) -> str:
-    """A sentence about the starts that diverged, and so are in no gap; empty where none did."""
+def pairs_with_defaults(compared: Sequence[Start]) -> list[list[Change]]:
+    """Starts with other than their recipe's defaults, each beside that of its seed with them, by setting."""
+    defaults = {
+        (start.size, start.recipe, start.ours.record.head, start.ours.record.seed): start
+        for start in compared
+        if not start.ours.changed_settings
+    }
+
+    def default_of(start: Start) -> Start | None:
+        return defaults.get((start.size, start.recipe, start.ours.record.head, start.ours.record.seed))
+
+    changed = [[start for start in setting if start.ours.changed_settings] for setting in by_setting(compared)]
+    pairs = [[Change(start, default) for start in setting if (default := default_of(start))] for setting in changed]
+    return [setting for setting in pairs if setting]
+
+
+def left_out(runs: RunSet) -> str:
+    """A sentence about the starts that diverged or have no BF16 beside them, and so are in no gap; maybe empty."""
     lost = [f"`{run.record.run}`" for run in runs.unfinished if run.record.status == "diverged"]
-    return f"Diverged and in no gap: {listing(lost)}." if lost else ""
+    alone = [f"`{run.record.run}`" for run in runs.runs if run.recipe != "bf16" and not _baselines(run, runs)]
+    said = [f"Diverged and in no gap: {listing(lost)}."] if lost else []
+    said += [f"Without a run of BF16 of its seed and design, and in no gap: {listing(alone)}."] if alone else []
+    return " ".join(said)
+
+
+def figure_label(size: str) -> str:
+    """Of the figure of a size's first minutes: 'start-1-5b'."""
+    return f"start-{size.lower().replace('.', '-')}"
 
 
 def _stable_loss(run: Run) -> pd.Series:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -92,40 +93,60 @@ def _scale_difference(axes: Axes, reach: float) -> None:
         axes.set_ylim(-reach, reach)
 
 
-def starts(begun: Sequence[Start]) -> Figure:
+def starts(compared: Sequence[Start]) -> Figure:
     """Training loss in the first minutes of one size, the difference to BF16, and what rounding does to gradients.
 
     A line a run. The difference is between runs of one seed, so on the same tokens, and drawn to the scale of what
     follows the first tenth of them. Of gradients it is the share that is flushed to zero, the mean over all Linears:
-    a point a measurement. Runs that changed their recipe's defaults are dashed.
+    a point a measurement. Runs that changed their recipe's defaults are dashed, and several seeds of a setting named.
     """
     figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(WIDTH, 6.2), sharex=True, height_ratios=(2, 1.2, 1))
-    changed = unique(start.ours.changes for start in begun if start.ours.changes)
-    dashes = {"": "-"} | dict(zip(changed, ((0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2))), strict=False))
-    for run in {start.baseline.record.seed: start.baseline for start in begun}.values():
+    changed = {start.ours.named: start for start in compared if start.ours.changed_settings}
+    dashes = dict(zip(changed, itertools.cycle(((0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)))), strict=False))
+    baselines = {start.baseline.record.seed: start.baseline for start in compared}
+    for run in baselines.values():
         curve = run.training_curve()
         top.plot(curve.index / 1e6, curve, **line_style(run.recipe))
     parted: list[float] = []
-    for start in begun:
-        style = line_style(start.recipe) | {"linestyle": dashes.get(start.ours.changes, ":")}
+    for start in compared:
+        style = line_style(start.recipe) | {"linestyle": dashes.get(start.ours.named, "-")}
+        several = sum(other.ours.named == start.ours.named for other in compared) > 1
+        seed = f"seed {start.ours.record.seed}" if several else ""
         curve = start.ours.training_curve()
         top.plot(curve.index / 1e6, curve, **style)
         difference = (curve - start.baseline.training_curve()).dropna()
         middle.plot(difference.index / 1e6, difference, **style)
+        _name_line(middle, seed, difference, start.recipe)
         parted += list(difference[difference.index > difference.index.max() / 10].abs())
         flushed = 100 * flushed_gradients(start.ours)
         bottom.plot(flushed.index / 1e6, flushed, **style, marker="o", markersize=3)
+        _name_line(bottom, seed if len(flushed) < 3 else "", flushed, start.recipe)
     _scale_difference(middle, 1.2 * max(parted, default=0.0))
     top.set_ylabel("training loss (nats/token)")
     bottom.set_ylabel("gradients\nflushed to 0 (%)")
     bottom.set_ylim(bottom=0)
     bottom.set_xlabel("training tokens (millions)")
     figure.align_ylabels()
-    shown = {start.ours.changes: start.recipe for start in begun}
-    styles = [line_style(shown[what]) | {"linestyle": dashes.get(what, ":")} for what in changed]
-    others = [Line2D([], [], label=what, **style) for what, style in zip(changed, styles, strict=True)]
-    finish(figure, top, unique(["bf16", *(start.recipe for start in begun)]), toy=False, others=others)
+    others = [
+        Line2D([], [], label=name.replace("`", ""), **(line_style(start.recipe) | {"linestyle": dashes[name]}))
+        for name, start in changed.items()
+    ]
+    finish(figure, top, unique(["bf16", *(start.recipe for start in compared)]), toy=False, others=others)
     return figure
+
+
+def _name_line(axes: Axes, name: str, curve: pd.Series, recipe: str) -> None:
+    """Write `name` in the recipe's colour at the end of a line over tokens."""
+    if name and len(curve):
+        axes.annotate(
+            name,
+            (curve.index[-1] / 1e6, curve.iloc[-1]),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=7.5,
+            color=RECIPE_COLOURS[recipe],
+        )
 
 
 def loss_gaps(gaps: Sequence[MeasuredGap]) -> Figure:

@@ -8,7 +8,7 @@ from fp8lab.analysis.decision import Payoff
 from fp8lab.analysis.timings import BUSY, device_label, short_device
 from fp8lab.claims import OURS
 from fp8lab.frontpage.evidence import Evidence
-from fp8lab.frontpage.loss import gradient_format, loss_costs
+from fp8lab.frontpage.loss import gradient_formats, loss_costs
 from fp8lab.frontpage.payoff import span, times, where, widths_by_tokens
 from fp8lab.units import listing, unique
 
@@ -29,7 +29,9 @@ def conclusions(evidence: Evidence) -> list[str]:
     ]
     if told:
         found.append(f"**Speed at matched loss.** BF16's time over FP8's: {listing(told)} (@tbl-matched).")
-    found += [f"**Format of gradients.** {said}" for said in gradient_format(evidence)]
+    formats = gradient_formats(evidence)
+    if formats:
+        found.append(f"**Format of gradients.** {formats}")
     return [conclusion for conclusion in found if conclusion]
 
 

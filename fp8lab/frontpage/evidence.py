@@ -45,8 +45,8 @@ class Evidence:
     """In loss."""
     starts: list[Start]
     """The first minutes of larger models."""
-    diverged_starts: str
-    """A sentence about those that diverged."""
+    starts_left_out: str
+    """A sentence about those that are in no gap."""
     findings: list[claims.Finding]
 
     @classmethod
@@ -79,7 +79,7 @@ class Evidence:
             laws=laws,
             head_costs=numerics.best_known_head_costs(records_dir),
             starts=starts.starts(early),
-            diverged_starts=starts.diverged(early),
+            starts_left_out=starts.left_out(early),
             findings=claims.scoreboard(
                 gaps=[row.measured for row in matched],
                 stability=plans,

@@ -8,12 +8,12 @@ from fp8lab.analysis import decision, matched
 from fp8lab.analysis.decision import Matched
 from fp8lab.analysis.diagnosis import flushed_gradients
 from fp8lab.analysis.losses import MeasuredGap, left_out, most_seeds
-from fp8lab.analysis.starts import Change, Start, by_setting, changes, gaps_text
+from fp8lab.analysis.starts import Start, by_setting, figure_label, gaps_text, pairs_with_defaults
 from fp8lab.analysis.timings import short_device
 from fp8lab.claims import OURS
 from fp8lab.config import MODELS
 from fp8lab.frontpage.evidence import Evidence
-from fp8lab.units import listing, signed, small_percent, span, unique
+from fp8lab.units import listing, small_percent, span, unique
 
 
 def loss_costs(evidence: Evidence) -> str:
@@ -54,42 +54,49 @@ def starts(evidence: Evidence) -> str:
     """What FP8 does to the first minutes of models larger than those trained to an end."""
     larger = _larger_starts(evidence)
     if not larger:
-        return evidence.diverged_starts
+        return evidence.starts_left_out
     told = []
     for setting in by_setting(larger):
         factors = [start.token_factor for start in setting if start.token_factor]
         times = span(factors, 2) if len(factors) > 1 else "".join(f"{factor:.2f}" for factor in factors)
-        told.append(gaps_text(setting, "nats/token") + (f", {times} times" if times else ""))
-    said = [
+        told.append(gaps_text(setting, "nats/token") + (f", {times} × the tokens" if times else ""))
+    said = (
         "Of larger models only the first minutes were trained, which say nothing of their end (@tbl-starts). FP8 − "
-        f"BF16 there, and FP8's tokens to one training loss over BF16's: {'; '.join(told)}.",
-        *(_change(change) for change in changes(larger)),
-    ]
-    return " ".join([*said, evidence.diverged_starts]).strip()
-
-
-def gradient_format(evidence: Evidence) -> list[str]:
-    """Of every change of ``fused`` that lowered the loss of a start, and of what rounding did to gradients."""
-    said = []
-    for change in changes(_larger_starts(evidence)):
-        ours, default = (start.ours for start in (change.changed, change.default))
-        flushed, before = flushed_gradients(ours), flushed_gradients(default)
-        if change.gap < 0 and len(flushed) and len(before):
-            share, before_share = small_percent(flushed.max()), small_percent(before.max())
-            said.append(
-                f"{_change(change).removesuffix('.')}: it flushes at most {share} of its gradients to zero there, the mean "
-                f"of all Linears, by its defaults {before_share} (@fig-start-{ours.size.lower().replace('.', '-')}). "
-                "Until more pairs say otherwise it is the safer choice for models of that size."
-            )
-    return said
-
-
-def _change(change: Change) -> str:
-    ours = change.changed.ours
-    return (
-        f"On seed {ours.record.seed} of {ours.size} {ours.named} ends {signed(change.gap)} nats/token from "
-        f"`{ours.recipe}` by its defaults."
+        f"BF16 there, and the tokens to one training loss over BF16's: {'; '.join(told)}."
     )
+    return f"{said} {evidence.starts_left_out}".strip()
+
+
+def gradient_formats(evidence: Evidence) -> str:
+    """What E5M2 gradients did to the starts of larger models, beside what speaks against their being all of it.
+
+    Nothing is recommended: that takes more pairs than a start is worth.
+    """
+    larger = _larger_starts(evidence)
+    said = []
+    for pairs in pairs_with_defaults(larger):
+        first = pairs[0]
+        ours, default = first.changed.ours, first.default.ours
+        if ours.changed_settings != "gradient_format: e5m2":
+            continue
+        shares = [small_percent(most.max()) for run in (ours, default) if len(most := flushed_gradients(run))]
+        flushed = (
+            f", and flushed at most {shares[0]} of its gradients to zero where those flushed {shares[1]} (seed "
+            f"{ours.record.seed}, the mean of all Linears)"
+            if len(shares) == 2
+            else ""
+        )
+        said.append(
+            f"In the first minutes of {ours.size} {ours.named} ended {listing([pair.text for pair in pairs])}"
+            f"{flushed} (@fig-{figure_label(ours.size)})."
+        )
+        below = [pair.changed.gap for pair in pairs if pair.changed.gap < 0]
+        if below:
+            said.append(f"Below BF16 too, by up to {-min(below):.3f} nats: so far do single runs scatter.")
+        same = [start for start in larger if (start.size, start.recipe) == (ours.size, "tensorwise")]
+        if same:
+            said.append(f"Format is not all: FP8 − BF16 is {gaps_text(same)}, whose gradients are in E5M2 too.")
+    return " ".join(said)
 
 
 def _larger_starts(evidence: Evidence) -> list[Start]:

@@ -91,7 +91,7 @@ def underflow_by_size(runs: RunSet) -> pd.DataFrame:
     largest share of inputs flushed, and the gradients' lowest SQNR (dB).
     """
     rows = []
-    varied = any(run.changes for run in runs.runs)
+    varied = any(run.changed_settings for run in runs.runs)
     pairs = itertools.product(runs.recipes, runs.sizes)
     for run in (run for recipe, size in pairs for run in diagnosis.measured(runs.where(size=size, recipe=recipe))):
         table = diagnosis.settled(run).dropna(subset="underflow_fraction")
@@ -99,7 +99,7 @@ def underflow_by_size(runs: RunSet) -> pd.DataFrame:
         if len(gradients):
             rows.append(
                 {"recipe": run.recipe}
-                | ({"changed": run.changes or "–"} if varied else {})
+                | ({"changed": run.changed_settings or "–"} if varied else {})
                 | {
                     "model": run.size,
                     "gradients, most": small_percent(gradients["underflow_fraction"].max()),

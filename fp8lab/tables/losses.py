@@ -125,7 +125,7 @@ def numerics(variants: Sequence[Variant]) -> pd.DataFrame:
         row = {
             "recipe": variant.recipe,
             "head": variant.head,
-            "changed": variant.changes or "–",
+            "changed": variant.changed_settings or "–",
             "seeds": len(losses),
             "loss (nats/token)": f"{np.mean(losses):.4f}",
             "sd": f"{np.std(losses, ddof=1):.4f}" if len(losses) > 1 else "–",
@@ -135,7 +135,7 @@ def numerics(variants: Sequence[Variant]) -> pd.DataFrame:
             "tensorwise": find(variants, "tensorwise", variant.head) if variant.recipe != "bf16" else None,
         }
         if heads:
-            references["its BF16 head"] = find(variants, variant.recipe, changes=variant.changes)
+            references["its BF16 head"] = find(variants, variant.recipe, changes=variant.changed_settings)
         for name, reference in references.items():
             shown = "–"
             if reference is not None and reference is not variant:

@@ -53,9 +53,10 @@ def parameter_conventions(runs: RunSet) -> pd.DataFrame:
 def starts(begun: Sequence[Start]) -> pd.DataFrame:
     """The first minutes of larger models: a row a run, those in FP8 below the BF16 runs that they stand beside.
 
-    Columns: as they are called; where some runs changed their recipe's defaults, what they changed.
+    Loss is validation's in the end, speed the median of the run's steps, memory the peak; in brackets over BF16's.
+    There is a column for what runs changed of their recipe's defaults where some did.
     """
-    varied = any(start.ours.changes for start in begun)
+    varied = any(start.ours.changed_settings for start in begun)
     rows = []
     for size in unique(start.size for start in begun):
         at_size = [start for start in begun if start.size == size]
@@ -74,7 +75,7 @@ def starts(begun: Sequence[Start]) -> pd.DataFrame:
 def _start_row(run: Run, varied: bool) -> dict[str, str]:
     speed = run.record.speed
     rate, peak = (speed.tokens_per_second_median, speed.peak_memory_bytes) if speed else (None, None)
-    changed = {"changed": run.changes or "–"} if varied else {}
+    changed = {"changed": run.changed_settings or "–"} if varied else {}
     return (
         {"model": run.size, "recipe": run.recipe}
         | changed

@@ -145,6 +145,7 @@ def test_counts_of_overflow_are_told_for_delayed_scales_alone(tmp_path: Path) ->
     run = a_run(tmp_path, "fused")
     said = diagnosis.overflows(run)
     assert said is not None
+    assert said.startswith("of the tensors of `fused`, ")
     assert "1 exceeded its scale at least once, most often `blocks.0.mlp.down input`, in 3 of 60 steps" in said
     assert "none lay below it" in said
     assert diagnosis.overflows(a_run(tmp_path / "other")) is None

@@ -42,7 +42,7 @@ def records_dir(tmp_path: Path) -> Path:
 
 def named(variants: list[numerics.Variant]) -> dict[tuple[str, str], numerics.Variant]:
     """Those with their head in BF16."""
-    return {(variant.recipe, variant.changes): variant for variant in variants if variant.head == "bf16"}
+    return {(variant.recipe, variant.changed_settings): variant for variant in variants if variant.head == "bf16"}
 
 
 def test_variants_stand_beside_the_studys_runs_of_their_design_alone(records_dir: Path) -> None:
@@ -70,8 +70,8 @@ def test_the_table_has_each_difference_with_its_interval(records_dir: Path) -> N
     assert differences == ["− bf16", "− tensorwise", "− its BF16 head"]
     for (_, row), variant in zip(table.iterrows(), variants, strict=True):
         assert row["loss (nats/token)"] == f"{np.mean(list(variant.losses.values())):.4f}"
-        by_head = {one.head: one for one in variants if (one.recipe, one.changes) == ("tensorwise", "")}
-        itself = named(variants)[variant.recipe, variant.changes]
+        by_head = {one.head: one for one in variants if (one.recipe, one.changed_settings) == ("tensorwise", "")}
+        itself = named(variants)[variant.recipe, variant.changed_settings]
         for name, other in {"bf16": variants[0], "tensorwise": by_head[variant.head], "its BF16 head": itself}.items():
             shown = row[f"− {name} (95% interval)"]
             if other is variant or variant.recipe == "bf16":

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from fp8lab import figures, records, tables
 from fp8lab.analysis import diagnosis, starts
 from fp8lab.config import Recipe, ScheduleConfig
+from fp8lab.errors import UserError
 from fp8lab.frontpage import Evidence, conclusions, costs
 from fp8lab.schedule import decay_start
 from fp8lab.units import signed, small_percent
 from tests.fixtures import SIZES, STEPS, write_early_change, write_early_records, write_run
 
+E5M2 = {"gradient_format": "e5m2"}
 WARM, STABLE_END = 6, decay_start(ScheduleConfig(kind="wsd", decay_fraction=0.2), STEPS)
 
 
@@ -38,7 +40,7 @@ def write_start(root: Path, recipe: Recipe, delay: float, slope: float = 1.3) ->
 
 
 def only_start(root: Path) -> starts.Start:
-    (start,) = (start for start in starts.starts(starts.early_runs(root)) if not start.ours.changes)
+    (start,) = (start for start in starts.starts(starts.early_runs(root)) if not start.ours.changed_settings)
     return start
 
 
@@ -97,40 +99,90 @@ def test_every_run_stands_beside_bf16_of_its_own_seed(tmp_path: Path) -> None:
         gap = float(table["− BF16"][recipe, seed].replace("−", "-"))
         assert losses[recipe, seed] - losses["bf16", seed] == pytest.approx(gap, abs=1.5e-4)
     _, fused = starts.by_setting(begun)
-    low, high = sorted(start.gap for start in fused)
-    which = " and ".join(str(start.ours.record.seed) for start in sorted(fused, key=lambda start: start.gap))
-    said = f"{signed(low)} and {signed(high)} nats (seeds {which}) with `fused` at 0.4M"
-    assert starts.gaps_text(fused) == said
+    told = " and ".join(signed(start.gap, 3) for start in fused)
+    assert starts.gaps_text(fused) == f"{told} nats (seeds 1 and 2) with `fused` at 0.4M"
+    assert starts.baseline_spread(begun, "0.4M") == pytest.approx(
+        abs(losses["bf16", "1"] - losses["bf16", "2"]), abs=1e-4
+    )
+    assert starts.left_out(starts.early_runs(tmp_path)).endswith("in no gap: `0.4M-fused-s3`.")
+
+
+def write_pairs(root: Path, *seeds: int) -> None:
+    """BF16 and `fused` of seeds 1 and 2, and `fused` with E5M2 gradients of `seeds`."""
+    for recipe, seed in (("bf16", 1), ("bf16", 2), ("fused", 1), ("fused", 2)):
+        write_run(root, "early-h200", SIZES[0], recipe, seed=seed, budget=1, device_name="NVIDIA H200")
+    for seed in seeds:
+        write_early_change(root, SIZES[0], "e5m2", E5M2, seed=seed)
 
 
 def test_a_change_of_a_recipe_is_compared_with_its_defaults_on_the_same_seed(tmp_path: Path) -> None:
-    for recipe, seed in (("bf16", 1), ("bf16", 2), ("fused", 1), ("fused", 2)):
-        write_run(tmp_path, "early-h200", SIZES[0], recipe, seed=seed, budget=1, device_name="NVIDIA H200")
-    for seed in (2, 3):
-        write_early_change(tmp_path, SIZES[0], "e5m2", {"gradient_format": "e5m2"}, seed=seed)
+    write_pairs(tmp_path, 2, 3)
     begun = starts.starts(starts.early_runs(tmp_path))
-    (change,) = starts.changes(begun)
+    ((change,),) = starts.pairs_with_defaults(begun)
     ends = {
         path.parent.name: json.loads(path.read_text())["final"]["validation_loss"]
         for path in tmp_path.glob("early-*/*/record.json")
     }
     assert change.gap == pytest.approx(ends["0.4M-fused-s2-e5m2"] - ends["0.4M-fused-s2"])
-    assert change.gap < 0
+    assert change.text == f"{-change.gap:.3f} nats below its defaults (seed 2)"
     table = tables.runs.starts(begun)
     assert list(table["changed"]) == ["–"] * 4 + ["gradient_format: e5m2"]
-    assert starts.gaps_text([change.changed]).endswith("(one seed) with `fused` (`gradient_format: e5m2`) at 0.4M")
-    lines = figures.loss.starts(begun).axes[1].get_lines()
-    assert [line.get_linestyle() for line in lines if len(line.get_xdata()) > 2] == ["-", "-", "--"]
+    assert starts.gaps_text([change.changed]).endswith("(seed 2) with `fused` (`gradient_format: e5m2`) at 0.4M")
 
 
-def test_a_run_of_another_design_is_no_start_beside_these(tmp_path: Path) -> None:
-    for recipe in ("bf16", "fused"):
-        write_run(tmp_path, "early-h200", SIZES[0], recipe, budget=1, device_name="NVIDIA H200")
-    path = write_early_change(tmp_path, SIZES[0], "e5m2", {"gradient_format": "e5m2"}) / "record.json"
+def test_a_start_is_drawn_beside_bf16_of_its_seed_with_its_gradients(tmp_path: Path) -> None:
+    write_pairs(tmp_path, 2)
+    begun = starts.starts(starts.early_runs(tmp_path))
+    figure = figures.loss.starts(begun)
+    top, middle, bottom = figure.axes
+    assert len(top.get_lines()) == 5
+    styles = [line.get_linestyle() for line in middle.get_lines()[: len(begun)]]
+    assert styles == ["-", "-", "--"]
+    for start, line, flushed in zip(begun, middle.get_lines(), bottom.get_lines(), strict=False):
+        expected = (start.ours.training_curve() - start.baseline.training_curve()).to_numpy()
+        assert line.get_ydata() == pytest.approx(expected)
+        assert flushed.get_ydata() == pytest.approx(100 * diagnosis.flushed_gradients(start.ours).to_numpy())
+    assert [text.get_text() for text in middle.texts] == ["seed 1", "seed 2"]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["bf16", "fused", "fused (gradient_format: e5m2)"]
+
+
+def test_an_output_head_in_fp8_is_another_setting(tmp_path: Path) -> None:
+    write_pairs(tmp_path, 2)
+    path = tmp_path / "early-gradients-h200" / "0.4M-fused-s2-e5m2" / "record.json"
+    record = json.loads(path.read_text())
+    record["head"] = "fp8"
+    path.write_text(json.dumps(record))
+    begun = starts.starts(starts.early_runs(tmp_path))
+    assert starts.pairs_with_defaults(begun) == []
+    assert begun[-1].ours.named == "`fused` (`gradient_format: e5m2`, output head in FP8)"
+
+
+def test_a_run_of_another_design_is_no_start_beside_these_and_is_named(tmp_path: Path) -> None:
+    write_pairs(tmp_path, 2)
+    path = tmp_path / "early-gradients-h200" / "0.4M-fused-s2-e5m2" / "record.json"
     record = json.loads(path.read_text())
     record["config"]["optimizer"]["peak_learning_rate"] /= 2
     path.write_text(json.dumps(record))
-    assert [start.ours.named for start in starts.starts(starts.early_runs(tmp_path))] == ["`fused`"]
+    early = starts.early_runs(tmp_path)
+    assert [start.ours.named for start in starts.starts(early)] == ["`fused`", "`fused`"]
+    assert "in no gap: `0.4M-fused-s2-e5m2`." in starts.left_out(early)
+
+
+def test_two_runs_of_bf16_that_could_stand_beside_one_are_refused(tmp_path: Path) -> None:
+    write_pairs(tmp_path)
+    again = write_run(tmp_path, "early-gradients-h200", SIZES[0], "bf16", budget=1, device_name="NVIDIA H200")
+    with pytest.raises(UserError, match=f"{again.name} and {again.name} could stand beside it"):
+        starts.starts(starts.early_runs(tmp_path))
+
+
+def test_of_several_seeds_the_one_with_most_measurements_tells_of_a_setting(tmp_path: Path) -> None:
+    write_pairs(tmp_path)
+    folder = tmp_path / "early-h200" / "0.4M-fused-s1"
+    table = records.read_table(folder, "health")
+    records.write_table(folder, "health", table[table["step"] == table["step"].max()])
+    fused = starts.early_runs(tmp_path).where(recipe="fused")
+    assert [run.record.seed for run in diagnosis.measured(fused)] == [2]
 
 
 def test_the_share_of_gradients_flushed_is_the_mean_over_linears_at_each_measurement(tmp_path: Path) -> None:
@@ -225,36 +277,59 @@ def test_the_first_page_says_what_fp8_does_to_a_start_and_nothing_where_none_was
     losses = {path.parent.name.split("-")[1]: path for path in tmp_path.glob("early-h200/*/record.json")}
     ends = {recipe: json.loads(path.read_text())["final"]["validation_loss"] for recipe, path in losses.items()}
     assert start.gap == pytest.approx(ends["fused"] - ends["bf16"])
-    assert f"{signed(start.gap)} nats/token (one seed) with `fused` at 0.4M, 1.25 times." in said
+    assert f"{signed(start.gap, 3)} nats/token (seed 1) with `fused` at 0.4M, 1.25 × the tokens." in said
 
 
-@pytest.mark.parametrize("gain", [0.1, -0.1])
-def test_gradients_that_lower_the_loss_of_a_start_are_recommended_and_others_are_not(
-    tmp_path: Path, gain: float
-) -> None:
-    for recipe in ("bf16", "fused"):
-        folder = write_run(tmp_path, "early-h200", SIZES[0], recipe, budget=1, device_name="NVIDIA H200")
-    default = records.read(folder).final.validation_loss
-    path = write_early_change(tmp_path, SIZES[0], "e5m2", {"gradient_format": "e5m2"}) / "record.json"
-    record = json.loads(path.read_text())
-    record["final"]["validation_loss"] = default - gain
-    path.write_text(json.dumps(record))
-    evidence = Evidence.read(tmp_path)
-    ends = f"`fused` (`gradient_format: e5m2`) ends {signed(-gain)} nats/token from `fused` by its defaults"
-    change = f"On seed 1 of 0.4M {ends}"
-    assert f"{change}." in costs(evidence)
-    told = [said for said in conclusions(evidence) if said.startswith("**Format of gradients.**")]
-    assert bool(told) == (gain > 0)
-    for said in told:
-        assert change in said
-        assert "@fig-start-0-4m" in said
-        flushed = [
-            diagnosis.flushed_gradients(run).max()
-            for run in sorted(
-                starts.early_runs(tmp_path).where(recipe="fused"), key=lambda run: run.changes, reverse=True
-            )
-        ]
-        assert [small_percent(share) in said for share in flushed] == [True, True]
+def formats_told(root: Path) -> str:
+    told = [said for said in conclusions(Evidence.read(root)) if said.startswith("**Format of gradients.**")]
+    return " ".join(told)
+
+
+def test_what_e5m2_gradients_did_to_starts_is_told_with_every_pair_and_what_speaks_against_it(tmp_path: Path) -> None:
+    write_pairs(tmp_path, 1, 2)
+    defaults = {}
+    for seed, moved in ((1, 0.2), (2, -0.1)):
+        default = json.loads((tmp_path / "early-h200" / f"0.4M-fused-s{seed}" / "record.json").read_text())
+        defaults[seed] = default["final"]["validation_loss"]
+        path = tmp_path / "early-gradients-h200" / f"0.4M-fused-s{seed}-e5m2" / "record.json"
+        record = json.loads(path.read_text())
+        record["final"]["validation_loss"] = defaults[seed] + moved
+        path.write_text(json.dumps(record))
+        table = records.read_table(path.parent, "health")
+        table["underflow_fraction"] = table["underflow_fraction"].where(table["tensor"] != "grad_output", 0.0012)
+        records.write_table(path.parent, "health", table)
+    said = formats_told(tmp_path)
+    assert "ended 0.200 nats above its defaults (seed 1) and 0.100 nats below its defaults (seed 2)" in said
+    (before,) = (
+        diagnosis.flushed_gradients(run).max()
+        for run in starts.early_runs(tmp_path).where(recipe="fused")
+        if run.record.seed == 1 and not run.changed_settings
+    )
+    assert f"flushed at most 0.12% of its gradients to zero where those flushed {small_percent(before)} (seed 1" in said
+    assert "@fig-start-0-4m" in said
+    assert "safer" not in said
+    assert "Format is not all" not in said
+    bf16 = json.loads((tmp_path / "early-h200" / "0.4M-bf16-s2" / "record.json").read_text())["final"][
+        "validation_loss"
+    ]
+    assert f"Below BF16 too, by up to {bf16 - defaults[2] + 0.1:.3f} nats" in said
+    write_run(tmp_path, "early-h200", SIZES[0], "tensorwise", budget=1, device_name="NVIDIA H200")
+    assert "with `tensorwise` at 0.4M, whose gradients are in E5M2 too" in formats_told(tmp_path)
+
+
+def test_other_changes_say_nothing_of_formats(tmp_path: Path) -> None:
+    write_pairs(tmp_path)
+    assert formats_told(tmp_path) == ""
+    write_early_change(tmp_path, SIZES[0], "history4", {"history": 4})
+    assert formats_told(tmp_path) == ""
+
+
+def test_without_health_the_format_is_told_by_its_losses_alone(tmp_path: Path) -> None:
+    write_pairs(tmp_path, 1)
+    for path in tmp_path.glob("early-*/*/health.parquet"):
+        path.unlink()
+    said = formats_told(tmp_path)
+    assert "below its defaults (seed 1) (@fig-start-0-4m)" in said
 
 
 def test_a_start_on_a_cpu_is_no_measurement(tmp_path: Path) -> None:
