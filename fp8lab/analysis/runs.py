@@ -95,6 +95,11 @@ class Run:
         return f"`{self.recipe}` ({', '.join(more)})" if more else f"`{self.recipe}`"
 
     @property
+    def label(self) -> str:
+        """The same for tables and legends: 'fused (gradient_format: e5m2)'."""
+        return self.named.replace("`", "")
+
+    @property
     def kind(self) -> tuple[str, Recipe, Head, str, int, str]:
         """What it has in common with the runs that differ from it in their seed alone: size to design."""
         return self.size, self.recipe, self.record.head, self.changed_settings, self.record.tokens, self.design

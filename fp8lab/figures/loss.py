@@ -128,7 +128,7 @@ def starts(compared: Sequence[Start]) -> Figure:
     bottom.set_xlabel("training tokens (millions)")
     figure.align_ylabels()
     others = [
-        Line2D([], [], label=name.replace("`", ""), **(line_style(start.recipe) | {"linestyle": dashes[name]}))
+        Line2D([], [], label=start.ours.label, **(line_style(start.recipe) | {"linestyle": dashes[name]}))
         for name, start in changed.items()
     ]
     finish(figure, top, unique(["bf16", *(start.recipe for start in compared)]), toy=False, others=others)

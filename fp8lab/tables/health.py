@@ -85,22 +85,20 @@ def rounding_losses(runs: Sequence[Run]) -> pd.DataFrame:
 def underflow_by_size(runs: RunSet) -> pd.DataFrame:
     """What rounding flushes to zero as models grow: a row an FP8 recipe and size; maybe empty.
 
-    Columns: recipe; where some runs changed its defaults, what they changed; model; and over the Linears of the medians
-    of the second half of the run: the largest and the middle share of gradients (grad_output) flushed; where scales are
-    delayed, the middle and the most of the octaves of their format left unused above them (`diagnosis.health`); the
-    largest share of inputs flushed, and the gradients' lowest SQNR (dB).
+    Columns: recipe and what differs from its defaults, model, and over the Linears of the medians of the second half of
+    the run: the largest and the middle share of gradients (grad_output) flushed; where scales are delayed, the middle
+    and the most of the octaves of their format left unused above them (`diagnosis.health`); the largest share of inputs
+    flushed, and the gradients' lowest SQNR (dB).
     """
     rows = []
-    varied = any(run.changed_settings for run in runs.runs)
     pairs = itertools.product(runs.recipes, runs.sizes)
     for run in (run for recipe, size in pairs for run in diagnosis.measured(runs.where(size=size, recipe=recipe))):
         table = diagnosis.settled(run).dropna(subset="underflow_fraction")
         gradients, inputs = (table[table["tensor"] == tensor] for tensor in ("grad_output", "input"))
         if len(gradients):
             rows.append(
-                {"recipe": run.recipe}
-                | ({"changed": run.changed_settings or "–"} if varied else {})
-                | {
+                {
+                    "recipe": run.label,
                     "model": run.size,
                     "gradients, most": small_percent(gradients["underflow_fraction"].max()),
                     "gradients, middle": small_percent(gradients["underflow_fraction"].median()),

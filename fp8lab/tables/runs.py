@@ -50,20 +50,18 @@ def parameter_conventions(runs: RunSet) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def starts(begun: Sequence[Start]) -> pd.DataFrame:
+def starts(compared: Sequence[Start]) -> pd.DataFrame:
     """The first minutes of larger models: a row a run, those in FP8 below the BF16 runs that they stand beside.
 
     Loss is validation's in the end, speed the median of the run's steps, memory the peak; in brackets over BF16's.
-    There is a column for what runs changed of their recipe's defaults where some did.
     """
-    varied = any(start.ours.changed_settings for start in begun)
     rows = []
-    for size in unique(start.size for start in begun):
-        at_size = [start for start in begun if start.size == size]
+    for size in unique(start.size for start in compared):
+        at_size = [start for start in compared if start.size == size]
         baselines = {start.baseline.record.seed: start.baseline for start in at_size}
-        rows += [_start_row(baselines[seed], varied) for seed in sorted(baselines)]
+        rows += [_start_row(baselines[seed]) for seed in sorted(baselines)]
         for start in at_size:
-            row = _start_row(start.ours, varied) | {"− BF16": signed(start.gap)}
+            row = _start_row(start.ours) | {"− BF16": signed(start.gap)}
             if start.token_factor:
                 row["tokens, × BF16"] = f"{start.token_factor:.2f}"
             for column, ratio in (("tokens/s", start.speed_ratio), ("GiB", start.memory_ratio)):
@@ -72,23 +70,19 @@ def starts(begun: Sequence[Start]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _start_row(run: Run, varied: bool) -> dict[str, str]:
+def _start_row(run: Run) -> dict[str, str]:
     speed = run.record.speed
     rate, peak = (speed.tokens_per_second_median, speed.peak_memory_bytes) if speed else (None, None)
-    changed = {"changed": run.changed_settings or "–"} if varied else {}
-    return (
-        {"model": run.size, "recipe": run.recipe}
-        | changed
-        | {
-            "seed": str(run.record.seed),
-            "tokens": number(run.record.tokens),
-            "loss (nats/token)": f"{run.validation_loss:.4f}",
-            "− BF16": "–",
-            "tokens, × BF16": "–",
-            "tokens/s": number(rate) if rate else "–",
-            "GiB": f"{peak / 2**30:.1f}" if peak else "–",
-        }
-    )
+    return {
+        "model": run.size,
+        "recipe": run.label,
+        "seed": str(run.record.seed),
+        "loss (nats/token)": f"{run.validation_loss:.4f}",
+        "− BF16": "–",
+        "tokens, × BF16": "–",
+        "tokens/s": number(rate) if rate else "–",
+        "GiB": f"{peak / 2**30:.1f}" if peak else "–",
+    }
 
 
 def _fp8_recipes(runs: RunSet) -> list[Recipe]:

@@ -126,7 +126,7 @@ def test_a_change_of_a_recipe_is_compared_with_its_defaults_on_the_same_seed(tmp
     assert change.gap == pytest.approx(ends["0.4M-fused-s2-e5m2"] - ends["0.4M-fused-s2"])
     assert change.text == f"{-change.gap:.3f} nats below its defaults (seed 2)"
     table = tables.runs.starts(begun)
-    assert list(table["changed"]) == ["–"] * 4 + ["gradient_format: e5m2"]
+    assert list(table["recipe"]) == ["bf16"] * 2 + ["fused"] * 2 + ["fused (gradient_format: e5m2)"]
     assert starts.gaps_text([change.changed]).endswith("(seed 2) with `fused` (`gradient_format: e5m2`) at 0.4M")
 
 
