@@ -61,7 +61,7 @@ def starts(compared: Sequence[Start]) -> pd.DataFrame:
         baselines = {start.baseline.record.seed: start.baseline for start in at_size}
         rows += [_start_row(baselines[seed]) for seed in sorted(baselines)]
         for start in at_size:
-            row = _start_row(start.ours) | {"− BF16": signed(start.gap)}
+            row = _start_row(start.ours) | {"− BF16": signed(start.gap, 3)}
             if start.token_factor:
                 row["tokens, × BF16"] = f"{start.token_factor:.2f}"
             for column, ratio in (("tokens/s", start.speed_ratio), ("GiB", start.memory_ratio)):

@@ -97,7 +97,7 @@ def test_every_run_stands_beside_bf16_of_its_own_seed(tmp_path: Path) -> None:
     assert losses["bf16", "1"] != losses["bf16", "2"]
     for recipe, seed in (("tensorwise", "2"), ("fused", "1"), ("fused", "2")):
         gap = float(table["− BF16"][recipe, seed].replace("−", "-"))
-        assert losses[recipe, seed] - losses["bf16", seed] == pytest.approx(gap, abs=1.5e-4)
+        assert losses[recipe, seed] - losses["bf16", seed] == pytest.approx(gap, abs=6e-4)
     _, fused = starts.by_setting(begun)
     told = " and ".join(signed(start.gap, 3) for start in fused)
     assert starts.gaps_text(fused) == f"{told} nats (seeds 1 and 2) with `fused` at 0.4M"
