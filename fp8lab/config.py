@@ -198,7 +198,7 @@ class FusedConfig(Config):
 
     Which of the two a loss needs is for runs to say: with one scale a tensor, what lies farther below the largest
     gradient than the format spans is lost. DeepSeek-V3 (2412.19437, section 3.3.2) uses E4M3 throughout, with a scale
-    for every 128 values.
+    for every 128 values of a gradient.
     """
     history: int = Field(default=16, gt=0)
     """Steps whose largest amax sets the scale."""

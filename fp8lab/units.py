@@ -31,9 +31,10 @@ def signed_percent(share: float, digits: int = 1) -> str:
 
 
 def span(values: Iterable[float], digits: int) -> str:
-    """From the lowest to the highest, true minus included: 0.43 to 1.20."""
+    """From the lowest to the highest, true minus included: 0.43 to 1.20; one number where both read alike."""
     ordered = sorted(values)
-    return f"{ordered[0]:.{digits}f} to {ordered[-1]:.{digits}f}".replace("-", "−")
+    low, high = (f"{value:.{digits}f}".replace("-", "−") for value in (ordered[0], ordered[-1]))
+    return low if low == high else f"{low} to {high}"
 
 
 def small_percent(share: float) -> str:

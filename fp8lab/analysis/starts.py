@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from fp8lab.analysis.diagnosis import flushed_gradients
 from fp8lab.analysis.runs import EARLY_GRADIENTS_PLAN, EARLY_PLAN, Run, RunSet, plan_runs
 from fp8lab.config import RECIPES, ScheduleConfig
 from fp8lab.errors import UserError
@@ -166,9 +167,15 @@ class Change:
 
     @property
     def text(self) -> str:
-        """As prose has the gap: '0.249 nats below its defaults (seed 2)'."""
-        side = "below" if self.gap < 0 else "above"
-        return f"{abs(self.gap):.3f} nats {side} its defaults (seed {self.changed.ours.record.seed})"
+        """As prose has the gap: '0.249 nats below `fused` by its defaults (seed 2)'."""
+        side, recipe = "below" if self.gap < 0 else "above", self.default.recipe
+        return f"{abs(self.gap):.3f} nats {side} `{recipe}` by its defaults (seed {self.changed.ours.record.seed})"
+
+    @property
+    def flushed(self) -> pd.DataFrame:
+        """`diagnosis.flushed_gradients` of both at the tokens at which both measured: columns `changed`, `default`."""
+        shares = {"changed": flushed_gradients(self.changed.ours), "default": flushed_gradients(self.default.ours)}
+        return pd.DataFrame(shares).dropna()
 
 
 def pairs_with_defaults(compared: Sequence[Start]) -> list[list[Change]]:
@@ -183,7 +190,14 @@ def pairs_with_defaults(compared: Sequence[Start]) -> list[list[Change]]:
         return defaults.get((start.size, start.recipe, start.ours.record.head, start.ours.record.seed))
 
     changed = [[start for start in setting if start.ours.changed_settings] for setting in by_setting(compared)]
-    pairs = [[Change(start, default) for start in setting if (default := default_of(start))] for setting in changed]
+    pairs = [
+        [
+            Change(start, default)
+            for start in setting
+            if (default := default_of(start)) and default.baseline is start.baseline
+        ]
+        for setting in changed
+    ]
     return [setting for setting in pairs if setting]
 
 

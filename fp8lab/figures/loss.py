@@ -120,7 +120,7 @@ def starts(compared: Sequence[Start]) -> Figure:
         parted += list(difference[difference.index > difference.index.max() / 10].abs())
         flushed = 100 * flushed_gradients(start.ours)
         bottom.plot(flushed.index / 1e6, flushed, **style, marker="o", markersize=3)
-        _name_line(bottom, seed if len(flushed) < 3 else "", flushed, start.recipe)
+        _name_line(bottom, seed, flushed, start.recipe)
     _scale_difference(middle, 1.2 * max(parted, default=0.0))
     top.set_ylabel("training loss (nats/token)")
     bottom.set_ylabel("gradients\nflushed to 0 (%)")

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from fp8lab.analysis import decision, matched
 from fp8lab.analysis.decision import Matched
-from fp8lab.analysis.diagnosis import flushed_gradients
 from fp8lab.analysis.losses import MeasuredGap, left_out, most_seeds
-from fp8lab.analysis.starts import Start, by_setting, figure_label, gaps_text, pairs_with_defaults
+from fp8lab.analysis.starts import Change, Start, by_setting, figure_label, gaps_text, pairs_with_defaults
 from fp8lab.analysis.timings import short_device
 from fp8lab.claims import OURS
 from fp8lab.config import MODELS
@@ -58,8 +57,7 @@ def starts(evidence: Evidence) -> str:
     told = []
     for setting in by_setting(larger):
         factors = [start.token_factor for start in setting if start.token_factor]
-        times = span(factors, 2) if len(factors) > 1 else "".join(f"{factor:.2f}" for factor in factors)
-        told.append(gaps_text(setting, "nats/token") + (f", {times} × the tokens" if times else ""))
+        told.append(gaps_text(setting, "nats/token") + (f", {span(factors, 2)} × the tokens" if factors else ""))
     said = (
         "Of larger models only the first minutes were trained, which say nothing of their end (@tbl-starts). FP8 − "
         f"BF16 there, and the tokens to one training loss over BF16's: {'; '.join(told)}."
@@ -75,28 +73,38 @@ def gradient_formats(evidence: Evidence) -> str:
     larger = _larger_starts(evidence)
     said = []
     for pairs in pairs_with_defaults(larger):
-        first = pairs[0]
-        ours, default = first.changed.ours, first.default.ours
+        ours = pairs[0].changed.ours
         if ours.changed_settings != "gradient_format: e5m2":
             continue
-        shares = [small_percent(most.max()) for run in (ours, default) if len(most := flushed_gradients(run))]
-        flushed = (
-            f", and flushed at most {shares[0]} of its gradients to zero where those flushed {shares[1]} (seed "
-            f"{ours.record.seed}, the mean of all Linears)"
-            if len(shares) == 2
-            else ""
-        )
         said.append(
             f"In the first minutes of {ours.size} {ours.named} ended {listing([pair.text for pair in pairs])}"
-            f"{flushed} (@fig-{figure_label(ours.size)})."
+            f"{_flushed(pairs)} (@fig-{figure_label(ours.size)})."
         )
-        below = [pair.changed.gap for pair in pairs if pair.changed.gap < 0]
+        below = [pair.changed for pair in pairs if pair.changed.gap < 0]
         if below:
-            said.append(f"Below BF16 too, by up to {-min(below):.3f} nats: so far do single runs scatter.")
+            told = [f"{-start.gap:.3f} nats (seed {start.ours.record.seed})" for start in below]
+            said.append(
+                f"It ended below BF16, by {listing(told)}: how far rounding alone moves a run is not known there."
+            )
         same = [start for start in larger if (start.size, start.recipe) == (ours.size, "tensorwise")]
-        if same:
-            said.append(f"Format is not all: FP8 − BF16 is {gaps_text(same)}, whose gradients are in E5M2 too.")
+        if all(pair.gap < 0 for pair in pairs) and same and all(start.gap > 0 for start in same):
+            said.append(
+                f"FP8 − BF16 is {gaps_text(same)}, whose gradients are in E5M2 too: the format alone does not explain "
+                "how FP8 starts."
+            )
     return " ".join(said)
+
+
+def _flushed(pairs: Sequence[Change]) -> str:
+    """A clause on the first pair that measured its gradients at the same tokens; else empty."""
+    for pair in pairs:
+        shares = pair.flushed
+        if len(shares):
+            changed, default = (small_percent(most) for most in shares.max())
+            seed = pair.changed.ours.record.seed
+            whose = f"seed {seed}, means of all Linears"
+            return f", and flushed at most {changed} of its gradients to zero, those {default} ({whose})"
+    return ""
 
 
 def _larger_starts(evidence: Evidence) -> list[Start]:

@@ -49,7 +49,7 @@ def health(runs: Sequence[Run]) -> pd.DataFrame:
             growth = grown[(grown["kind"] == kind) & (grown["tensor"] == tensor)]["growth"].max()
             rows.append(
                 {
-                    "recipe": run.recipe,
+                    "recipe": run.label,
                     "Linear": str(kind).rpartition(".")[2],
                     "operand": tensor,
                     "underflow": small_percent(group["underflow_fraction"].max()),
@@ -71,7 +71,7 @@ def rounding_losses(runs: Sequence[Run]) -> pd.DataFrame:
             worst = f"{values.min():.1f} dB" if reason == "SQNR" else small_percent(values.max())
             rows.append(
                 {
-                    "recipe": run.recipe,
+                    "recipe": run.label,
                     "Linear": str(kind).rpartition(".")[2],
                     "operand": tensor,
                     "blocks": ranges(group["block"]),

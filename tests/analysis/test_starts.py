@@ -124,7 +124,7 @@ def test_a_change_of_a_recipe_is_compared_with_its_defaults_on_the_same_seed(tmp
         for path in tmp_path.glob("early-*/*/record.json")
     }
     assert change.gap == pytest.approx(ends["0.4M-fused-s2-e5m2"] - ends["0.4M-fused-s2"])
-    assert change.text == f"{-change.gap:.3f} nats below its defaults (seed 2)"
+    assert change.text == f"{-change.gap:.3f} nats below `fused` by its defaults (seed 2)"
     table = tables.runs.starts(begun)
     assert list(table["recipe"]) == ["bf16"] * 2 + ["fused"] * 2 + ["fused (gradient_format: e5m2)"]
     assert starts.gaps_text([change.changed]).endswith("(seed 2) with `fused` (`gradient_format: e5m2`) at 0.4M")
@@ -176,13 +176,17 @@ def test_two_runs_of_bf16_that_could_stand_beside_one_are_refused(tmp_path: Path
         starts.starts(starts.early_runs(tmp_path))
 
 
-def test_of_several_seeds_the_one_with_most_measurements_tells_of_a_setting(tmp_path: Path) -> None:
-    write_pairs(tmp_path)
-    folder = tmp_path / "early-h200" / "0.4M-fused-s1"
+@pytest.mark.parametrize(("fewer", "tells"), [(1, 2), (2, 1)])
+def test_of_several_seeds_the_one_with_most_measurements_tells_of_a_setting(
+    tmp_path: Path, fewer: int, tells: int
+) -> None:
+    write_pairs(tmp_path, 2)
+    folder = tmp_path / "early-h200" / f"0.4M-fused-s{fewer}"
     table = records.read_table(folder, "health")
     records.write_table(folder, "health", table[table["step"] == table["step"].max()])
     fused = starts.early_runs(tmp_path).where(recipe="fused")
-    assert [run.record.seed for run in diagnosis.measured(fused)] == [2]
+    measured = [(run.record.seed, run.changed_settings) for run in diagnosis.measured(fused)]
+    assert measured == [(tells, ""), (2, "gradient_format: e5m2")]
 
 
 def test_the_share_of_gradients_flushed_is_the_mean_over_linears_at_each_measurement(tmp_path: Path) -> None:
@@ -299,22 +303,45 @@ def test_what_e5m2_gradients_did_to_starts_is_told_with_every_pair_and_what_spea
         table["underflow_fraction"] = table["underflow_fraction"].where(table["tensor"] != "grad_output", 0.0012)
         records.write_table(path.parent, "health", table)
     said = formats_told(tmp_path)
-    assert "ended 0.200 nats above its defaults (seed 1) and 0.100 nats below its defaults (seed 2)" in said
+    assert "ended 0.200 nats above `fused` by its defaults (seed 1) and 0.100 nats below `fused` by" in said
     (before,) = (
         diagnosis.flushed_gradients(run).max()
         for run in starts.early_runs(tmp_path).where(recipe="fused")
         if run.record.seed == 1 and not run.changed_settings
     )
-    assert f"flushed at most 0.12% of its gradients to zero where those flushed {small_percent(before)} (seed 1" in said
+    assert f"flushed at most 0.12% of its gradients to zero, those {small_percent(before)} (seed 1, means" in said
     assert "@fig-start-0-4m" in said
     assert "safer" not in said
-    assert "Format is not all" not in said
+    assert "explain" not in said
     bf16 = json.loads((tmp_path / "early-h200" / "0.4M-bf16-s2" / "record.json").read_text())["final"][
         "validation_loss"
     ]
-    assert f"Below BF16 too, by up to {bf16 - defaults[2] + 0.1:.3f} nats" in said
+    assert f"ended below BF16, by {bf16 - defaults[2] + 0.1:.3f} nats (seed 2)" in said
     write_run(tmp_path, "early-h200", SIZES[0], "tensorwise", budget=1, device_name="NVIDIA H200")
-    assert "with `tensorwise` at 0.4M, whose gradients are in E5M2 too" in formats_told(tmp_path)
+    assert "explain" not in formats_told(tmp_path), "one of the pairs says that the format does harm"
+
+
+@pytest.mark.parametrize("above", [True, False])
+def test_a_recipe_with_e5m2_gradients_that_starts_worse_says_that_they_are_not_all(tmp_path: Path, above: bool) -> None:
+    write_pairs(tmp_path, 1)
+    path = (
+        write_run(tmp_path, "early-h200", SIZES[0], "tensorwise", budget=1, device_name="NVIDIA H200") / "record.json"
+    )
+    record = json.loads(path.read_text())
+    record["final"]["validation_loss"] += 0.5 if above else -0.5
+    path.write_text(json.dumps(record))
+    said = "with `tensorwise` at 0.4M, whose gradients are in E5M2 too: the format alone does not explain"
+    assert (said in formats_told(tmp_path)) == above
+
+
+def test_gradients_are_compared_where_both_runs_measured_them(tmp_path: Path) -> None:
+    write_pairs(tmp_path, 1)
+    folder = tmp_path / "early-h200" / "0.4M-fused-s1"
+    table = records.read_table(folder, "health")
+    records.write_table(folder, "health", table[table["step"] == table["step"].max()])
+    ((change,),) = starts.pairs_with_defaults(starts.starts(starts.early_runs(tmp_path)))
+    assert len(change.flushed) == 1
+    assert change.flushed.index[0] == diagnosis.flushed_gradients(change.default.ours).index[0]
 
 
 def test_other_changes_say_nothing_of_formats(tmp_path: Path) -> None:
@@ -329,7 +356,7 @@ def test_without_health_the_format_is_told_by_its_losses_alone(tmp_path: Path) -
     for path in tmp_path.glob("early-*/*/health.parquet"):
         path.unlink()
     said = formats_told(tmp_path)
-    assert "below its defaults (seed 1) (@fig-start-0-4m)" in said
+    assert "below `fused` by its defaults (seed 1) (@fig-start-0-4m)" in said
 
 
 def test_a_start_on_a_cpu_is_no_measurement(tmp_path: Path) -> None:
