@@ -118,6 +118,10 @@ def test_the_table_marks_the_choice_in_use(tmp_path: Path) -> None:
     pd.testing.assert_series_equal(table["p"], pd.Series(["–", "–"], name="p"))
 
 
-@pytest.mark.parametrize(("values", "text"), [([0.5, -1.0, 0.25], "−1.00 to 0.50"), ([1.2], "1.20 to 1.20")])
-def test_a_span_is_from_the_lowest_to_the_highest(values: list[float], text: str) -> None:
+@pytest.mark.parametrize(
+    ("values", "text"), [([0.5, -1.0, 0.25], "−1.00 to 0.50"), ([1.2], "1.20"), ([1.201, 1.199], "1.20")]
+)
+def test_a_span_is_from_the_lowest_to_the_highest_and_one_number_where_they_read_alike(
+    values: list[float], text: str
+) -> None:
     assert span(values, 2) == text
