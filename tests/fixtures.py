@@ -226,10 +226,9 @@ def write_early_change(
     record = records.read(folder)
     assert isinstance(record, TrainRecord)
     assert record.final is not None
-    record.run = f"{record.run}-{suffix}"
-    record.final = _shifted(record.final, record.final.validation_loss - 0.01 * measured.bf16_factor, 0.0)
-    record.config["fused"] |= changed
-    return records.write(record, folder.rename(folder.with_name(record.run)).parents[1])
+    loss = record.final.validation_loss - 0.01 * measured.bf16_factor
+    rate = record.config["optimizer"]["peak_learning_rate"]
+    return _move_to_design(folder, suffix, loss, 0.0, rate, changed)
 
 
 def write_run(
@@ -780,7 +779,7 @@ def _move_to_design(
     learning_rate: float,
     fused: Mapping[str, Any] = {},
     head: Head = "bf16",
-) -> None:
+) -> Path:
     """Make a run one of a design, which its name ends in: its own loss, learning rate, settings of `fused` and head."""
     record = records.read(folder)
     assert isinstance(record, TrainRecord)
@@ -791,7 +790,7 @@ def _move_to_design(
     record.config["optimizer"]["peak_learning_rate"] = learning_rate
     record.config["fused"] |= fused
     record.head = record.config["head"] = head
-    records.write(record, folder.rename(folder.with_name(record.run)).parents[1])
+    return records.write(record, folder.rename(folder.with_name(record.run)).parents[1])
 
 
 def _shifted(final: FinalLosses, loss: float, averaging: float) -> FinalLosses:

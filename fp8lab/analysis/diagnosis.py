@@ -146,11 +146,11 @@ def measured(runs: Sequence[Run]) -> list[Run]:
 
     It is the one with most measurements, and of several the first.
     """
-    most: dict[str, Run] = {}
+    alike: dict[str, list[Run]] = {}
     for run in runs:
-        if _measurements(run) > (_measurements(most[run.named]) if run.named in most else 0):
-            most[run.named] = run
-    return list(most.values())
+        if not run.health.empty:
+            alike.setdefault(run.named, []).append(run)
+    return [max(group, key=_measurements) for group in alike.values()]
 
 
 def _measurements(run: Run) -> int:

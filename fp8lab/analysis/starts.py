@@ -180,23 +180,15 @@ class Change:
 
 def pairs_with_defaults(compared: Sequence[Start]) -> list[list[Change]]:
     """Starts with other than their recipe's defaults, each beside that of its seed with them, by setting."""
-    defaults = {
-        (start.size, start.recipe, start.ours.record.head, start.ours.record.seed): start
-        for start in compared
-        if not start.ours.changed_settings
-    }
 
-    def default_of(start: Start) -> Start | None:
-        return defaults.get((start.size, start.recipe, start.ours.record.head, start.ours.record.seed))
+    def default_of(changed: Start) -> Start | None:
+        kind = (changed.baseline, changed.recipe, changed.ours.record.head)
+        alike = (one for one in compared if (one.baseline, one.recipe, one.ours.record.head) == kind)
+        return next((one for one in alike if not one.ours.changed_settings), None)
 
-    changed = [[start for start in setting if start.ours.changed_settings] for setting in by_setting(compared)]
     pairs = [
-        [
-            Change(start, default)
-            for start in setting
-            if (default := default_of(start)) and default.baseline is start.baseline
-        ]
-        for setting in changed
+        [Change(start, default) for start in setting if start.ours.changed_settings and (default := default_of(start))]
+        for setting in by_setting(compared)
     ]
     return [setting for setting in pairs if setting]
 

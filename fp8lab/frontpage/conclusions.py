@@ -9,8 +9,8 @@ from fp8lab.analysis.timings import BUSY, device_label, short_device
 from fp8lab.claims import OURS
 from fp8lab.frontpage.evidence import Evidence
 from fp8lab.frontpage.loss import gradient_formats, loss_costs
-from fp8lab.frontpage.payoff import span, times, where, widths_by_tokens
-from fp8lab.units import listing, unique
+from fp8lab.frontpage.payoff import times, where, widths_by_tokens
+from fp8lab.units import listing, span, unique
 
 
 def conclusions(evidence: Evidence) -> list[str]:
@@ -97,7 +97,7 @@ def _memory(evidence: Evidence) -> str:
     kept: dict[str, list[float]] = {}
     for payoff in evidence.with_head("bf16"):
         kept.setdefault(payoff.recipe, []).extend(evidence.timed(payoff.recipe, payoff.device)["memory_ratio"])
-    told = [f"{span(ratios)} with `{recipe}`" for recipe, ratios in kept.items()]
+    told = [f"{span(ratios, 2)} with `{recipe}`" for recipe, ratios in kept.items()]
     return f"**GPU memory.** The peak over BF16's: {listing(told)} ({_shown(evidence, 'memory')})." if told else ""
 
 

@@ -13,8 +13,8 @@ from fp8lab.article import scale_note
 from fp8lab.claims import OURS
 from fp8lab.frontpage.evidence import Evidence
 from fp8lab.frontpage.loss import clear_costs, speed_at_matched_loss, starts, unclear_costs
-from fp8lab.frontpage.payoff import span, times, where, widths_by_tokens
-from fp8lab.units import listing, unique
+from fp8lab.frontpage.payoff import times, where, widths_by_tokens
+from fp8lab.units import listing, span, unique
 
 
 def lead(evidence: Evidence) -> str:
@@ -61,7 +61,7 @@ def _short_steps(evidence: Evidence) -> list[str]:
             waits = ", while the GPU waits for the host" if (slower["busy"] < BUSY).all() else ""
             said.append(
                 f"Short steps are another matter: in blocks of four layers `{OURS}` gives "
-                f"{span(list(slower['measured']))} times BF16's tokens/s in {len(slower)} of {len(own)} settings on "
+                f"{span(slower['measured'], 2)} times BF16's tokens/s in {len(slower)} of {len(own)} settings on "
                 f"{device}{waits}: {widths_by_tokens(slower)} (@fig-break-even-{device.lower()})."
             )
     return said

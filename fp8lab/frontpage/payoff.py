@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pandas as pd
 
 from fp8lab.analysis.decision import Payoff
-from fp8lab.units import listing
+from fp8lab.units import listing, span
 
 
 def where(payoff: Payoff) -> str:
@@ -45,10 +43,4 @@ def widths_by_tokens(cells: pd.DataFrame) -> str:
 
 def times(payoff: Payoff) -> str:
     """How many times BF16's tokens/s, over the settings timed: to follow `where`."""
-    return f", {span([payoff.slowest, payoff.fastest])} times its tokens/s"
-
-
-def span(values: Sequence[float]) -> str:
-    """The smallest and largest of `values`, or the one that both are at two digits."""
-    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
-    return low if low == high else f"{low} to {high}"
+    return f", {span((payoff.slowest, payoff.fastest), 2)} times its tokens/s"
