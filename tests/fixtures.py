@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,6 +230,26 @@ def write_early_change(
     loss = record.final.validation_loss - 0.01 * measured.bf16_factor
     rate = record.config["optimizer"]["peak_learning_rate"]
     return _move_to_design(folder, suffix, loss, 0.0, rate, changed)
+
+
+def write_scaling_out_records(
+    records_dir: Path, model: ModelConfig = SIZES[-1], *, measured: Measured = DEFAULT
+) -> None:
+    """BF16 and ``fused`` on one GPU and two."""
+    for recipe in ("bf16", "fused"):
+        for count in (1, 2):
+            folder = write_run(
+                records_dir, "scaling-out-h200", model, recipe, measured=measured, device_name="NVIDIA H200"
+            )
+            record = records.read(folder)
+            assert isinstance(record, TrainRecord)
+            assert record.speed is not None
+            assert record.speed.tokens_per_second_median is not None
+            record.run = f"{record.run}-{count}gpu"
+            record.provenance.device_count = count
+            record.speed.tokens_per_second_median *= count * (1 if count == 1 else 0.8 * measured.bf16_factor)
+            records.write(record, records_dir)
+            shutil.rmtree(folder)
 
 
 def write_run(

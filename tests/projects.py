@@ -17,6 +17,7 @@ from tests.fixtures import (
     write_map_records,
     write_numerics_records,
     write_reliability_records,
+    write_scaling_out_records,
     write_speed_records,
     write_variance_records,
 )
@@ -38,6 +39,7 @@ def write_every_kind(records_dir: Path, measured: Measured = DEFAULT, sizes: tup
     write_demo_records(records_dir, sizes=sizes, measured=measured)
     write_gpu_records(records_dir, sizes=sizes, measured=measured)
     write_early_records(records_dir, sizes[-1], measured=measured)
+    write_scaling_out_records(records_dir, sizes[-1], measured=measured)
     write_speed_records(records_dir, trained=sizes[-1], measured=measured)
     write_map_records(records_dir, measured=measured)
     write_benchmark_records(records_dir, measured=measured)

@@ -14,7 +14,16 @@ import pandas as pd
 from fp8lab.analysis import numerics, variance
 from fp8lab.analysis.comparison import Deviation, Gap
 from fp8lab.analysis.laws import JointLaw
-from fp8lab.analysis.runs import LARGER_PLAN, MEASURED_PLANS, SEEDS_PLAN, Run, RunSet, plan_runs, seed_deviation
+from fp8lab.analysis.runs import (
+    LARGER_PLAN,
+    MEASURED_PLANS,
+    SEEDS_PLAN,
+    Run,
+    RunSet,
+    known_scatter,
+    plan_runs,
+    source_of,
+)
 from fp8lab.analysis.trouble import training_key
 from fp8lab.config import RECIPES
 from fp8lab.units import listing, unique
@@ -129,10 +138,20 @@ class MeasuredGap:
     gap: Gap
     runs: RunSet
     assumed: bool = False
-    """Whether the gap's interval is assumed: one seed, taken to scatter as smaller models do."""
+    """Whether the gap's interval is assumed: one seed, taken to scatter as repeated runs of its size or smaller do."""
     diverged: int = 0
     """Runs of this size and recipe, of all plans, tuned alike, that diverged: the gap is that of those left."""
     bf16_diverged: int = 0
+
+    @property
+    def has_seeds(self) -> bool:
+        """Whether its interval is measured."""
+        return self.gap.interval is not None and not self.assumed
+
+    @property
+    def baseline(self) -> Run:
+        """One of the BF16 runs."""
+        return self.runs.where(size=self.size, recipe="bf16")[0]
 
     def text(self, unit: str = "nats") -> str:
         """As prose has it, with its interval where seeds gave one."""
@@ -140,13 +159,32 @@ class MeasuredGap:
         return f"{gap.text(unit)} with `{self.recipe}` at {self.size}"
 
 
-def most_seeds(gaps: Sequence[MeasuredGap]) -> list[MeasuredGap]:
-    """A gap a recipe: of most seeds, and of the largest size among those."""
+def telling(gaps: Sequence[MeasuredGap]) -> list[MeasuredGap]:
+    """Of each recipe the gaps over several seeds, and that of the largest size whatever its seeds."""
     found = []
     for recipe in unique(measured.recipe for measured in gaps):
         of_recipe = [measured for measured in gaps if measured.recipe == recipe]
-        most = max(measured.gap.seeds for measured in of_recipe)
-        found.append([measured for measured in of_recipe if measured.gap.seeds == most][-1])
+        found += [measured for measured in of_recipe if measured.has_seeds or measured is of_recipe[-1]]
+    return found
+
+
+def tuned_as(ladder: RunSet, sets: Sequence[RunSet], gaps: Sequence[MeasuredGap]) -> list[MeasuredGap]:
+    """The same gaps at the ladder's tuning, where `gaps` have another and several seeds tell: maybe none.
+
+    What FP8 costs depends on the learning rate, and many seeds are trained at the rate where they scatter least.
+    """
+    found = []
+    for measured in gaps:
+        likes = ladder.where(size=measured.size, recipe="bf16")
+        if not likes or not measured.has_seeds or measured.baseline.tuning == likes[0].tuning:
+            continue
+        key = (measured.size, measured.recipe)
+        alike = [
+            _measured_gap(sets, runs, *key)
+            for runs in sets
+            if key in runs.gaps() and runs.where(size=measured.size, recipe="bf16")[0].tuning == likes[0].tuning
+        ]
+        found += sorted((one for one in alike if one.has_seeds), key=lambda one: -one.gap.seeds)[:1]
     return found
 
 
@@ -173,7 +211,7 @@ def measured_gaps(sets: Sequence[RunSet]) -> list[MeasuredGap]:
 
 def sources(gaps: Sequence[MeasuredGap]) -> str:
     """What a caption says about where the runs behind `gaps` were trained, and which of them diverged."""
-    return " ".join([*unique(measured.runs.source for measured in gaps), left_out(gaps)]).strip()
+    return f"{source_of([measured.runs for measured in gaps])} {left_out(gaps)}".strip()
 
 
 def left_out(gaps: Sequence[MeasuredGap]) -> str:
@@ -189,12 +227,12 @@ def left_out(gaps: Sequence[MeasuredGap]) -> str:
 
 def _measured_gap(sets: Sequence[RunSet], runs: RunSet, size: str, recipe: str) -> MeasuredGap:
     gap, bf16 = runs.gap(size, recipe), runs.where(size=size, recipe="bf16")[0]
-    smaller = seed_deviation(sets, bf16, below=bf16.parameters) if gap.interval is None else None
+    scatter = known_scatter(sets, bf16) if gap.interval is None else None
     diverged, bf16_diverged = (_diverged(sets, bf16, name) for name in (recipe, "bf16"))
     measured = MeasuredGap(size, recipe, gap, runs, diverged=diverged, bf16_diverged=bf16_diverged)
-    if smaller is None:
+    if scatter is None:
         return measured
-    return replace(measured, gap=replace(gap, interval=gap.assumed_interval(smaller)), assumed=True)
+    return replace(measured, gap=replace(gap, interval=gap.assumed_interval(scatter)), assumed=True)
 
 
 def _diverged(sets: Sequence[RunSet], like: Run, recipe: str) -> int:

@@ -124,6 +124,11 @@ class Run:
         return {"optimizer": optimizer} | {name: config[name] for name in ("schedule", "global_batch_tokens")}
 
     @property
+    def learning_rate(self) -> float:
+        """The highest of the schedule."""
+        return float(self.record.config["optimizer"]["peak_learning_rate"])
+
+    @property
     def validation_loss(self) -> float:
         """Nats a token at the end of the run."""
         return self._final.validation_loss
@@ -300,13 +305,31 @@ def seed_deviation(
     Returns:
         None where no such runs have two seeds.
     """
+    return Deviation.pooled(seed_groups(sets, like, size=size, below=below))
+
+
+def source_of(sets: Sequence[RunSet]) -> str:
+    """`RunSet.source` of all of them together."""
+    runs = tuple(run for runs in sets for run in runs.runs)
+    return RunSet("", runs).source if runs else ""
+
+
+def known_scatter(sets: Sequence[RunSet], like: Run) -> Deviation | None:
+    """`seed_deviation` at the size of `like` or, where no such run was repeated, at smaller ones."""
+    return seed_deviation(sets, like, size=like.size) or seed_deviation(sets, like, below=like.parameters)
+
+
+def seed_groups(
+    sets: Iterable[RunSet], like: Run, *, size: str | None = None, below: int | None = None
+) -> list[list[float]]:
+    """The validation losses (nats/token) that `seed_deviation` pools: a list for runs that differ in seed alone."""
     groups: dict[tuple[object, ...], dict[str, float]] = {}
     for run in (run for runs in sets for run in runs.runs):
         wanted = size in (None, run.size) and (below is None or run.parameters < below)
         of_one_design = (run.record.plan, run.design) == (like.record.plan, like.design)
         if wanted and (of_one_design or run.tuning == like.tuning):
             groups.setdefault((run.record.plan, *run.kind), {})[run.record.run] = run.validation_loss
-    return Deviation.pooled([list(losses.values()) for losses in groups.values()])
+    return [list(losses.values()) for losses in groups.values()]
 
 
 def training_runs(

@@ -23,7 +23,7 @@ from fp8lab.analysis.comparison import Deviation, student_quantile
 from fp8lab.analysis.laws import BESIROGLU, Chinchilla
 from fp8lab.analysis.losses import final_losses
 from fp8lab.analysis.matched import Slope
-from fp8lab.analysis.runs import Run, RunSet, seed_deviation
+from fp8lab.analysis.runs import Run, RunSet, known_scatter, seed_deviation
 from fp8lab.errors import UserError
 
 FLATTEST = 0.01
@@ -142,7 +142,7 @@ def slope_at(sets: Sequence[RunSet], run: Run, laws: Sequence[FittedLaw]) -> Slo
         ends = [end for end in (*runs.runs, *runs.branches) if (end.size, end.recipe) == (run.size, run.recipe)]
         tokens, losses = [end.record.tokens for end in ends], [end.validation_loss for end in ends]
         if len(set(tokens)) > 1 and max(tokens) == run.record.tokens:
-            noise = seed_deviation(sets, run, size=run.size) or seed_deviation(sets, run, below=run.parameters)
+            noise = known_scatter(sets, run)
             return _if_falling(measured_slope(tokens, losses, noise))
     return _if_falling(by_law(laws, run.parameters, run.record.tokens))
 

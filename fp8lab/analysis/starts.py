@@ -12,7 +12,7 @@ to some percent.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,16 +20,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from fp8lab.analysis.comparison import Gap
 from fp8lab.analysis.diagnosis import flushed_gradients
 from fp8lab.analysis.runs import EARLY_GRADIENTS_PLAN, EARLY_PLAN, Run, RunSet, plan_runs
 from fp8lab.config import RECIPES, ScheduleConfig
 from fp8lab.errors import UserError
 from fp8lab.records import Speed
 from fp8lab.schedule import decay_start, warmup_steps
-from fp8lab.units import listing, signed
+from fp8lab.units import listing, signed, small_percent
 
 WINDOWS = 12
 """At most so many are made of a run's steps at the highest rate: single batches differ by more than recipes do."""
+FEWEST_SEEDS = 3
+"""From so many on, an interval says more than the seeds one by one."""
 
 
 @dataclass(frozen=True)
@@ -139,9 +142,12 @@ def by_setting(compared: Sequence[Start]) -> list[list[Start]]:
 def gaps_text(seeds: Sequence[Start], unit: str = "nats") -> str:
     """The gaps of one setting, as prose has them: '+0.264 and +0.169 nats (seeds 1 and 2) with `fused` at 1.5B'.
 
-    Seed by seed: so few have an interval that contains anything, and batches that another seed's do not share.
+    From `FEWEST_SEEDS` on their mean and its interval.
     """
     first = seeds[0]
+    if len(seeds) >= FEWEST_SEEDS:
+        ours, baseline = _losses(start.ours for start in seeds), _losses(start.baseline for start in seeds)
+        return f"{Gap.by_seed(ours, baseline).text(unit)} with {first.ours.named} at {first.size}"
     told = listing([signed(start.gap, 3) for start in seeds])
     which = listing([str(start.ours.record.seed) for start in seeds])
     return f"{told} {unit} (seed{'s' if len(seeds) > 1 else ''} {which}) with {first.ours.named} at {first.size}"
@@ -166,12 +172,6 @@ class Change:
         return self.changed.gap - self.default.gap
 
     @property
-    def text(self) -> str:
-        """As prose has the gap: '0.249 nats below `fused` by its defaults (seed 2)'."""
-        side, recipe = "below" if self.gap < 0 else "above", self.default.recipe
-        return f"{abs(self.gap):.3f} nats {side} `{recipe}` by its defaults (seed {self.changed.ours.record.seed})"
-
-    @property
     def flushed(self) -> pd.DataFrame:
         """`diagnosis.flushed_gradients` of both at the tokens at which both measured: columns `changed`, `default`."""
         shares = {"changed": flushed_gradients(self.changed.ours), "default": flushed_gradients(self.default.ours)}
@@ -191,6 +191,42 @@ def pairs_with_defaults(compared: Sequence[Start]) -> list[list[Change]]:
         for setting in by_setting(compared)
     ]
     return [setting for setting in pairs if setting]
+
+
+def change_between(pairs: Sequence[Change]) -> Gap:
+    """Of one setting: the mean loss with the change minus that by the defaults, on the same seeds."""
+    changed, default = (_losses(pair.changed.ours for pair in pairs), _losses(pair.default.ours for pair in pairs))
+    return Gap.by_seed(changed, default)
+
+
+def changes_text(pairs: Sequence[Change]) -> str:
+    """A clause on one setting: '`fused` (`history: 4`) ended 0.1 nats below `fused` by its defaults (seed 2)'.
+
+    From `FEWEST_SEEDS` on with the mean and its interval.
+    """
+    ours = pairs[0].changed.ours
+    defaults = f"`{ours.recipe}` by its defaults"
+    if len(pairs) >= FEWEST_SEEDS:
+        return f"{ours.named} ended {change_between(pairs)} from {defaults}"
+    told = [
+        f"{abs(pair.gap):.3f} nats {'below' if pair.gap < 0 else 'above'} (seed {pair.changed.ours.record.seed})"
+        for pair in pairs
+    ]
+    return f"{ours.named} ended {listing(told)} {defaults}"
+
+
+def flushed_text(pairs: Sequence[Change]) -> str:
+    """A clause on the most gradients that each side flushed where both measured, over all seeds; else empty."""
+    shares = pd.concat([pair.flushed for pair in pairs])
+    if shares.empty:
+        return ""
+    changed, default = (small_percent(most) for most in shares[["changed", "default"]].max())
+    return f"rounding flushed at most {changed} of its gradients to zero, against {default} by its defaults"
+
+
+def _losses(runs: Iterable[Run]) -> dict[int, float]:
+    """Validation loss in the end (nats/token) by seed."""
+    return {run.record.seed: run.validation_loss for run in runs}
 
 
 def left_out(runs: RunSet) -> str:

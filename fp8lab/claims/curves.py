@@ -8,7 +8,7 @@ from fp8lab.analysis.comparison import EQUIVALENCE_MARGIN, LEVEL, holm
 from fp8lab.analysis.losses import MeasuredGap, left_out
 from fp8lab.claims.finding import Finding, Verdict
 from fp8lab.config import RECIPES
-from fp8lab.units import listing
+from fp8lab.units import listing, p_value
 
 
 def curves_follow(gaps: Sequence[MeasuredGap]) -> list[Finding]:
@@ -22,12 +22,16 @@ def curves_follow(gaps: Sequence[MeasuredGap]) -> list[Finding]:
 def _curve_follows(gaps: Sequence[MeasuredGap]) -> Finding:
     """Of one recipe; the p values are adjusted for having asked at several sizes."""
     recipe, lost = f"`{gaps[0].recipe}`", left_out(gaps)
-    judged = [measured for measured in gaps if measured.gap.equivalence_p() is not None and not measured.assumed]
+    judged = [measured for measured in gaps if measured.has_seeds and measured.gap.equivalence_p() is not None]
     if not judged:
         return _curves("untested", f"Every gap of {recipe} measured so far is one seed's. {lost}".strip(), recipe)
-    apart = _below_level(judged, [measured.gap.difference_p() or 0.0 for measured in judged])
-    equal = _below_level(judged, [measured.gap.equivalence_p() or 0.0 for measured in judged])
-    told = "; ".join(f"at {measured.size} {measured.gap.text()}" for measured in judged)
+    apart = _below_level(judged, holm([measured.gap.difference_p() or 0.0 for measured in judged]))
+    equivalence = holm([measured.gap.equivalence_p() or 0.0 for measured in judged])
+    equal = _below_level(judged, equivalence)
+    told = "; ".join(
+        f"at {measured.size} {measured.gap.text()}, p of more than ±{EQUIVALENCE_MARGIN} {p_value(p)}"
+        for measured, p in zip(judged, equivalence, strict=True)
+    )
     why = f"FP8 − BF16 {told}. {lost}".strip()
     if apart:
         return _curves("contradicted", why, f"{recipe} at {listing(apart)}")
@@ -41,8 +45,8 @@ def _curve_follows(gaps: Sequence[MeasuredGap]) -> Finding:
 
 
 def _below_level(judged: Sequence[MeasuredGap], p_values: Sequence[float]) -> list[str]:
-    """Sizes at which the adjusted p is below 0.05."""
-    return [m.size for m, p in zip(judged, holm(p_values), strict=True) if p < 1 - LEVEL]
+    """Sizes at which p is below 0.05."""
+    return [m.size for m, p in zip(judged, p_values, strict=True) if p < 1 - LEVEL]
 
 
 def _curves(verdict: Verdict, why: str, scope: str) -> Finding:

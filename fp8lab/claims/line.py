@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fp8lab.analysis.runs import RunSet
+from fp8lab.analysis.runs import RunSet, seed_groups
 from fp8lab.analysis.scaling import predict_largest
 from fp8lab.analysis.straightness import log_noise, straightness
 from fp8lab.claims.finding import Finding, Verdict
@@ -22,11 +22,11 @@ def on_a_line(runs: RunSet, repeated: Sequence[RunSet] = ()) -> Finding:
 
     Args:
         runs: the ladder.
-        repeated: other plans of BF16 runs that differ in seed alone, for the noise.
+        repeated: other plans with runs that differ in seed alone, for the noise: of those tuned as the ladder.
     """
     bf16 = [] if runs.toy else runs.where(recipe="bf16")
     sizes = unique(run.size for run in bf16)
-    noise = log_noise(_alike([runs, *repeated]))
+    noise = log_noise(seed_groups([plan for plan in (runs, *repeated) if not plan.toy], bf16[0])) if bf16 else None
     if len(sizes) < CLAIMED_SIZES:
         count = f"{len(sizes) or 'no'} size{'' if len(sizes) == 1 else 's'}"
         return _line("untested", f"BF16 was trained at {count} on a GPU.", sizes)
@@ -46,15 +46,6 @@ def on_a_line(runs: RunSet, repeated: Sequence[RunSet] = ()) -> Finding:
     if line.lack_of_fit_p < LINE_LEVEL:
         return _line("contradicted", why, sizes)
     return _line("confirmed" if max(abs(low), abs(high)) < BEND else "untested", why, sizes)
-
-
-def _alike(plans: Sequence[RunSet]) -> list[list[float]]:
-    """Losses of BF16 runs on GPUs that differ in their seed alone, a group a plan and kind of run."""
-    groups: dict[tuple[object, ...], dict[str, float]] = {}
-    for plan in plans:
-        for run in [] if plan.toy else plan.where(recipe="bf16"):
-            groups.setdefault((plan.plan, *run.kind), {})[run.record.run] = run.validation_loss
-    return [list(group.values()) for group in groups.values()]
 
 
 def _line(verdict: Verdict, why: str, sizes: Sequence[str]) -> Finding:

@@ -33,13 +33,16 @@ from fp8lab.figures.style import (
 from fp8lab.units import unique
 
 
-def loss_curves(runs: RunSet, size: str) -> Figure:
+def loss_curves(runs: RunSet, size: str, band: float | None = None) -> Figure:
     """Training loss of every recipe at one size, and below it the difference to BF16 on the same tokens.
 
     The difference is drawn to the scale of what follows the first tenth of the tokens: a model's first steps may part
     by nats, beside which nothing later would show.
+
+    Args:
+        band: as in `validation_curves`.
     """
-    return _with_difference(runs, size, Run.training_curve, "training loss")
+    return _with_difference(runs, size, Run.training_curve, "training loss", band=band)
 
 
 def validation_curves(runs: RunSet, size: str, weights: Mapping[str, float], band: float | None = None) -> Figure:
@@ -98,7 +101,7 @@ def starts(compared: Sequence[Start]) -> Figure:
 
     A line a run. The difference is between runs of one seed, so on the same tokens, and drawn to the scale of what
     follows the first tenth of them. Of gradients it is the share that is flushed to zero, the mean over all Linears:
-    a point a measurement. Runs that changed their recipe's defaults are dashed, and several seeds of a setting named.
+    a point a measurement. Runs that changed their recipe's defaults are dashed.
     """
     figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(WIDTH, 6.2), sharex=True, height_ratios=(2, 1.2, 1))
     changed = {start.ours.named: start for start in compared if start.ours.changed_settings}
@@ -110,21 +113,20 @@ def starts(compared: Sequence[Start]) -> Figure:
     parted: list[float] = []
     for start in compared:
         style = line_style(start.recipe) | {"linestyle": dashes.get(start.ours.named, "-")}
-        several = sum(other.ours.named == start.ours.named for other in compared) > 1
-        seed = f"seed {start.ours.record.seed}" if several else ""
         curve = start.ours.training_curve()
         top.plot(curve.index / 1e6, curve, **style)
         difference = (curve - start.baseline.training_curve()).dropna()
         middle.plot(difference.index / 1e6, difference, **style)
-        _name_line(middle, seed, difference, start.recipe)
         parted += list(difference[difference.index > difference.index.max() / 10].abs())
         flushed = 100 * flushed_gradients(start.ours)
         bottom.plot(flushed.index / 1e6, flushed, **style, marker="o", markersize=3)
-        _name_line(bottom, seed, flushed, start.recipe)
     _scale_difference(middle, 1.2 * max(parted, default=0.0))
     top.set_ylabel("training loss (nats/token)")
     bottom.set_ylabel("gradients\nflushed to 0 (%)")
-    bottom.set_ylim(bottom=0)
+    # Formats differ by orders of magnitude, and a share may be zero.
+    bottom.set_yscale("symlog", linthresh=0.01)
+    bottom.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g}"))
+    bottom.set_ylim(0, 100)
     bottom.set_xlabel("training tokens (millions)")
     figure.align_ylabels()
     others = [
@@ -133,20 +135,6 @@ def starts(compared: Sequence[Start]) -> Figure:
     ]
     finish(figure, top, unique(["bf16", *(start.recipe for start in compared)]), toy=False, others=others)
     return figure
-
-
-def _name_line(axes: Axes, name: str, curve: pd.Series, recipe: str) -> None:
-    """Write `name` in the recipe's colour at the end of a line over tokens."""
-    if name and len(curve):
-        axes.annotate(
-            name,
-            (curve.index[-1] / 1e6, curve.iloc[-1]),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="right",
-            fontsize=7.5,
-            color=RECIPE_COLOURS[recipe],
-        )
 
 
 def loss_gaps(gaps: Sequence[MeasuredGap]) -> Figure:

@@ -42,9 +42,9 @@ def _speed_conclusion(evidence: Evidence) -> str:
 
 
 def _shown(evidence: Evidence, name: str) -> str:
-    """Reference to a figure of the chapter on speed, which has one a device; of several, to the table of all."""
+    """Reference to the figures of the chapter on speed, which has one a device."""
     devices = unique(evidence.timings[evidence.timings["kind"] == "model"]["device"])
-    return f"@fig-{device_label(name, devices[0])}" if len(devices) == 1 else "@tbl-switch"
+    return listing([f"@fig-{device_label(name, device)}" for device in devices]) if devices else ""
 
 
 def _map_conclusion(evidence: Evidence) -> str:

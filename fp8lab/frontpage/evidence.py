@@ -10,6 +10,7 @@ import pandas as pd
 from fp8lab import claims
 from fp8lab.analysis import decision, losses, numerics, slopes, starts
 from fp8lab.analysis.decision import Matched, Payoff
+from fp8lab.analysis.losses import MeasuredGap
 from fp8lab.analysis.numerics import HeadCost
 from fp8lab.analysis.occasions import MAP_PLAN, SpeedRun, speed_runs
 from fp8lab.analysis.runs import SEEDS_PLAN, Run, RunSet, has_ladder, plan_runs, scored_runs, training_runs
@@ -40,6 +41,8 @@ class Evidence:
     map_cells: pd.DataFrame
     """`timings.break_even`."""
     matched: list[Matched]
+    tuned_as_ladder: list[MeasuredGap]
+    """Gaps of `matched` at the ladder's tuning, where they have another."""
     laws: list[FittedLaw]
     head_costs: list[HeadCost]
     """In loss."""
@@ -76,6 +79,7 @@ class Evidence:
             map_payoffs=decision.payoffs(timings[timings["kind"] == "blocks"]),
             map_cells=break_even(maps),
             matched=matched,
+            tuned_as_ladder=losses.tuned_as(ladder, sets, [row.measured for row in matched]),
             laws=laws,
             head_costs=numerics.best_known_head_costs(records_dir),
             starts=starts.starts(early),

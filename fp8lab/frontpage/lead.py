@@ -1,4 +1,4 @@
-"""The first three paragraphs: the answer, what it rests on, and what is less certain of the cost in loss."""
+"""The first paragraphs: the answer, what it rests on, and what is less certain of the cost in loss."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ def lead(evidence: Evidence) -> str:
 
 
 def costs(evidence: Evidence) -> str:
-    """The third paragraph, maybe empty: what is left of the loss, what the speed is worth, how larger models start."""
+    """Two paragraphs, each maybe empty: what is left of the loss and what the speed is worth; how models start."""
     rest = unclear_costs(evidence) if clear_costs(evidence) else ""
-    return " ".join(part for part in (rest, speed_at_matched_loss(evidence), starts(evidence)) if part)
+    trained = " ".join(part for part in (rest, speed_at_matched_loss(evidence)) if part)
+    return "\n\n".join(part for part in (trained, starts(evidence)) if part)
 
 
 def _answer(evidence: Evidence) -> str:

@@ -6,43 +6,66 @@ from collections.abc import Sequence
 
 from fp8lab.analysis import decision, matched
 from fp8lab.analysis.decision import Matched
-from fp8lab.analysis.losses import MeasuredGap, left_out, most_seeds
-from fp8lab.analysis.starts import Change, Start, by_setting, figure_label, gaps_text, pairs_with_defaults
+from fp8lab.analysis.losses import MeasuredGap, left_out, telling
+from fp8lab.analysis.starts import (
+    FEWEST_SEEDS,
+    Start,
+    by_setting,
+    change_between,
+    changes_text,
+    figure_label,
+    flushed_text,
+    gaps_text,
+    pairs_with_defaults,
+)
 from fp8lab.analysis.timings import short_device
+from fp8lab.analysis.variance import VARIANCE_PLAN
 from fp8lab.claims import OURS
 from fp8lab.config import MODELS
 from fp8lab.frontpage.evidence import Evidence
-from fp8lab.units import listing, small_percent, span, unique
+from fp8lab.units import listing, span, unique
 
 
 def loss_costs(evidence: Evidence) -> str:
-    """What is known of the cost in loss, of each recipe at its size with most seeds."""
+    """What is known of the cost in loss, of each recipe at the sizes that have seeds and at its largest."""
     return f"{clear_costs(evidence)} {unclear_costs(evidence)}".strip()
 
 
 def clear_costs(evidence: Evidence) -> str:
     """Of `loss_costs` what seeds leave no doubt about."""
-    telling = most_seeds([row.measured for row in evidence.matched])
+    gaps = telling([row.measured for row in evidence.matched])
     said = []
     for raised, which in ((True, "higher"), (False, "lower")):
-        clear = [one for one in telling if _excludes_zero(one) and (one.gap.mean > 0) == raised]
+        clear = [one for one in gaps if _excludes_zero(one) and (one.gap.mean > 0) == raised]
         if clear:
             said.append(f"FP8 ends at a {which} loss, by 95% intervals that exclude zero: {_listed(clear)}.")
-    return " ".join(said)
+            said += [_at_the_ladders_rate(one, evidence) for one in clear]
+    return " ".join(part for part in said if part)
+
+
+def _at_the_ladders_rate(measured: MeasuredGap, evidence: Evidence) -> str:
+    """A sentence on the gap of the same recipe and size at the ladder's learning rate; empty where none is known."""
+    for other in evidence.tuned_as_ladder:
+        ratio = measured.baseline.learning_rate / other.baseline.learning_rate
+        if (other.size, other.recipe) == (measured.size, measured.recipe) and ratio != 1:
+            where = " (@tbl-variance-gaps)" if other.runs.plan == VARIANCE_PLAN else ""
+            return (
+                f"That of `{measured.recipe}` is at {ratio:.2g} times the learning rate of the ladder, where seeds "
+                f"scatter less; at the ladder's it is {other.gap.text('nats/token')}{where}."
+            )
+    return ""
 
 
 def unclear_costs(evidence: Evidence) -> str:
     """The rest of it, and the runs that are in no gap."""
-    telling = most_seeds([row.measured for row in evidence.matched])
-    if not telling:
-        return ""
-    unclear = [measured for measured in telling if not _excludes_zero(measured)]
-    said = [f"What FP8 costs in loss these runs cannot tell from nothing: {_listed(unclear)}."] if unclear else []
-    return " ".join([*said, left_out(telling)]).strip()
+    gaps = telling([row.measured for row in evidence.matched])
+    unclear = [measured for measured in gaps if not _excludes_zero(measured)]
+    said = [f"Not shown to differ from zero: FP8 − BF16 is {_listed(unclear)}."] if unclear else []
+    return " ".join([*said, left_out(gaps)]).strip()
 
 
 def _excludes_zero(measured: MeasuredGap) -> bool:
-    return measured.gap.excludes_zero and not measured.assumed
+    return measured.has_seeds and measured.gap.excludes_zero
 
 
 def _listed(gaps: Sequence[MeasuredGap]) -> str:
@@ -68,7 +91,7 @@ def starts(evidence: Evidence) -> str:
 def gradient_formats(evidence: Evidence) -> str:
     """What E5M2 gradients did to the starts of larger models, beside what speaks against their being all of it.
 
-    Nothing is recommended: that takes more pairs than a start is worth.
+    They are recommended only where several seeds agree on the sign, and no further than a start tells.
     """
     larger = _larger_starts(evidence)
     said = []
@@ -76,16 +99,14 @@ def gradient_formats(evidence: Evidence) -> str:
         ours = pairs[0].changed.ours
         if ours.changed_settings != "gradient_format: e5m2":
             continue
+        flushed = flushed_text(pairs)
         said.append(
-            f"In the first minutes of {ours.size} {ours.named} ended {listing([pair.text for pair in pairs])}"
-            f"{_flushed(pairs)} (@fig-{figure_label(ours.size)})."
+            f"In the first minutes of {ours.size} {changes_text(pairs)}{'; ' if flushed else ''}{flushed} "
+            f"(@fig-{figure_label(ours.size)}). {_against_baseline([pair.changed for pair in pairs])}"
         )
-        below = [pair.changed for pair in pairs if pair.changed.gap < 0]
-        if below:
-            told = [f"{-start.gap:.3f} nats (seed {start.ours.record.seed})" for start in below]
-            said.append(
-                f"It ended below BF16, by {listing(told)}: how far rounding alone moves a run is not known there."
-            )
+        gap = change_between(pairs)
+        if len(pairs) >= FEWEST_SEEDS and gap.excludes_zero and gap.mean < 0:
+            said.append(f"As far as a start tells, train {ours.size} with E5M2 gradients.")
         same = [start for start in larger if (start.size, start.recipe) == (ours.size, "tensorwise")]
         if all(pair.gap < 0 for pair in pairs) and same and all(start.gap > 0 for start in same):
             said.append(
@@ -95,16 +116,10 @@ def gradient_formats(evidence: Evidence) -> str:
     return " ".join(said)
 
 
-def _flushed(pairs: Sequence[Change]) -> str:
-    """A clause on the first pair that measured its gradients at the same tokens; else empty."""
-    for pair in pairs:
-        shares = pair.flushed
-        if len(shares):
-            changed, default = (small_percent(most) for most in shares.max())
-            seed = pair.changed.ours.record.seed
-            whose = f"seed {seed}, means of all Linears"
-            return f", and flushed at most {changed} of its gradients to zero, those {default} ({whose})"
-    return ""
+def _against_baseline(seeds: Sequence[Start]) -> str:
+    """A sentence on one setting beside BF16."""
+    few = "; how far rounding alone moves a run is not known there" if len(seeds) < FEWEST_SEEDS else ""
+    return f"FP8 − BF16 is then {gaps_text(seeds)}{few}."
 
 
 def _larger_starts(evidence: Evidence) -> list[Start]:

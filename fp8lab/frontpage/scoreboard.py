@@ -25,6 +25,7 @@ def scoreboard(findings: Sequence[Finding]) -> str:
         "|:----------------|:-----------|:---------------------------|\n"
         f"{rows}\n\n"
         ": The claims of the report that prompted this project, held against our records by the rules below. "
+        "*Untested*: not measured, or not enough to tell. "
         "{#tbl-scoreboard}\n\n:::\n\n"
         f"A verdict follows from the records by these rules:\n\n{rules}"
     )

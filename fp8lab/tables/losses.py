@@ -38,6 +38,7 @@ def _measured_row(measured: MeasuredGap) -> dict[str, object]:
     if sides:
         columns["so"] = f"{columns['so']}, of those that finished"
     named = {"model": measured.size, "recipe": measured.recipe, "plan": _plan(measured)}
+    named["learning rate"] = f"{measured.baseline.learning_rate:.2g}"
     return named | {"diverged": ", ".join(sides) or "none"} | columns
 
 

@@ -64,6 +64,8 @@ def starts(compared: Sequence[Start]) -> pd.DataFrame:
             row = _start_row(start.ours) | {"− BF16": signed(start.gap, 3)}
             if start.token_factor:
                 row["tokens, × BF16"] = f"{start.token_factor:.2f}"
+            if start.time_factor:
+                row["time, × BF16"] = f"{start.time_factor:.2f}"
             for column, ratio in (("tokens/s", start.speed_ratio), ("GiB", start.memory_ratio)):
                 row[column] += f" ({ratio:.2f})" if ratio else ""
             rows.append(row)
@@ -80,6 +82,7 @@ def _start_row(run: Run) -> dict[str, str]:
         "loss (nats/token)": f"{run.validation_loss:.4f}",
         "− BF16": "–",
         "tokens, × BF16": "–",
+        "time, × BF16": "–",
         "tokens/s": number(rate) if rate else "–",
         "GiB": f"{peak / 2**30:.1f}" if peak else "–",
     }

@@ -8,7 +8,7 @@ import pandas as pd
 
 from fp8lab.analysis.decision import Matched, affordable_gap
 from fp8lab.analysis.occasions import SpeedRun
-from fp8lab.analysis.runs import RunSet
+from fp8lab.analysis.runs import Run, RunSet
 from fp8lab.analysis.slopes import FittedLaw
 from fp8lab.analysis.timings import fp8_only, short_device, speed_ratios
 from fp8lab.config import HEADS, MODELS, RECIPES
@@ -116,29 +116,39 @@ def bound(sizes: Sequence[str]) -> pd.DataFrame:
 
 def scaling_out(runs: RunSet) -> pd.DataFrame:
     """Tokens/s of one to many GPUs; efficiency is over as many times one GPU's, same model and recipe."""
-    timed = [(run, run.record.provenance.device_count, run.record.speed) for run in runs.runs]
-    alone = {
-        (run.size, run.recipe): speed.tokens_per_second_median for run, count, speed in timed if speed and count == 1
+    rates = {
+        (run.size, run.recipe, *_places(run)): speed.tokens_per_second_median
+        for run in runs.runs
+        if (speed := run.record.speed) and speed.tokens_per_second_median
     }
     rows = []
-    for run, count, speed in sorted(timed, key=lambda row: (row[0].parameters, row[0].recipe, row[1])):
-        if speed is None or speed.tokens_per_second_median is None:
+    for run in sorted(runs.runs, key=lambda run: (run.parameters, run.recipe, _places(run))):
+        (count, sharding), speed = _places(run), run.record.speed
+        rate = rates.get((run.size, run.recipe, count, sharding))
+        if speed is None or rate is None:
             continue
-        one, memory = alone.get((run.size, run.recipe)), speed.peak_memory_bytes
-        efficiency = speed.tokens_per_second_median / one / count if one else None
+        one, memory = rates.get((run.size, run.recipe, 1, "")), speed.peak_memory_bytes
+        bf16 = rates.get((run.size, "bf16", count, sharding)) if run.recipe != "bf16" else None
         rows.append(
             {
                 "model": run.size,
                 "recipe": run.recipe,
                 "GPUs": count,
-                "sharding": "" if count == 1 else run.record.config["sharding"],
-                "tokens/s": f"{speed.tokens_per_second_median:,.0f}",
-                "efficiency": "" if efficiency is None else f"{efficiency:.1%}",
+                "sharding": sharding,
+                "tokens/s": f"{rate:,.0f}",
+                "efficiency": f"{rate / one / count:.1%}" if one else "",
                 "BF16-MFU": "" if speed.bf16_mfu is None else f"{speed.bf16_mfu:.1%}",
                 "peak memory of a GPU (GiB)": "" if memory is None else f"{memory / 2**30:.1f}",
+                "× BF16": f"{rate / bf16:.2f}" if bf16 else "–",
             }
         )
     return pd.DataFrame(rows)
+
+
+def _places(run: Run) -> tuple[int, str]:
+    """How many GPUs, and how the state is spread over them: not at all on one."""
+    count = run.record.provenance.device_count
+    return count, "" if count == 1 else run.record.config["sharding"]
 
 
 def matched_table(found: Sequence[Matched]) -> pd.DataFrame:

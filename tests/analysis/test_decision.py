@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -17,6 +19,7 @@ from fp8lab import figures, frontpage, records, tables
 from fp8lab.analysis import decision, losses, roofline, slopes
 from fp8lab.analysis.occasions import speed_runs
 from fp8lab.analysis.rounds import side
+from fp8lab.analysis.runs import plan_runs
 from fp8lab.analysis.timings import with_verdicts
 from fp8lab.chart import switch
 from fp8lab.chart.page import chart_html
@@ -197,7 +200,7 @@ def test_the_first_page_quotes_the_gap_that_the_figure_draws(tmp_path: Path) -> 
                 if recipe == "fused":
                     shift = 0.01 * seed * len(plan)
                     edit(folder / "record.json", lambda record, by=shift: add_loss(record, by))
-    (measured,) = losses.most_seeds([row.measured for row in frontpage.Evidence.read(tmp_path).matched])
+    (measured,) = losses.telling([row.measured for row in frontpage.Evidence.read(tmp_path).matched])
     figure = figures.loss.loss_gaps(gaps_of(tmp_path))
     colour = figures.style.RECIPE_COLOURS["fused"].lower()
     (drawn,) = [line.get_ydata()[0] for line in figure.axes[0].lines if to_hex(line.get_color()) == colour]
@@ -266,7 +269,7 @@ def test_the_first_page_leads_with_speed_the_claim_and_the_loss(tmp_path: Path) 
     assert (
         "claims, contradicted here (@tbl-scoreboard): *FP8's loss curve follows BF16's.* `tensorwise` at 0.4M" in lead
     )
-    assert "*FP8 trains 40% faster at 1.5B.* torchao's fastest recipe as it ships" in lead
+    assert "*torchao's FP8 trains 40% faster at 1.5B.* torchao's fastest recipe as it ships" in lead
     assert "second occasion" not in lead
     assert "FP8 ends at a higher loss, by 95% intervals that exclude zero: +" in lead
     assert "untested" in frontpage.costs(evidence)
@@ -399,11 +402,37 @@ def test_the_law_that_prices_a_speed_is_named(tmp_path: Path) -> None:
     assert "by the law of ladder-h200, the lower end of the speed of `fused` at 1.5B" in costs
 
 
+def test_a_gap_at_another_learning_rate_than_the_ladders_stands_beside_the_ladders(tmp_path: Path) -> None:
+    def halve_rate(record: dict[str, Any]) -> None:
+        record["config"]["optimizer"]["peak_learning_rate"] /= 2
+
+    for plan, seeds in (("ladder-h200", 1), ("pilot-h200", 3), ("seeds-h200", 5)):
+        for seed in range(1, seeds + 1):
+            for recipe, loss in (("bf16", 3.0), ("fused", 3.02 + 0.01 * len(plan))):
+                loss += 0.001 * seed
+                folder = write_run(
+                    tmp_path, plan, SIZES[0], recipe, seed=seed, final_loss=loss, device_name="NVIDIA H200"
+                )
+                if plan == "seeds-h200":
+                    edit(folder / "record.json", halve_rate)
+    evidence = frontpage.Evidence.read(tmp_path)
+    at_ladders = plan_runs(tmp_path, "pilot-h200").gap("0.4M", "fused")
+    told = "That of `fused` is at 0.5 times the learning rate of the ladder"
+    lead = frontpage.lead(evidence)
+    assert told in lead
+    assert f"at the ladder's it is {at_ladders.text('nats/token')}." in lead
+    rates = tables.losses.loss_gaps([row.measured for row in evidence.matched])["learning rate"]
+    assert rates.astype(float).tolist() == [evidence.matched[0].measured.baseline.learning_rate]
+    for folder in tmp_path.glob("seeds-h200/*"):
+        shutil.rmtree(folder)
+    assert told not in frontpage.lead(frontpage.Evidence.read(tmp_path))
+
+
 def test_one_seed_is_called_one_seed(tmp_path: Path) -> None:
     for recipe in ("bf16", "fused"):
         write_run(tmp_path, "pilot-h200", SIZES[0], recipe, device_name="NVIDIA H200")
     evidence = frontpage.Evidence.read(tmp_path)
-    known = re.compile(r"cannot tell from nothing: \S+ nats/token \(one seed\) with `fused` at 0.4M")
+    known = re.compile(r"Not shown to differ from zero: FP8 − BF16 is \S+ nats/token \(one seed\) with `fused` at 0.4M")
     assert known.search(frontpage.lead(evidence))
     assert not known.search(frontpage.costs(evidence)), "said once"
 
@@ -417,7 +446,7 @@ def test_what_seeds_leave_open_follows_where_the_first_paragraph_has_what_they_s
     evidence = frontpage.Evidence.read(tmp_path)
     assert "higher loss, by 95% intervals that exclude zero: +0.19" in frontpage.lead(evidence)
     assert "rowwise" not in frontpage.lead(evidence)
-    assert "cannot tell from nothing: +0.0" in frontpage.costs(evidence)
+    assert "Not shown to differ from zero: FP8 − BF16 is +0.0" in frontpage.costs(evidence)
     assert "with `rowwise` at 0.4M" in frontpage.costs(evidence)
 
 
@@ -432,7 +461,8 @@ def test_each_device_has_figures_of_its_own_and_a_claim_points_to_those_that_it_
     (finding,) = [finding for finding in evidence.findings if "40%" in finding.claim]
     assert set(finding.reference.split(" and ")) == {"@fig-throughput-h100-80gb-hbm3", "@fig-throughput-h200"}
     said = " ".join(frontpage.conclusions(evidence))
-    assert set(re.findall(r"@[a-z0-9-]+", said)) == {"@tbl-switch"}, "where both devices stand"
+    both = {f"@fig-{what}-{device}" for what in ("throughput", "memory") for device in ("h200", "h100-80gb-hbm3")}
+    assert both <= set(re.findall(r"@[a-z0-9-]+", said))
     alone = frontpage.conclusions(
         replace(evidence, timings=evidence.timings[evidence.timings["device"] == "NVIDIA H200"])
     )
