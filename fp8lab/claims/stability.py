@@ -72,10 +72,12 @@ def _told(size: str, families: Sequence[Family], baselines: Sequence[Family]) ->
     complete, diverged = sum(map(_counts, families)), sum(family.diverged for family in families)
     text = (
         f"{early} of {count} at {size} ({sum(f.early_trouble for f in baselines)} of {len(baselines)} in BF16; "
-        f"{f'{diverged} diverged; ' if diverged else ''}{late} in the last tenth), where {complete} of {count} were "
-        "long and judged enough to count"
+        f"{f'{diverged} diverged; ' if diverged else ''}{late} in the last tenth)"
     )
-    if not early and complete:
+    if complete < count:
+        text += f", where {complete} of {count} were long and judged enough to count"
+    # Of fewer the bound would say nothing.
+    if not early and complete >= STABLE_RUNS:
         text += f", so at most {trouble.most_frequent(complete):.0%} of such runs would have any (95%)"
     return text
 

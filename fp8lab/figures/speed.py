@@ -62,7 +62,8 @@ def _side_by_side(
 
 def _name_settings(axes: Axes, settings: Sequence[str]) -> None:
     """Settings down the vertical axis, the first on top."""
-    axes.set_yticks(range(len(settings)), [setting.replace(", ", "\n") for setting in settings])
+    parts = [setting.split(", ") for setting in settings]
+    axes.set_yticks(range(len(settings)), [f"{', '.join(part[:2])}\n{', '.join(part[2:])}".strip() for part in parts])
     axes.set_ylim(len(settings) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
 

@@ -37,9 +37,9 @@ def _measured_row(measured: MeasuredGap) -> dict[str, object]:
     columns = _gap_columns(measured.gap, measured.assumed)
     if sides:
         columns["so"] = f"{columns['so']}, of those that finished"
-    named = {"model": measured.size, "recipe": measured.recipe, "plan": _plan(measured)}
-    named["learning rate"] = f"{measured.baseline.learning_rate:.2g}"
-    return named | {"diverged": ", ".join(sides) or "none"} | columns
+    named = {"model": measured.size, "recipe": measured.recipe}
+    design = {"learning rate": f"{measured.baseline.learning_rate:.2g}", "plan": _plan(measured)}
+    return named | columns | design | {"diverged": ", ".join(sides) or "none"}
 
 
 def _plan(measured: MeasuredGap) -> str:
@@ -60,14 +60,14 @@ def _gap_columns(gap: Gap, assumed: bool = False) -> dict[str, object]:
         how = "assumed" if assumed else "pairs" if gap.paired else "two groups"
     return {
         "seeds": gap.seeds,
-        "BF16 loss (nats/token)": f"{gap.baseline:.4f}",
         "FP8 − BF16 (nats/token)": signed(gap.mean),
-        "relative": signed_percent(gap.mean / gap.baseline, 2),
         "95% interval": interval,
         "from": how,
-        "correlation of seeds": "–" if gap.correlation is None else signed(gap.correlation.value, 2),
         f"p, beyond ±{EQUIVALENCE_MARGIN:g}": "–" if equivalent is None else p_value(equivalent),
         "so": verdict(gap),
+        "BF16 loss (nats/token)": f"{gap.baseline:.4f}",
+        "relative": signed_percent(gap.mean / gap.baseline, 2),
+        "correlation of seeds": "–" if gap.correlation is None else signed(gap.correlation.value, 2),
     }
 
 
