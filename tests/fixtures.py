@@ -528,6 +528,13 @@ def evaluation(config: RunConfig, measured: Measured = DEFAULT) -> dict[str, obj
         "versions": dict.fromkeys(counts, 1.0),
         "n-shot": dict.fromkeys(counts, 0),
         "random_guess": guesses,
+        "answers": {
+            task: {
+                "bits_per_byte": 1.4 + guess * gain + 0.01 * len(config.recipe),
+                "bits_per_byte_stderr": 0.01 / math.sqrt(counts[task]),
+            }
+            for task, guess in guesses.items()
+        },
         "config": {"model": "fp8lab", "limit": None},
     }
 

@@ -126,6 +126,8 @@ DISPLAYS: dict[str, tuple[str, str]] = {
     "benchmarks 3": ("eval", ""),
     "fig-scores": ("eval", ""),
     "tbl-scores": ("eval", ""),
+    "tbl-answer-bits": ("eval", ""),
+    "benchmarks answer-bits": ("eval", ""),
     "benchmarks 4": ("eval", "0 18"),
     "benchmarks said": ("eval", ""),
     "tbl-faults": ("test", "2"),

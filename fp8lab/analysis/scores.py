@@ -68,6 +68,45 @@ def _run_scores(run: Run) -> list[dict[str, object]]:
     return rows
 
 
+def answer_bits(runs: RunSet) -> pd.DataFrame:
+    """Bits a byte of the correct answers' text, of every task with answers to choose from.
+
+    Columns: size, recipe, seed, task, value, stderr (over items).
+    """
+    rows = [
+        {
+            "size": run.size,
+            "recipe": run.recipe,
+            "seed": run.record.seed,
+            "task": evaluation["results"][task].get("alias", task),
+            "value": values["bits_per_byte"],
+            "stderr": values["bits_per_byte_stderr"],
+        }
+        for run in runs.runs
+        if (evaluation := run.evaluation)
+        for task, values in evaluation.get("answers", {}).items()
+        if not any(task in names for names in evaluation.get("group_subtasks", {}).values())
+    ]
+    return pd.DataFrame(rows, columns=["size", "recipe", "seed", "task", "value", "stderr"])
+
+
+def differences(table: pd.DataFrame) -> pd.DataFrame:
+    """Every FP8 score minus BF16's on the same task by a model of the same size and seed.
+
+    Args:
+        table: one score a run and task, in columns as `of_runs` has them.
+
+    Returns:
+        Columns: recipe, size, seed, task, difference, noise (its standard error, as if the items were not the same).
+    """
+    key = ["size", "seed", "task"]
+    bf16 = table[table["recipe"] == "bf16"]
+    both = table[table["recipe"] != "bf16"].merge(bf16, on=key, suffixes=("", "_bf16"))
+    both["difference"] = both["value"] - both["value_bf16"]
+    both["noise"] = np.hypot(both["stderr"], both["stderr_bf16"])
+    return both[["recipe", *key, "difference", "noise"]]
+
+
 def usual_metric(task: str) -> str:
     """The accuracy that a task is usually quoted in."""
     return "acc_norm" if task.partition(" (")[0] in ("hellaswag", "arc_challenge", "openbookqa", "piqa") else "acc"

@@ -35,18 +35,11 @@ def _score(value: float, stderr: float, metric: str) -> str:
 
 def answer_bits(runs: RunSet) -> pd.DataFrame:
     """Bits a byte of the correct answers' text: a row a scored run, a column a task with answers to choose from."""
-    rows = []
-    for run in runs.runs:
-        evaluation = run.evaluation or {}
-        members = {name for names in evaluation.get("group_subtasks", {}).values() for name in names}
-        bits = {
-            evaluation["results"][task].get("alias", task): f"{values['bits_per_byte']:.3f} ± "
-            f"{values['bits_per_byte_stderr']:.3f}"
-            for task, values in evaluation.get("answers", {}).items()
-            if task not in members
-        }
-        if bits:
-            rows.append({"model": run.size, "recipe": run.recipe} | bits)
+    rows = [
+        {"model": size, "recipe": recipe}
+        | {row["task"]: f"{row['value']:.3f} ± {row['stderr']:.3f}" for row in of_run.to_dict("records")}
+        for (size, recipe, _), of_run in scores.answer_bits(runs).groupby(["size", "recipe", "seed"], sort=False)
+    ]
     return pd.DataFrame(rows)
 
 
