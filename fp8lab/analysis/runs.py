@@ -111,9 +111,13 @@ class Run:
         return {name: self.record.config[name] for name in names}
 
     def design_differences(self, other: Run) -> list[str]:
-        """In which of `design_settings` the two differ. A recipe may need memory, so micro-batches may."""
+        """In which of `design_settings` the two differ, or in their data. Micro-batches may: a recipe may need memory."""
         settings = other.design_settings.items()
-        return [name for name, value in settings if name != "micro_batch" and value != self.design_settings[name]]
+        found = [name for name, value in settings if name != "micro_batch" and value != self.design_settings[name]]
+        ours, theirs = self.record.provenance, other.record.provenance
+        # Of one design, as many passes over each domain are the same weights.
+        data = ((ours.data_sha256, theirs.data_sha256), (ours.epochs, theirs.epochs))
+        return found or (["data"] if any(None not in both and both[0] != both[1] for both in data) else [])
 
     @property
     def tuning(self) -> dict[str, Any]:

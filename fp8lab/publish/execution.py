@@ -82,7 +82,7 @@ def _name_outdated(records_dir: Path) -> None:
     for run in outdated_runs(records_dir):
         print(
             f"article: {run} is left out, since later runs of its plan have another tokenizer; "
-            f"remove {records_dir / run} to train it again",
+            "`fp8lab run` with --replace trains it again",
             flush=True,
         )
 

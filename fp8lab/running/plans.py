@@ -8,10 +8,11 @@ stage (`fp8lab.running.stage`), each on GPUs of its own while there are enough (
 
 from __future__ import annotations
 
+import functools
 import itertools
 import shutil
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from rich.console import Console
 
 from fp8lab import records
 from fp8lab.config import RunConfig, changed_fields, earlier_config, read_run_config
+from fp8lab.data import Loader, TokenDataset, load_mixture
+from fp8lab.data.shards import MANIFEST
 from fp8lab.errors import UserError
 from fp8lab.plan import Plan
 from fp8lab.progress import is_locked
@@ -57,8 +60,9 @@ def run_plan(plan: Plan, workspace: Workspace, options: Options, console: Consol
         UserError: a finished record was made with another configuration and `options.replace` is off.
         StageInterrupted: SIGINT or SIGTERM arrived; the runs in progress have checkpoints.
     """
+    dataset_of = functools.cache(functools.partial(_dataset, data_dir=workspace.data))
     for config in plan.runs:
-        _check_unchanged(config, workspace, replace=options.replace)
+        _check_unchanged(config, workspace, dataset_of, replace=options.replace)
     labels = {
         config.run: f"{plan.name} {number}/{len(plan.runs)} {config.run}"
         for number, config in enumerate(plan.runs, start=1)
@@ -295,13 +299,15 @@ def _evaluate(
     return stage.execute("evaluate", config, parameters, label)
 
 
-def _check_unchanged(config: RunConfig, workspace: Workspace, *, replace: bool) -> None:
+def _check_unchanged(
+    config: RunConfig, workspace: Workspace, dataset_of: Callable[[str], TokenDataset | None], *, replace: bool
+) -> None:
     folder = workspace.record(config)
     record = finished_record(folder)
     if record is None:
         return
     before = earlier_config(record.config, f"{folder / 'record.json'}: config")
-    changed = changed_fields(before, config)
+    changed = changed_fields(before, config) or _changed_data(record, config, dataset_of)
     if not changed:
         return
     if not replace:
@@ -312,3 +318,25 @@ def _check_unchanged(config: RunConfig, workspace: Workspace, *, replace: bool) 
     records.drop_shared_rows(workspace.records, config.plan, config.run)
     for old in (folder, workspace.work(config)):
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _dataset(mixture: str, data_dir: Path) -> TokenDataset | None:
+    """A mixture's tokens; None where they are not built."""
+    wanted = load_mixture(mixture)
+    return TokenDataset.open(wanted, data_dir) if (data_dir / wanted.name / MANIFEST).exists() else None
+
+
+def _changed_data(
+    record: records.TrainRecord, config: RunConfig, dataset_of: Callable[[str], TokenDataset | None]
+) -> list[str]:
+    """What of the mixture is no longer what the run was trained on; nothing where that cannot be told."""
+    trained_on = record.provenance
+    dataset = dataset_of(config.mixture) if trained_on.data_sha256 else None
+    if dataset is None:
+        return []
+    if dataset.sha256 != trained_on.data_sha256:
+        return ["the mixture's data"]
+    rows = config.global_batch_tokens // config.model.seq_len
+    loader = Loader(dataset, seq_len=config.model.seq_len, seed=config.seed, global_batch_sequences=rows)
+    # Weights decide the order of the data and are no part of its hash: as many passes over each domain are the same.
+    return [] if trained_on.epochs in (None, loader.epochs(record.steps)) else ["the mixture's weights"]

@@ -135,6 +135,15 @@ def test_runs_that_differ_in_more_than_their_seed_are_never_taken_for_one_anothe
     }.items():
         with pytest.raises(UserError, match="differ in more than their seed"):
             with_another(name, **changes).gap("0.4M", "fused")
+    bf16 = json.loads((tmp_path / "a" / "0.4M-bf16-s1" / "record.json").read_text())
+    for other in ({"data_sha256": "f" * 64}, {"epochs": {"edu": 0.123}}):
+        path = tmp_path / "a" / "0.4M-bf16-s1" / "record.json"
+        path.write_text(json.dumps(bf16 | {"provenance": bf16["provenance"] | other}))
+        with pytest.raises(UserError, match="differ in data"):
+            plan_runs(tmp_path, "a").gap("0.4M", "fused")
+        path.write_text(json.dumps(bf16 | {"provenance": bf16["provenance"] | dict.fromkeys(other)}))
+        assert plan_runs(tmp_path, "a").gap("0.4M", "fused").seeds == 1, "not known of both"
+    (tmp_path / "a" / "0.4M-bf16-s1" / "record.json").write_text(json.dumps(bf16))
     twice = with_another("0.4M-fused-s1 ", run="0.4M-fused-s1")
     with pytest.raises(UserError, match="differ in nothing but their name"):
         twice.gap("0.4M", "fused")

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -41,6 +42,7 @@ from tests.test_plan import ENTRY, TINY
 PARAMETERS = "plan = run = runs = records_dir = data_dir = checkpoints_dir = mixture = None"
 START = """
 from pathlib import Path
+from types import SimpleNamespace
 from fp8lab import records
 from fp8lab.plan import load_run
 from fp8lab.provenance import collect_provenance
@@ -71,6 +73,7 @@ for step in range(600):
 
 SERIES = """
 from pathlib import Path
+from types import SimpleNamespace
 from fp8lab import records
 from fp8lab.plan import load_run
 from fp8lab.provenance import collect_provenance
@@ -202,6 +205,30 @@ def test_a_changed_configuration_does_not_pass_for_the_old_result(tmp_path: Path
     assert record.config["optimizer"]["peak_learning_rate"] == 0.002
     # What the new runs have they have not shared: there it would still be the old ones'.
     assert records.read_table(workspace.records / "p", "metrics").empty
+
+
+@pytest.mark.usefixtures("instantly")
+@pytest.mark.parametrize(
+    ("sha256", "epochs", "changed"), [("new", 0.5, "data"), ("old", 0.25, "weights"), ("old", 0.5, None)]
+)
+def test_data_that_changed_since_do_not_pass_for_what_a_run_was_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sha256: str, epochs: float, changed: str | None
+) -> None:
+    plan, workspace = make_project(tmp_path, FINISH)
+    execute(plan, workspace, jobs=2)
+    path = workspace.record(plan.runs[0]) / "record.json"
+    record = json.loads(path.read_text())
+    record["provenance"] |= {"data_sha256": "old", "epochs": {"edu": 0.5}}
+    path.write_text(json.dumps(record))
+    monkeypatch.setattr(plans, "_dataset", lambda *_, **__: SimpleNamespace(sha256=sha256))
+    monkeypatch.setattr(plans, "Loader", lambda *_, **__: SimpleNamespace(epochs=lambda _: {"edu": epochs}))
+    if changed is None:
+        assert execute(plan, workspace)[1].count("already finished") == len(plan.runs)
+        return
+    with pytest.raises(UserError, match=f"the mixture's {changed} changed.*--replace"):
+        execute(plan, workspace)
+    assert execute(plan, workspace, replace=True, jobs=2)[0] == 0
+    assert records.read(workspace.record(plan.runs[0])).provenance.data_sha256 is None, "made anew"
 
 
 @pytest.mark.usefixtures("instantly")
