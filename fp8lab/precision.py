@@ -6,8 +6,8 @@ Training a Linear costs three GEMMs::
     grad_input  (tokens, in)  = grad_output (tokens, out) @ weight    (out, in)
     grad_weight (out, in)     = grad_output^T (out, tokens) @ input   (tokens, in)
 
-In FP8 each operand is divided by a scale that maps its largest magnitude (amax) onto the largest
-number of the format (E4M3: 448; E5M2: 57,344), rounded, multiplied on tensor cores and scaled back.
+In FP8 each operand is multiplied by a scale that maps its largest magnitude (amax) onto the largest
+number of the format (E4M3: 448; E5M2: 57,344) and rounded; the product of tensor cores is divided by both scales.
 Tensor cores sum the products in FP32 or, with fast accumulation, in fewer bits: torchao in ``output``'s
 GEMM alone, ``fused`` in all three. The recipes differ in who shares a scale and what stays in BF16:
 
@@ -15,7 +15,7 @@ GEMM alone, ``fused`` in all three. The recipes differ in who shares a scale and
 ``bf16``                  no swap: autocast's BF16 GEMMs
 ``tensorwise``            torchao: one scale a tensor; E4M3 input and weight, E5M2 grad_output
 ``rowwise``               torchao: one power-of-two scale a row of each GEMM's operand; E4M3 throughout
-``rowwise_with_gw_hp``    torchao: as rowwise, grad_weight's GEMM in BF16
+``rowwise_with_gw_hp``    torchao: as rowwise, but one scale for grad_input's weight, and grad_weight's GEMM in BF16
 ``fused``                 `fp8lab.kernels`: casts fused into the neighbouring operations
 ========================  ========================================================================
 

@@ -6,6 +6,7 @@ news, not a result: nothing is computed from it, and losing it loses nothing.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -96,13 +97,15 @@ class ProgressFile:
         self._next_write = 0.0
 
     def update(self, make: Callable[[], Progress], *, now: bool = False) -> None:
-        """Write ``make()`` if a second has passed since the last write, or if `now`."""
+        """Write ``make()`` if a second has passed since the last write, or if `now`; a full disk loses it, no more."""
         if not now and time.monotonic() < self._next_write:
             return
         self._next_write = time.monotonic() + WRITE_INTERVAL_SECONDS
         temporary = self._path.with_name(f".{FILE_NAME}.{os.getpid()}.tmp")
-        temporary.write_text(make().model_dump_json())
-        temporary.replace(self._path)
+        text = make().model_dump_json()
+        with contextlib.suppress(OSError):
+            temporary.write_text(text)
+            temporary.replace(self._path)
 
 
 def is_locked(folder: Path) -> bool:

@@ -23,7 +23,7 @@ def spikes(losses: pd.Series) -> pd.Series:
     mean, deviation = history.mean().shift(1), history.std().shift(1)
     distance = (losses - mean).abs()
     spiked = (distance > 0) & (distance >= SPIKE_STANDARD_DEVIATIONS * deviation)
-    return spiked.astype(float).where(mean.notna() & losses.notna())
+    return spiked.astype(float).where(mean.notna() & np.isfinite(losses))
 
 
 @dataclass

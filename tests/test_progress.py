@@ -38,6 +38,14 @@ def test_news_within_a_second_is_dropped_unless_it_matters(tmp_path, monkeypatch
     assert step(4) == 3
 
 
+def test_news_that_cannot_be_written_stops_nobody(tmp_path) -> None:
+    file = ProgressFile(tmp_path / "gone")
+    file.update(lambda: Progress(stage="training", steps=9), now=True)
+    (tmp_path / "gone").mkdir()
+    file.update(lambda: Progress(stage="training", step=2, steps=9), now=True)
+    assert read_progress(tmp_path / "gone" / "progress.json").step == 2
+
+
 @given(st.binary(max_size=200))
 def test_a_file_that_is_no_news_is_none(content) -> None:
     with tempfile.TemporaryDirectory() as folder:

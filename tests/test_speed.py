@@ -60,6 +60,35 @@ def measure(path: Path, folder: Path, **options: object) -> records.SpeedRecord:
     return speed.measure(plan, records_dir=folder, data_dir=folder, occasion="first", **options)
 
 
+@pytest.mark.parametrize(
+    ("cases", "named"),
+    [
+        ([*PLAN["cases"], PLAN["cases"][0] | {"contestants": [{"recipe": "tensorwise"}]}], "tiny-T32-B2"),
+        ([PLAN["cases"][0] | {"contestants": [{"recipe": "bf16"}, {"recipe": "bf16"}]}], "bf16"),
+    ],
+)
+def test_what_would_never_be_timed_for_its_name_is_refused(tmp_path, cases, named) -> None:
+    with pytest.raises(UserError, match=f"{named} more than once"):
+        speed.load_speed_plan(write_plan(tmp_path, cases=cases))
+
+
+def test_a_process_that_dies_between_a_table_and_its_record_leaves_an_occasion_that_goes_on(
+    tmp_path, monkeypatch
+) -> None:
+    path = write_plan(tmp_path)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(records, "write", die)
+        with pytest.raises(KeyboardInterrupt):
+            measure(path, tmp_path)
+    record = measure(path, tmp_path)
+    assert record.status == "finished"
+    assert len(records.read_table(tmp_path / "speed-test" / "first", "steps")) == (4 + 1) * 2 * 2
+
+
 def test_a_plan_becomes_a_record_with_every_timed_step(tmp_path) -> None:
     measure(write_plan(tmp_path), tmp_path)
     folder = tmp_path / "speed-test" / "first"
@@ -232,7 +261,7 @@ def test_a_case_reads_the_tokens_of_its_own_mixture(tmp_path, monkeypatch) -> No
     monkeypatch.setattr(batches, "Loader", Tokens)
     cases = [
         {"model": TINY, "micro_batch": 2, "contestants": [{"recipe": "bf16"}]},
-        {"model": TINY, "micro_batch": 2, "mixture": "small", "contestants": [{"recipe": "bf16"}]},
+        {"model": TINY, "micro_batch": 1, "mixture": "small", "contestants": [{"recipe": "bf16"}]},
     ]
     plan = speed.load_speed_plan(write_plan(tmp_path, mixture="large", cases=cases))
     batches_of, source = batches.batch_source(plan, tmp_path)

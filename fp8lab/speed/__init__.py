@@ -142,8 +142,10 @@ def _occasion(
 
 def _write(record: SpeedRecord, rows: list[dict[str, Any]], records_dir: Path) -> None:
     record.provenance.ended_utc = utc_now()
-    folder = records.write(record, records_dir)
+    folder = records.record_dir(records_dir, record.plan, record.run)
+    # The table first: what the record says was timed is then there to read, whenever the process dies.
     records.write_table(folder, "steps", pd.DataFrame(rows, columns=list(records.COLUMNS["steps"])))
+    records.write(record, records_dir)
 
 
 def summary(record: SpeedRecord) -> list[str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fp8lab.config import Config, Head, Mixture, ModelConfig, Name, NamedModel, Recipe, matching, read_yaml, validate
+from fp8lab.units import listing
 
 
 class Contestant(Config):
@@ -40,6 +42,12 @@ class SpeedCase(Config):
     """Mixture whose training tokens are used, in place of the plan's: one whose vocabulary is the model's."""
     contestants: tuple[Contestant, ...] = Field(min_length=1)
     """In the order in which they take turns; ratios are to BF16."""
+
+    @field_validator("contestants")
+    @classmethod
+    def _names_are_unique(cls, contestants: tuple[Contestant, ...]) -> tuple[Contestant, ...]:
+        _refuse_repeated([contestant.name for contestant in contestants])
+        return contestants
 
     @property
     def sized_model(self) -> ModelConfig:
@@ -82,6 +90,12 @@ class SpeedPlan(Config):
     seed: int = 1
     """Of the weights, and of the random ids."""
 
+    @field_validator("cases")
+    @classmethod
+    def _names_are_unique(cls, cases: tuple[SpeedCase, ...]) -> tuple[SpeedCase, ...]:
+        _refuse_repeated([case.name for case in cases])
+        return cases
+
     @property
     def mixtures(self) -> list[str]:
         """The mixtures that the cases use, each once."""
@@ -104,3 +118,10 @@ def load_speed_plan(path: Path) -> SpeedPlan:
         UserError: any mistake in the file, naming the field.
     """
     return validate(SpeedPlan, read_yaml(path), str(path))
+
+
+def _refuse_repeated(names: Sequence[str]) -> None:
+    """Results are kept by name: the second of two that share one would never be timed."""
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{listing(repeated)} more than once")

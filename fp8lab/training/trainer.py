@@ -296,7 +296,13 @@ class Training:
         self._report("saving", now=wait)
         state = self._session.state()
         # The tables first: beside gigabytes on their way to the same disk, syncing them would wait for those.
-        self._recorder.write("running")
+        try:
+            self._recorder.write("running")
+        except OSError as error:
+            # The next save writes them whole. A run that ends here has none.
+            if wait:
+                raise
+            log.warning("the record could not be written: %s", one_line(error))
         if self.writer is not None:
             self.writer.save(state)
             if wait:

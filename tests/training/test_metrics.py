@@ -41,11 +41,12 @@ def test_spike_score_is_the_share_of_spikes(spikes) -> None:
     assert count.first_step == (min(spikes) + 1 if spikes else None)
 
 
-def test_spike_score_of_short_constant_or_non_finite_curves_is_zero() -> None:
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_spike_score_of_short_constant_or_non_finite_curves_is_zero(value: float) -> None:
     assert count_spikes([3.0, 900.0]).score == 0
     assert count_spikes([3.0] * 300).score == 0
     values = losses()
-    values[200:210] = np.nan
+    values[200:210] = value
     count = count_spikes(values)
     assert (count.judged, count.score) == (290, 0)
 
