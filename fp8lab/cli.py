@@ -159,12 +159,12 @@ def generate(
     checkpoints_dir: CheckpointsDir = CHECKPOINTS,
 ) -> None:
     """Let a trained model continue a prompt."""
-    from fp8lab.data import TokenDataset, load_mixture
     from fp8lab.generation import generate as continue_prompt
-    from fp8lab.training.checkpoint import load_model
+    from fp8lab.training.checkpoint import load_model, trained_encoding
 
-    model, config = load_model(_run_folder(run, checkpoints_dir))
-    encoding = TokenDataset.open(load_mixture(config.mixture), data_dir).encoding
+    folder = _run_folder(run, checkpoints_dir)
+    model, config = load_model(folder)
+    encoding = trained_encoding(folder, config, data_dir)
     text = continue_prompt(
         model, encoding, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed
     )

@@ -27,11 +27,10 @@ import tiktoken
 from torch import Tensor
 
 from fp8lab.config import ModelConfig
-from fp8lab.data import TokenDataset, load_mixture
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
 from fp8lab.tokenizer import END_OF_TEXT, byte_of_printable
-from fp8lab.training.checkpoint import load_model
+from fp8lab.training.checkpoint import load_model, trained_encoding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3Config
@@ -51,7 +50,7 @@ def export(run_folder: Path, out_dir: Path, *, data_dir: Path) -> None:
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise UserError(f"{out_dir}: exists and is not an empty folder; name another")
     model, config = load_model(run_folder)
-    write(model, TokenDataset.open(load_mixture(config.mixture), data_dir).encoding, out_dir)
+    write(model, trained_encoding(run_folder, config, data_dir), out_dir)
 
 
 def write(model: GPT, encoding: tiktoken.Encoding, out_dir: Path) -> None:

@@ -111,7 +111,7 @@ class Run:
         return {name: self.record.config[name] for name in names}
 
     def design_differences(self, other: Run) -> list[str]:
-        """In which of `design_settings` the two differ, or in their data. Micro-batches may: a recipe may need memory."""
+        """In which of `design_settings` the two differ, or in data. A recipe may need memory, so micro-batches may."""
         settings = other.design_settings.items()
         found = [name for name, value in settings if name != "micro_batch" and value != self.design_settings[name]]
         ours, theirs = self.record.provenance, other.record.provenance

@@ -47,14 +47,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pandas as pd
+import tiktoken
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from fp8lab.config import RunConfig, read_run_config
+from fp8lab.data import TokenDataset, load_mixture
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
 from fp8lab.progress import LOCK_FILE_NAME
@@ -65,6 +67,8 @@ from fp8lab.training.distributed import ALONE, World
 log = logging.getLogger(__name__)
 
 MODEL_FILE = "model.safetensors"
+TOKENIZER_KEY = "tokenizer_sha256"
+"""In the header of the final weights."""
 CONFIG_FILE = "config.json"
 CHECKSUMS_FILE = "checksums.json"
 PARTS = ("model", "optimizer", "trainer")
@@ -417,12 +421,16 @@ def discard(folder: Path) -> None:
         _remove(path)
 
 
-def save_final(folder: Path, model: GPT, config: RunConfig) -> None:
-    """Write the trained weights and the configuration, each atomically; weights first."""
+def save_final(folder: Path, model: GPT, config: RunConfig, tokenizer_sha256: str | None = None) -> None:
+    """Write the trained weights and the configuration, each atomically; weights first.
+
+    Args:
+        tokenizer_sha256: of the tokenizer that the model knows: kept with the weights, for `trained_encoding`.
+    """
     parameters = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
     temporary = folder / f".{MODEL_FILE}.tmp"
     try:
-        _save_tensors(parameters, temporary)
+        _save_tensors(parameters, temporary, {TOKENIZER_KEY: tokenizer_sha256} if tokenizer_sha256 else None)
         _sync(temporary)
         temporary.replace(folder / MODEL_FILE)
     finally:
@@ -456,6 +464,24 @@ def load_model(run_folder: Path, device: torch.device | str = "cpu") -> tuple[GP
     return model.eval(), config
 
 
+def trained_encoding(run_folder: Path, config: RunConfig, data_dir: Path) -> tiktoken.Encoding:
+    """The tokenizer that a finished run was trained with, from its mixture's data set.
+
+    Raises:
+        UserError: the data set is not there, or has another tokenizer by now; weights from before theirs was kept with
+            them are taken at their word.
+    """
+    dataset = TokenDataset.open(load_mixture(config.mixture), data_dir)
+    with safe_open(run_folder / MODEL_FILE, "pt") as file:
+        trained_with = (file.metadata() or {}).get(TOKENIZER_KEY)
+    if trained_with not in (None, dataset.tokenizer_sha256):
+        raise UserError(
+            f"{run_folder / MODEL_FILE}: trained with tokenizer {trained_with[:12]}, but {dataset.folder} now has "
+            f"{dataset.tokenizer_sha256[:12]}; build the data set that it was trained on"
+        )
+    return dataset.encoding
+
+
 def _shard_names(count: int) -> set[str]:
     """Files of `count` ranks, as torch.distributed.checkpoint names them."""
     return {f"shard-{number:05d}-model-00001-of-00001.safetensors" for number in range(1, count + 1)}
@@ -485,9 +511,9 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def _save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     try:
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
 

@@ -269,7 +269,7 @@ class Training:
         final = final_losses(session)
         with session.whole_weights() as model:
             if self._leads and not session.config.compact:
-                checkpoint.save_final(session.folder, model, session.config)
+                checkpoint.save_final(session.folder, model, session.config, session.dataset.tokenizer_sha256)
                 record.samples = samples(session, model)
         if not self._leads:
             return

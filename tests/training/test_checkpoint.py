@@ -9,6 +9,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -343,6 +344,21 @@ def test_final_weights_load_as_they_were(tmp_path) -> None:
     assert not loaded.training
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, loaded.get_parameter(name))
+
+
+@pytest.mark.parametrize("trained_with", ["a" * 64, "b" * 64, None])
+def test_weights_do_not_go_with_another_tokenizer(tmp_path, monkeypatch, trained_with) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_final(folder, GPT(tiny_model()), tiny_config(), trained_with)
+    dataset = SimpleNamespace(folder=tmp_path / "data", tokenizer_sha256="a" * 64, encoding="the tokenizer")
+    monkeypatch.setattr(checkpoint, "load_mixture", lambda name: name)
+    monkeypatch.setattr(checkpoint.TokenDataset, "open", lambda *_: dataset)
+    if trained_with == "b" * 64:
+        with pytest.raises(UserError, match=r"trained with tokenizer bbbbbbbbbbbb, but .* now has aaaaaaaaaaaa"):
+            checkpoint.trained_encoding(folder, tiny_config(), tmp_path)
+    else:
+        assert checkpoint.trained_encoding(folder, tiny_config(), tmp_path) == "the tokenizer"
 
 
 def test_weights_of_another_model_are_refused_by_name(tmp_path) -> None:
