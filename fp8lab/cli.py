@@ -20,7 +20,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from fp8lab.config import NAME_PATTERN
+from fp8lab.config import NAME_PATTERN, Recipe
 from fp8lab.errors import UserError
 
 app = typer.Typer(
@@ -91,11 +91,17 @@ def run(
     from fp8lab.plan import load_plan
     from fp8lab.running import plans
     from fp8lab.running.workspace import Workspace
+    from fp8lab.training.trainer import check_run
 
     resolved = load_plan(plan, mixture).only(only or [])
     mixtures = list(dict.fromkeys(config.mixture for config in resolved.runs))
     for name in mixtures:
         load_mixture(name)
+    for config in resolved.runs:
+        try:
+            check_run(config, nproc)
+        except UserError as error:
+            raise UserError(f"{plan}: {config.run}: {error}") from None
     if dry_run:
         from fp8lab.estimate import SCALING_EFFICIENCY
         from fp8lab.tables.runs import planned_runs
@@ -179,16 +185,18 @@ def evaluate(
     ] = "full",
     eval_data: EvaluationData = None,
     precision: Annotated[
-        str | None, typer.Option(help="Recipe to score in; BF16 if left out, whatever the run trained in.")
+        Recipe | None, typer.Option(help="Recipe to score in; BF16 if left out, whatever the run trained in.")
     ] = None,
     records_dir: RecordsDir = RECORDS,
     data_dir: DataDir = DATA,
     checkpoints_dir: CheckpointsDir = CHECKPOINTS,
 ) -> None:
-    """Score a finished run with lm-eval, through runs/evaluate.ipynb."""
+    """Score a finished run with lm-eval, through runs/evaluate.ipynb; the article shows scores in BF16 alone."""
     from fp8lab.running import plans
     from fp8lab.running.workspace import Workspace
 
+    if eval_data is not None and not eval_data.is_dir():
+        raise UserError(f"--eval-data: {eval_data} is no folder")
     folder = _run_folder(run, checkpoints_dir)
     workspace = Workspace(records=records_dir, data=data_dir, checkpoints=checkpoints_dir)
     if not plans.evaluate_run(folder, workspace, suite, eval_data, precision, console):
@@ -286,7 +294,9 @@ def data_build(
 def data_tokenizer(
     mixture: Annotated[str, typer.Argument(help="A name in runs/mixtures, or a YAML file.")],
     to: Annotated[Path, typer.Option(help="File to write.")],
-    vocab_size: Annotated[int, typer.Option(min=257, help="Entries, end-of-text included; a multiple of 16.")] = 8192,
+    vocab_size: Annotated[
+        int, typer.Option(min=272, max=65_536, help="Entries, end-of-text included; a multiple of 16.")
+    ] = 8192,
     corpus: Corpus = None,
 ) -> None:
     """Train a byte-level BPE on a mixture's training text."""
@@ -369,6 +379,10 @@ def main() -> None:
         app()
     except UserError as error:
         print(f"fp8lab: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        # A folder that was asked for and is a file, say: nobody else's mistake.
+        print(f"fp8lab: {error.filename}: {error.strerror}", file=sys.stderr)
         raise SystemExit(2) from None
     except StageInterrupted as interruption:
         print(f"fp8lab: stopped by {interruption}; the same command resumes", file=sys.stderr)

@@ -9,7 +9,7 @@ beside it:
 ``validation.parquet``  a row a validation and domain
 ``health.parquet``    a row a step, layer and tensor: FP8 health
 ``steps.parquet``     a row a timed step (speed runs)
-``eval.json``         lm-eval's result dictionary
+``eval.json``         lm-eval's result dictionary, scored in BF16; ``eval-<recipe>.json`` in FP8
 ====================  ==========================================================================
 
 A plan of many compact runs keeps one ``metrics.parquet`` for all, and so with the other tables of training,

@@ -74,6 +74,41 @@ def test_a_dry_run_prints_what_the_plan_costs_and_runs_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("more", [["--dry-run"], []])
+@pytest.mark.parametrize(
+    ("changes", "options", "named"),
+    [
+        ({"high_precision": ["nothing.*"], "recipes": ["tensorwise"]}, [], "nothing.*"),
+        ({}, ["--nproc=3"], "not a multiple of processes"),
+    ],
+)
+def test_what_no_run_could_train_is_refused_before_anything_is_made(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    changes: dict[str, object],
+    options: list[str],
+    named: str,
+) -> None:
+    plan = write_plan(tmp_path, ENTRY | changes)
+    folders = [f"--{name}-dir={tmp_path / name}" for name in ("records", "data", "checkpoints")]
+    assert fp8lab(monkeypatch, "run", str(plan), *more, *options, *folders) == 2
+    error = capsys.readouterr().err
+    assert named in error
+    assert "-s1: " in error, "the run's name"
+    assert list(tmp_path.iterdir()) == [plan]
+
+
+def test_a_file_where_a_folder_should_be_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(cli, "app", lambda: (tmp_path / "file" / "x").mkdir())
+    assert fp8lab(monkeypatch, "status") == 2
+    assert capsys.readouterr().err == f"fp8lab: {tmp_path / 'file' / 'x'}: Not a directory\n"
+
+
 def test_an_occasion_cannot_leave_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,6 +28,7 @@ from fp8lab.training import checkpoint
 from tests.data.conftest import sentence, write_jsonl
 from tests.evaluation_items import write_items
 from tests.rule_data import tiny_config, tiny_model
+from tests.test_cli import fp8lab
 
 ROOT = Path(__file__).parents[1]
 
@@ -91,6 +92,39 @@ def test_the_notebook_scores_a_run_into_its_record(run: Run) -> None:
         assert task in shown
 
 
+def test_scores_in_fp8_replace_neither_scores_nor_notebook_in_bf16(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = run.evaluate()
+    (run.record() / "evaluate.ipynb").write_text("in BF16")
+    options = [f"--{name.replace('_', '-')}={folder}" for name, folder in run.folders().items()]
+    name = f"{run.config.plan}/{run.config.run}"
+    assert fp8lab(monkeypatch, "evaluate", name, "--suite=demo", "--precision=tensorwise", *options) == 0
+    assert records.read_eval(run.record()) == scores
+    assert (run.record() / "evaluate.ipynb").read_text() == "in BF16"
+    assert json.loads((run.record() / "eval-tensorwise.json").read_text())["config"]["precision"] == "tensorwise"
+    notebook = run.record() / "eval-tensorwise" / "evaluate.ipynb"
+    assert f"scored; see {notebook}\n" in capsys.readouterr().out
+    assert "scored in tensorwise" in notebook.read_text()
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("--precision=fp9", ["fp9", "rowwise_with_gw_hp"]),
+        ("--eval-data=/no/where", ["fp8lab: --eval-data: /no/where is no folder\n"]),
+    ],
+)
+def test_a_precision_or_folder_that_does_not_exist_is_refused_before_any_work(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, says: list[str]
+) -> None:
+    monkeypatch.setattr("fp8lab.running.stage.Stage._start", lambda *_: pytest.fail("a kernel was started"))
+    options = [f"--{name.replace('_', '-')}={folder}" for name, folder in run.folders().items()]
+    assert fp8lab(monkeypatch, "evaluate", f"{run.config.plan}/{run.config.run}", option, *options) == 2
+    error = capsys.readouterr().err
+    assert all(words in error for words in says)
+
+
 def test_the_template_is_stored_without_outputs_and_takes_what_plans_pass() -> None:
     notebook = nbformat.read(ROOT / "runs" / "evaluate.ipynb", as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -108,6 +142,7 @@ def test_scores_in_bf16_unless_asked_and_in_the_recipe_when_asked(run: Run) -> N
     assert bf16["results"] == again["results"]
     assert (bf16["config"]["precision"], bf16["config"]["emulated"]) == ("bf16", False)
     fp8 = run.evaluate(precision="tensorwise")
+    assert run.evaluate(precision="bf16")["results"] == bf16["results"]
     assert fp8["config"]["precision"] == "tensorwise"
     assert fp8["config"]["emulated"] == (not torch.cuda.is_available())
     bits = [result["results"]["demo_perplexity"]["bits_per_byte,none"] for result in (bf16, fp8)]

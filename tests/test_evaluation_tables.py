@@ -11,7 +11,7 @@ import pytest
 
 from fp8lab import records, tables
 from fp8lab.analysis import scores
-from fp8lab.analysis.runs import Run, RunSet
+from fp8lab.analysis.runs import Run, RunSet, scored_runs
 from tests.fixtures import SIZES, write_run
 
 TASKS = ("hellaswag", "sciq", "mmlu")
@@ -44,6 +44,17 @@ def test_a_group_is_one_task_and_another_split_is_named(tmp_path: Path) -> None:
     assert (table.set_index(["task", "metric"])["random_guess"].dropna() == 0.25).all()
     headings = list(tables.scores.score_table(scored(tmp_path, FULL)).columns)
     assert "sciq (validation split) (acc)" in headings
+
+
+@pytest.mark.parametrize("name", ["eval-tensorwise.json", "eval.json"])
+def test_scores_in_an_fp8_recipe_are_in_no_table(tmp_path: Path, name: str) -> None:
+    """Not even where an earlier version wrote them to eval.json."""
+    runs = scored(tmp_path, FULL)
+    (folder,) = (run.folder for run in runs.runs)
+    (folder / "eval.json").unlink()
+    (folder / name).write_text(json.dumps(FULL | {"config": {"suite": "full", "precision": "tensorwise"}}))
+    assert scores.of_runs(runs).empty
+    assert not scored_runs(tmp_path)
 
 
 def test_every_published_score_has_a_source_and_a_protocol() -> None:

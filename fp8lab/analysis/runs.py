@@ -196,8 +196,12 @@ class Run:
 
     @cached_property
     def evaluation(self) -> dict[str, Any] | None:
-        """lm-eval's results, or None where the run was not scored."""
-        return records.read_eval(self.folder) if (self.folder / "eval.json").exists() else None
+        """lm-eval's results in BF16, or None where the run was not scored in it."""
+        if not (self.folder / "eval.json").exists():
+            return None
+        scores = records.read_eval(self.folder)
+        # Earlier versions wrote scores in an FP8 recipe to the same file.
+        return scores if scores.get("config", {}).get("precision", "bf16") == "bf16" else None
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class _BareStep:
         self._model.checkpoint_activations = config.activation_checkpointing
         if config.compile:
             compile_blocks(self._model, session.device)
-        self._optimizer = make_optimizer(self._model, config, session.device)
+        self._optimizer = make_optimizer(self._model, config)
         self._batches = [torch.from_numpy(loader.batch(step)).to(session.device) for step in range(distinct_batches)]
 
     def seconds(self, steps: int) -> float:

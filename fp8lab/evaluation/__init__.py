@@ -14,6 +14,9 @@ definition, and keys of ours beside it:
 ==================  ==========================================================================
 
 Groups (MMLU) have an entry of their own beside their members' in all of them.
+
+Runs are compared by their scores in BF16, whatever they were trained in. Scores in an FP8 recipe are therefore in a
+file of their own, ``eval-<recipe>.json``, which the article's tables do not read.
 """
 
 from __future__ import annotations
@@ -64,14 +67,14 @@ def evaluate(
     checkpoints_dir: Path,
     suite: SuiteName,
     eval_data_dir: Path | None = None,
-    precision: str | None = None,
+    precision: Recipe | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Score a finished run and write ``eval.json`` into its record.
+    """Score a finished run and write ``eval.json``, or another recipe's `scores_file`, into its record.
 
     Args:
         config: the run.
-        records_dir: the result goes to ``<records_dir>/<plan>/<run>/eval.json``.
+        records_dir: the result goes to ``<records_dir>/<plan>/<run>``.
         data_dir: built data sets: the tokenizer, and the demo's held-out text.
         checkpoints_dir: trained weights.
         suite: 'demo' (our own items, offline) or 'full' (the article's eleven tasks).
@@ -99,10 +102,16 @@ def evaluate(
         tasks = _build_suite(suite, Path(name), dataset, eval_data_dir)
         result = run_suite(adapter, tasks, limit)
     result["config"] |= {"suite": suite, "precision": precision or "bf16", "emulated": _emulated(precision, config)}
-    records.write_atomically(record_folder / "eval.json", json.dumps(result, indent=1).encode() + b"\n")
+    scores = json.dumps(result, indent=1).encode() + b"\n"
+    records.write_atomically(record_folder / scores_file(precision), scores)
     items = sum(counts["effective"] for counts in result["n-samples"].values())
     progress.update(lambda: Progress(stage="done", step=items, steps=items), now=True)
     return result
+
+
+def scores_file(precision: Recipe | None) -> str:
+    """Name of the file in a run's record that holds its scores in `precision`; None: in BF16."""
+    return "eval.json" if precision in (None, "bf16") else f"eval-{precision}.json"
 
 
 def run_suite(model: Any, suite: Suite, limit: int | None = None) -> dict[str, Any]:
@@ -181,16 +190,15 @@ def score_table(result: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def convert_for_scoring(model: GPT, config: RunConfig, precision: str | None) -> None:
+def convert_for_scoring(model: GPT, config: RunConfig, precision: Recipe | None) -> None:
     """Swap `model` in place into the recipe `precision`, with the run's head and exclusions; None leaves it BF16."""
     if precision is None or precision == "bf16":
         return
-    recipe: Recipe = precision  # type: ignore[assignment]
-    precision_swap.check_kernels(model.config, recipe, config.head, model.embedding.weight.device)
-    precision_swap.convert(model, recipe, config.head, config.high_precision, fused=config.fused)
+    precision_swap.check_kernels(model.config, precision, config.head, model.embedding.weight.device)
+    precision_swap.convert(model, precision, config.head, config.high_precision, fused=config.fused)
 
 
-def _emulated(precision: str | None, config: RunConfig) -> bool:
+def _emulated(precision: Recipe | None, config: RunConfig) -> bool:
     return precision not in (None, "bf16") and not precision_swap.fp8_tensor_cores()
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fp8lab import records
-from fp8lab.config import RunConfig, changed_fields, earlier_config, read_run_config
+from fp8lab.config import Recipe, RunConfig, changed_fields, earlier_config, read_run_config
 from fp8lab.data import Loader, TokenDataset, load_mixture
 from fp8lab.data.shards import MANIFEST
 from fp8lab.errors import UserError
@@ -86,10 +86,10 @@ def evaluate_run(
     workspace: Workspace,
     suite: str,
     evaluation_data: Path | None,
-    precision: str | None,
+    precision: Recipe | None,
     console: Console,
 ) -> bool:
-    """Score one trained run, given its checkpoint folder. True if the notebook ran to its end.
+    """Score one trained run, given its checkpoint folder, and print how it ended. True if it was scored.
 
     Raises:
         UserError: the folder's configuration is damaged.
@@ -101,9 +101,8 @@ def evaluate_run(
     label = f"{config.plan} {config.run}"
     with open_stage(workspace, console, ONE_AT_A_TIME) as stage:
         done = _evaluate(stage, config, path, None, suite, evaluation_data, precision, label)
-    console.print(
-        f"{label}: {'scored' if done else 'scoring failed'}; see {workspace.record(config) / 'evaluate.ipynb'}"
-    )
+        if done:
+            stage.print(f"{label}: scored; see {_scores_folder(config, precision, workspace) / 'evaluate.ipynb'}")
     return done
 
 
@@ -148,7 +147,19 @@ def _is_done(config: RunConfig, workspace: Workspace) -> bool:
 
 
 def _is_scored(config: RunConfig, folder: Path) -> bool:
-    return config.evaluation == "none" or (folder / "eval.json").exists()
+    """True for a run that was scored, in BF16, with the suite that its plan asks for, or needs no scores.
+
+    Raises:
+        UserError: the scores are damaged.
+    """
+    if config.evaluation == "none":
+        return True
+    if not (folder / "eval.json").exists():
+        return False
+    made_with = records.read_eval(folder).get("config", {})
+    # Scores of the full suite, hours of work, never give way to the demo's. Older ones do not say what they are.
+    enough = (config.evaluation, "full", None)
+    return made_with.get("suite") in enough and made_with.get("precision", "bf16") == "bf16"
 
 
 def _errands(runs: Sequence[RunConfig], options: Options, done: Set[str]) -> list[tuple[RunConfig, ...]]:
@@ -251,7 +262,7 @@ def _train_and_score(config: RunConfig, plan: Plan, options: Options, stage: Sta
             stage.print(f"{label}: another process is training it; see fp8lab status", style="red")
             return False
         parameters = {"plan": str(plan.path), "run": config.run, "mixture": options.mixture, "nproc": options.nproc}
-        stage.execute("train", config, parameters, label)
+        stage.train(config, parameters, label)
         trained = _finished_and_shared(config, stage.workspace)
         if trained is None:
             record, notebook = records.read(folder), stage.workspace.notebooks(config) / "train.ipynb"
@@ -260,7 +271,6 @@ def _train_and_score(config: RunConfig, plan: Plan, options: Options, stage: Sta
     if config.evaluation != "none" and not _evaluate(
         stage, config, plan.path, options.mixture, config.evaluation, options.evaluation_data, None, label
     ):
-        stage.print(f"{label}: scoring failed; see {folder / 'evaluate.ipynb'}", style="red")
         return False
     stage.print(f"{label}: finished, {_loss(trained)}")
     return True
@@ -285,9 +295,10 @@ def _evaluate(
     mixture: str | None,
     suite: str,
     evaluation_data: Path | None,
-    precision: str | None,
+    precision: Recipe | None,
     label: str,
 ) -> bool:
+    """Execute ``runs/evaluate.ipynb`` for one run, and print why where that fails. True if it ran to its end."""
     parameters = {
         "plan": str(plan),
         "run": config.run,
@@ -296,7 +307,18 @@ def _evaluate(
         "eval_data_dir": None if evaluation_data is None else str(evaluation_data),
         "precision": precision,
     }
-    return stage.execute("evaluate", config, parameters, label)
+    folder, work = _scores_folder(config, precision, stage.workspace), stage.workspace.work(config)
+    done = stage.notebook("evaluate", folder, work, parameters, {work: label})
+    if not done:
+        reason, notebook = stage.reason(work / "evaluate.log"), folder / "evaluate.ipynb"
+        stage.print(f"{label}: scoring failed: {reason}; see {notebook}", style="red")
+    return done
+
+
+def _scores_folder(config: RunConfig, precision: Recipe | None, workspace: Workspace) -> Path:
+    """Where the executed notebook of a scoring goes: that in an FP8 recipe does not replace that in BF16."""
+    folder = workspace.notebooks(config)
+    return folder if precision in (None, "bf16") else folder / f"eval-{precision}"
 
 
 def _check_unchanged(

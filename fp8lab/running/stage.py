@@ -126,13 +126,12 @@ class Stage:
         for worker in list(self._workers):
             worker.stop()
 
-    def execute(self, template: str, config: RunConfig, parameters: dict[str, Any], label: str) -> bool:
-        """Execute ``runs/<template>.ipynb`` for one run. True if the notebook ran to its end."""
+    def train(self, config: RunConfig, parameters: dict[str, Any], label: str) -> bool:
+        """Execute ``runs/train.ipynb`` for one run, which has a record then. True if the notebook ran to its end."""
         folder, work = self.workspace.record(config), self.workspace.work(config)
         before = records.content(folder)
-        done = self.notebook(template, self.workspace.notebooks(config), work, parameters, {work: label})
-        if template == "train":
-            self._ensure_record(config, folder, work / f"{template}.log", before)
+        done = self.notebook("train", self.workspace.notebooks(config), work, parameters, {work: label})
+        self._ensure_record(config, folder, work / "train.log", before)
         return done
 
     def execute_series(

@@ -53,7 +53,7 @@ BRANCH_MAY_CHANGE = MAY_CHANGE | {"run", "parent", "tokens", "schedule", "log_in
 """Fields in which a decay branch may differ from its parent."""
 
 
-def make_optimizer(model: GPT, config: RunConfig, device: torch.device) -> torch.optim.AdamW:
+def make_optimizer(model: GPT, config: RunConfig) -> torch.optim.AdamW:
     """AdamW over all parameters, weight decay on matrices only."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
@@ -126,7 +126,7 @@ class Session:
         )
         if self.is_sharded:
             self.bf16_model.to("meta")
-        self.optimizer = make_optimizer(self.model, config, self.device)
+        self.optimizer = make_optimizer(self.model, config)
         # Kept: walking the modules at every step would take the host longer than some of its kernels the GPU.
         self._parameters = list(self.model.parameters())
         self.guard = StepGuard(len(self._parameters), config.optimizer.skip_outliers).to(self.device)

@@ -42,7 +42,7 @@ from fp8lab.precision import FP8_MULTIPLE, uses_fp8
 from fp8lab.progress import Progress, ProgressFile
 from fp8lab.records import TrainRecord
 from fp8lab.training import checkpoint, distributed, failures
-from fp8lab.training.distributed import ALONE, World
+from fp8lab.training.distributed import ALONE
 from fp8lab.training.divergence import Diverged, Divergence
 from fp8lab.training.events import EventFile
 from fp8lab.training.failures import PeerFailed, one_line, shared_with_peers
@@ -93,14 +93,13 @@ def train(
     """
     world = distributed.meet()
     with contextlib.ExitStack() as held:
-        _check_batch(config, world)
+        check_run(config, world.size)
         dataset, loader = open_data(config, data_dir)
         if dataset.encoding.n_vocab > config.model.vocab_size:
             raise UserError(
                 f"model.vocab_size: {config.model.vocab_size} is less than the {dataset.encoding.n_vocab} "
                 f"tokens of mixture {config.mixture}"
             )
-        check_model(config)
         folder = checkpoints_dir / config.plan / config.run
 
         def take_folder() -> None:
@@ -149,14 +148,24 @@ def _finished_record(session: Session, records_dir: Path) -> TrainRecord | None:
     return record if record.provenance.data_sha256 == session.dataset.sha256 else None
 
 
-def _check_batch(config: RunConfig, world: World) -> None:
+def check_run(config: RunConfig, processes: int) -> None:
+    """Raise what training would raise of a configuration alone: in an instant, without data or a device.
+
+    Raises:
+        UserError: the batch does not divide among `processes`, FP8 cannot take its shape, or `check_model` refuses.
+    """
+    _check_batch(config, processes)
+    check_model(config)
+
+
+def _check_batch(config: RunConfig, processes: int) -> None:
     tokens = config.micro_batch * config.model.seq_len
-    if config.global_batch_tokens % (tokens * world.size):
+    if config.global_batch_tokens % (tokens * processes):
         raise UserError(
             f"global_batch_tokens: {config.global_batch_tokens} is not a multiple of processes x micro_batch x seq_len "
-            f"= {world.size} x {config.micro_batch} x {config.model.seq_len} = {tokens * world.size}"
+            f"= {processes} x {config.micro_batch} x {config.model.seq_len} = {tokens * processes}"
         )
-    if config.average_half_life and config.sharding == "fsdp" and world.size > 1:
+    if config.average_half_life and config.sharding == "fsdp" and processes > 1:
         raise UserError("average_half_life: averages are kept of whole weights; take sharding: ddp")
     if uses_fp8(config.recipe, config.head) and tokens % FP8_MULTIPLE:
         raise UserError(

@@ -32,7 +32,7 @@ from fp8lab.progress import Progress, ProgressFile
 from fp8lab.provenance import collect_provenance, command_line
 from fp8lab.running import plans, stage
 from fp8lab.running.gpus import Share
-from fp8lab.running.plans import Options, run_plan
+from fp8lab.running.plans import Options, evaluate_run, run_plan
 from fp8lab.running.stage import StageInterrupted
 from fp8lab.running.status import status_rows
 from fp8lab.running.workspace import Workspace
@@ -102,6 +102,13 @@ def make_project(root: Path, train: str, template: str = "train", **changes: obj
     path.write_text(yaml.safe_dump({"name": "p", "description": "d", "entries": [entry | changes]}))
     workspace = Workspace(root, root / "records", root / "data", root / "checkpoints")
     return load_plan(path), workspace
+
+
+def write_finished(plan: Plan, workspace: Workspace) -> Path:
+    """The record of the plan's first run as if it were trained; its folder."""
+    record = records.started(plan.runs[0], collect_provenance("CPU"), emulated=False)
+    record.status = "finished"
+    return records.write(record, workspace.records)
 
 
 def execute(plan: Plan, workspace: Workspace, **options: object) -> tuple[int, str]:
@@ -241,6 +248,47 @@ def test_fields_that_change_no_result_or_are_newer_than_a_record_do_not_make_it_
     record["config"] |= {"checkpoint_interval": 7, "a_field_of_old": 1}
     path.write_text(json.dumps(record))
     assert "already finished" in execute(plan, workspace)[1]
+
+
+@pytest.mark.usefixtures("instantly")
+@pytest.mark.parametrize(
+    ("asked", "found", "again"),
+    [
+        ("full", {"config": {"suite": "demo", "precision": "bf16"}}, True),
+        ("full", {"config": {"suite": "full", "precision": "tensorwise"}}, True),
+        ("full", {"config": {"suite": "full", "precision": "bf16"}}, False),
+        ("demo", {"config": {"suite": "demo", "precision": "bf16"}}, False),
+        # The demo's seconds of work do not replace the full suite's hours.
+        ("demo", {"config": {"suite": "full", "precision": "bf16"}}, False),
+        ("none", {"config": {"suite": "demo", "precision": "bf16"}}, False),
+        # Older scores do not say what they were made with.
+        ("full", {"config": {"limit": None}}, False),
+        ("full", {}, False),
+    ],
+)
+def test_a_run_is_scored_again_where_its_plan_asks_for_other_scores(
+    tmp_path: Path, asked: str, found: dict[str, object], again: bool
+) -> None:
+    plan, workspace = make_project(tmp_path, FINISH, seeds=[1], evaluation=asked)
+    folder = write_finished(plan, workspace)
+    (folder / "eval.json").write_text(json.dumps({"results": {}} | found))
+    unsuccessful, output = execute(plan, workspace)
+    assert unsuccessful == 0
+    assert (folder / "evaluate.ipynb").exists() == again
+    assert ("already finished" in output) == (not again)
+
+
+def test_why_scoring_failed_is_printed_and_a_path_on_one_line(tmp_path: Path) -> None:
+    raises = "raise RuntimeError('out of cheese')"
+    plan, workspace = make_project(tmp_path, raises, "evaluate", seeds=[1], evaluation="demo")
+    notebook = write_finished(plan, workspace) / "evaluate.ipynb"
+    says = f"scoring failed: RuntimeError: out of cheese; see {notebook}\n"
+    assert execute(plan, workspace) == (1, f"p 1/1 t-bf16-s1: {says}")
+    work = workspace.work(plan.runs[0])
+    (work / "config.json").write_text(plan.runs[0].model_dump_json())
+    output = io.StringIO()
+    assert not evaluate_run(work, workspace, "demo", None, None, Console(file=output, width=40))
+    assert output.getvalue() == f"p t-bf16-s1: {says}"
 
 
 def test_the_pilots_records_are_those_of_its_plan() -> None:

@@ -150,7 +150,7 @@ def test_weight_decay_shrinks_matrices_alone() -> None:
     model.initialise(1)
     config = tiny_config(optimizer={"peak_learning_rate": 0.1, "weight_decay": 0.5})
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = session.make_optimizer(model, config, torch.device("cpu"))
+    optimizer = session.make_optimizer(model, config)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
