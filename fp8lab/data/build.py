@@ -79,7 +79,8 @@ def build(
         records_dir: where to write the build's `DataRecord` (plan 'data', run: the mixture's name), if anywhere.
 
     Raises:
-        UserError: an input is missing or bad, or a shard of a finished build is missing or truncated.
+        UserError: an input is missing or bad, `data_dir` or the data set's folder is a file or cannot be written to,
+            or a shard of a finished build is missing or truncated.
     """
     folder = Path(data_dir) / mixture.name
     console = console or Console(stderr=True)
@@ -107,7 +108,7 @@ def _is_complete(folder: Path, mixture: MixtureConfig) -> bool:
 @contextlib.contextmanager
 def _only_builder(folder: Path, console: Console) -> Iterator[None]:
     """Hold the lock of a data set, beside its folder, which a build may empty; a dead owner's is gone with it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    records.make_writable(folder.parent)
     with folder.with_name(f".{folder.name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -160,13 +161,18 @@ def train_tokenizer(
     """Train a BPE on a sample of the mixture's training text, domains by weight, and write its ranks file to `out`.
 
     Args:
-        vocab_size: entries, end-of-text included.
+        vocab_size: entries, end-of-text included; a multiple of 16.
         corpus_dir: folder that the patterns of jsonl sources start from.
         sample_bytes: characters of text to learn from, at most.
 
     Raises:
-        UserError: an input is missing or bad, `out` cannot be written, or the text is too small for the vocabulary.
+        UserError: `vocab_size` is no multiple of 16, an input is missing or bad, `out` is a folder or cannot be
+            written, or the text is too small for the vocabulary.
     """
+    if vocab_size % 16:
+        raise UserError(f"vocabulary size: {vocab_size} is no multiple of 16, which an FP8 output head needs")
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; name the file to write")
     _check_corpus(mixture, corpus_dir)
     records.make_writable(out.parent)
     work = out.parent / f".{out.name}.build"
@@ -220,6 +226,7 @@ def _open_work_folder(folder: Path, inputs: str) -> Path:
     state_file = folder / ".build" / "state.json"
     if not state_file.exists() or state_file.read_text() != inputs:
         shutil.rmtree(folder, ignore_errors=True)
+        records.make_writable(folder)
         records.write_atomically(state_file, inputs.encode())
     (folder / MANIFEST).unlink(missing_ok=True)
     return state_file.parent

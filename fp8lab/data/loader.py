@@ -82,18 +82,17 @@ class TokenDataset:
 
     @classmethod
     def open(cls, mixture: MixtureConfig, data_dir: Path) -> TokenDataset:
-        """Open ``<data_dir>/<mixture.name>`` after comparing every shard with the manifest.
+        """Open ``<data_dir>/<mixture.name>`` after comparing its tokenizer and every shard with the manifest.
 
         Raises:
-            UserError: there is no such data set, it was built from another mixture or tokenizer, or a shard is
-                missing, truncated or damaged; the message names the file.
+            UserError: there is no such data set, it was built from another mixture or tokenizer, or its tokenizer or a
+                shard is missing, truncated or damaged; the message names the file.
         """
         folder = Path(data_dir) / mixture.name
         manifest = read_manifest(folder)
         check_mixture(folder, manifest, mixture)
-        encoding = tokenizer.load(folder / TOKENIZER, manifest.tokenizer.sha256)
         verify(folder, manifest)
-        return cls(folder, manifest, mixture.weights, encoding)
+        return cls(folder, manifest, mixture.weights, tokenizer.load(folder / TOKENIZER))
 
     @property
     def sha256(self) -> str:

@@ -163,21 +163,30 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
 
 
 def verify(folder: Path, manifest: Manifest) -> None:
-    """Compare every shard and the tokenizer with the manifest; a process reads a shard that has not changed once.
+    """Compare the tokenizer and every shard with the manifest; a process reads a file that has not changed once.
 
     Raises:
         UserError: naming the first file that is missing, truncated or changed.
     """
     check_sizes(folder, manifest)
+    path = folder / TOKENIZER
+    if not path.exists():
+        raise UserError(f"{path}: tokenizer is missing; delete {folder} and build it again")
+    if _sha256(path) != manifest.tokenizer.sha256:
+        raise UserError(f"{path}: another tokenizer or a damaged one: its SHA-256 is not the manifest's")
     for shard in _all_shards(manifest):
         path = folder / shard.file
-        facts = path.stat()
-        if _sha256(path.resolve(), facts.st_ino, facts.st_size, facts.st_mtime_ns) != shard.sha256:
+        if _sha256(path) != shard.sha256:
             raise UserError(f"{path}: shard is damaged: its SHA-256 is not the manifest's; build it again")
 
 
+def _sha256(path: Path) -> str:
+    facts = path.stat()
+    return _sha256_once(path.resolve(), facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
 @functools.cache
-def _sha256(path: Path, inode: int, size: int, modified_ns: int) -> str:
+def _sha256_once(path: Path, inode: int, size: int, modified_ns: int) -> str:
     """Hash of a file as it was when it had these attributes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

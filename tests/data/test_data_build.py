@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
@@ -24,8 +28,12 @@ from fp8lab import records
 from fp8lab.data import MixtureConfig, TokenDataset, build, sources, train_tokenizer
 from fp8lab.data.shards import ShardWriter, read_manifest
 from fp8lab.data.tokenise import encode_document
+from fp8lab.data.workers import WorkerPool
 from fp8lab.errors import UserError
+from tests.conftest import ROOT
 from tests.data.conftest import sentence, write_jsonl
+
+PATIENCE_SECONDS = 240
 
 
 @pytest.fixture
@@ -143,6 +151,71 @@ def test_a_stopped_build_keeps_its_shards_and_ends_the_same(
     assert not list(folder.glob("**/*.tmp"))
 
 
+@pytest.fixture
+def endless_build(
+    mixture_of: Callable, corpus: Path, data_dir: Path, tmp_path: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`fp8lab data build` with a worker that reads a pipe into which nobody writes, and one that has nothing to do.
+
+    Every process of the build has its standard error, which therefore ends when the last one has.
+    """
+    mixture_of()
+    pipe = corpus / "prose" / "00.jsonl"
+    pipe.unlink()
+    os.mkfifo(pipe)
+    arguments = ["data", "build", tmp_path / "small.yaml", "--corpus", corpus, "--data-dir", data_dir, "--processes=2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fp8lab.cli", *map(str, arguments)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        # Tests that run in a shell's background inherit an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(process.communicate)
+        cleanup.callback(kill_session, process.pid)
+        others = len(list(corpus.rglob("*.jsonl"))) - 1
+        while len(list(data_dir.glob("small/.build/*[0-9].npz"))) < others:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        cleanup.callback(os.close, os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))  # fails unless a worker reads it
+        yield process
+
+
+def kill_session(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_a_build_that_is_killed(
+    endless_build: subprocess.Popen[bytes], number: signal.Signals
+) -> None:
+    endless_build.send_signal(number)
+    endless_build.communicate(timeout=PATIENCE_SECONDS)  # until standard error ends: no process is left
+    assert endless_build.returncode == -number
+
+
+def test_an_interrupt_from_the_terminal_ends_a_build_without_a_traceback(
+    endless_build: subprocess.Popen[bytes],
+) -> None:
+    os.killpg(endless_build.pid, signal.SIGINT)
+    _, said = endless_build.communicate(timeout=PATIENCE_SECONDS)
+    assert endless_build.returncode == 130
+    assert b"Traceback" not in said
+
+
+def test_a_failure_of_one_worker_does_not_wait_for_the_others() -> None:
+    with pytest.raises(TypeError), WorkerPool(2, Console(quiet=True)) as pool:
+        pool.map("sleep", time.sleep, [100_000, "not seconds"])
+    assert not multiprocessing.active_children()
+
+
 def test_text_that_spells_a_special_token_stays_text(mixture_of: Callable, corpus: Path, data_dir: Path) -> None:
     text = "before <|endoftext|> after " + sentence("x")
     write_jsonl(corpus / "code/00.jsonl", [text, sentence("y")])
@@ -240,6 +313,19 @@ def test_a_missing_corpus_or_file_is_refused(mixture_of: Callable, corpus: Path,
     with pytest.raises(UserError, match=r"'code': validation 'code/val\.jsonl\*' matches no file"):
         build(mixture_of(), data_dir, corpus_dir=corpus)
     assert not data_dir.exists()
+
+
+@pytest.mark.parametrize("occupied", ["data", "data/small"])
+def test_a_file_where_the_data_should_go_is_refused_before_work(
+    mixture_of: Callable, corpus: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, occupied: str
+) -> None:
+    file = tmp_path / occupied
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    monkeypatch.setattr(WorkerPool, "map", lambda *_: pytest.fail("work began"))
+    with pytest.raises(UserError, match=f"{occupied}: cannot be made a folder"):
+        build(mixture_of(), data_dir, corpus_dir=corpus, processes=1)
+    assert file.read_text() == "mine"
 
 
 def test_a_pattern_must_stay_in_the_corpus_folder(mixture_of: Callable, corpus: Path, data_dir: Path) -> None:
@@ -435,3 +521,23 @@ def test_a_trained_tokenizer_serves_a_mixture(
     mixture = mixture_of(tokenizer={"file": "tokenizers/own.tiktoken", "sha256": tokenizer.sha256(encoding)})
     build(mixture, data_dir, corpus_dir=corpus, processes=1)
     assert TokenDataset.open(mixture, data_dir).tokenizer_sha256 == tokenizer.sha256(encoding)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "name", "message"),
+    [(1000, "ranks", "1000 is no multiple of 16"), (544, "folder", "folder: is a folder; name the file to write")],
+)
+def test_a_tokenizer_that_cannot_be_is_refused_before_work(
+    mixture_of: Callable,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    vocab_size: int,
+    name: str,
+    message: str,
+) -> None:
+    (tmp_path / "out" / "folder").mkdir(parents=True)
+    monkeypatch.setattr(WorkerPool, "map", lambda *_: pytest.fail("work began"))
+    with pytest.raises(UserError, match=message):
+        train_tokenizer(mixture_of(), vocab_size, tmp_path / "out" / name, corpus_dir=corpus)
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["folder"]

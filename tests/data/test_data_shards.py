@@ -9,7 +9,7 @@ import pytest
 
 from fp8lab import tokenizer
 from fp8lab.data import TokenDataset
-from fp8lab.data.shards import MANIFEST, TOKENIZER
+from fp8lab.data.shards import MANIFEST, TOKENIZER, read_manifest, verify
 from fp8lab.errors import UserError
 
 
@@ -50,6 +50,18 @@ def test_a_manifest_of_another_tokenizer_is_refused(folder: tuple[object, Path])
     other = tokenizer.train(["other text of another kind " * 40], 264, "other")
     (folder[1] / TOKENIZER).write_bytes(tokenizer.ranks_text(other))
     refused(folder, r"tokenizer\.tiktoken: another tokenizer")
+
+
+def test_a_tokenizer_that_is_damaged_or_missing_is_refused_by_name(folder: tuple[object, Path]) -> None:
+    ranks = folder[1] / TOKENIZER
+    swapped = ranks.read_bytes().splitlines(keepends=True)
+    swapped[-2:] = reversed(swapped[-2:])  # still loads, as the same tokenizer
+    ranks.write_bytes(b"".join(swapped))
+    with pytest.raises(UserError, match=r"tokenizer\.tiktoken: another tokenizer or a damaged one"):
+        verify(folder[1], read_manifest(folder[1]))
+    refused(folder, r"tokenizer\.tiktoken: another tokenizer or a damaged one")
+    ranks.unlink()
+    refused(folder, r"tokenizer\.tiktoken: tokenizer is missing")
 
 
 def test_a_mixture_with_another_tokenizer_or_source_is_refused(
