@@ -29,7 +29,7 @@ def _curve_follows(gaps: Sequence[MeasuredGap]) -> Finding:
     equivalence = holm([measured.gap.equivalence_p() or 0.0 for measured in judged])
     equal = _below_level(judged, equivalence)
     told = "; ".join(
-        f"at {measured.size} {measured.gap.text()}, p of more than ±{EQUIVALENCE_MARGIN} {p_value(p)}"
+        f"at {measured.size} {measured.gap.text()}, p beyond ±{EQUIVALENCE_MARGIN}: {p_value(p)}"
         for measured, p in zip(judged, equivalence, strict=True)
     )
     why = f"FP8 − BF16 {told}. {lost}".strip()
