@@ -136,13 +136,14 @@ def test_bits_of_answers_are_of_tasks_and_groups_not_of_members(tmp_path: Path) 
 
 def test_a_score_is_compared_with_bf16s_of_its_size_seed_and_task() -> None:
     rows = [
-        ("7M", "bf16", 1, "sciq", 0.50, 0.03),
-        ("7M", "fused", 1, "sciq", 0.62, 0.04),
-        ("7M", "fused", 2, "sciq", 0.9, 0.01),
-        ("7M", "fused", 1, "piqa", 0.9, 0.01),
-        ("13M", "bf16", 1, "piqa", 0.2, 0.01),
+        ("7M", "bf16", 1, 20, "sciq", 0.50, 0.03),
+        ("7M", "fused", 1, 20, "sciq", 0.62, 0.04),
+        ("7M", "fused", 1, 10, "sciq", 0.7, 0.04),
+        ("7M", "fused", 2, 20, "sciq", 0.9, 0.01),
+        ("7M", "fused", 1, 20, "piqa", 0.9, 0.01),
+        ("13M", "bf16", 1, 20, "piqa", 0.2, 0.01),
     ]
-    table = pd.DataFrame(rows, columns=["size", "recipe", "seed", "task", "value", "stderr"])
+    table = pd.DataFrame(rows, columns=["size", "recipe", "seed", "tokens", "task", "value", "stderr"])
     [row] = scores.differences(table).to_dict("records")
     assert (row["recipe"], row["size"], row["seed"], row["task"]) == ("fused", "7M", 1, "sciq")
     assert (row["difference"], row["noise"]) == (pytest.approx(0.12), pytest.approx(0.05))

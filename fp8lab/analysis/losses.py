@@ -5,6 +5,7 @@ Frames have plain column names and raw numbers; `fp8lab.tables` and `fp8lab.figu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,6 +150,11 @@ class MeasuredGap:
         return self.gap.interval is not None and not self.assumed
 
     @property
+    def named(self) -> str:
+        """`Run.named` of the FP8 runs."""
+        return self.runs.where(size=self.size, recipe=self.recipe)[0].named
+
+    @property
     def baseline(self) -> Run:
         """One of the BF16 runs."""
         return self.runs.where(size=self.size, recipe="bf16")[0]
@@ -156,7 +162,7 @@ class MeasuredGap:
     def text(self, unit: str = "nats") -> str:
         """As prose has it, with its interval where seeds gave one."""
         gap = replace(self.gap, interval=None) if self.assumed else self.gap
-        return f"{gap.text(unit)} with `{self.recipe}` at {self.size}"
+        return f"{gap.text(unit)} with {self.named} at {self.size}"
 
 
 def telling(gaps: Sequence[MeasuredGap]) -> list[MeasuredGap]:
@@ -169,23 +175,35 @@ def telling(gaps: Sequence[MeasuredGap]) -> list[MeasuredGap]:
 
 
 def tuned_as(ladder: RunSet, sets: Sequence[RunSet], gaps: Sequence[MeasuredGap]) -> list[MeasuredGap]:
-    """The same gaps at the ladder's tuning, where `gaps` have another and several seeds tell: maybe none.
+    """The same gaps at the ladder's learning rate, where `gaps` have another and several seeds tell: maybe none.
 
     What FP8 costs depends on the learning rate, and many seeds are trained at the rate where they scatter least.
     """
     found = []
     for measured in gaps:
         likes = ladder.where(size=measured.size, recipe="bf16")
-        if not likes or not measured.has_seeds or measured.baseline.tuning == likes[0].tuning:
+        if not likes or not measured.has_seeds or not _differ_in_rate_alone(measured.baseline, likes[0]):
             continue
-        key = (measured.size, measured.recipe)
-        alike = [
-            _measured_gap(sets, runs, *key)
+        others = [
+            _measured_gap(sets, runs, measured.size, measured.recipe)
             for runs in sets
-            if key in runs.gaps() and runs.where(size=measured.size, recipe="bf16")[0].tuning == likes[0].tuning
+            if (measured.size, measured.recipe) in runs.gaps()
         ]
-        found += sorted((one for one in alike if one.has_seeds), key=lambda one: -one.gap.seeds)[:1]
+        alike = [one for one in others if one.has_seeds and _trained_alike(one.baseline, likes[0])]
+        found += sorted(alike, key=lambda one: -one.gap.seeds)[:1]
     return found
+
+
+def _trained_alike(run: Run, other: Run) -> bool:
+    """Whether they share their tuning and, to a step or so, their tokens."""
+    return run.tuning == other.tuning and math.isclose(run.record.tokens, other.record.tokens, rel_tol=0.01)
+
+
+def _differ_in_rate_alone(run: Run, other: Run) -> bool:
+    rate = {"peak_learning_rate": 0.0}
+    tunings = [one.tuning | {"optimizer": one.tuning["optimizer"] | rate} for one in (run, other)]
+    alike = math.isclose(run.record.tokens, other.record.tokens, rel_tol=0.01)
+    return alike and run.tuning != other.tuning and tunings[0] == tunings[1]
 
 
 def measured_gaps(sets: Sequence[RunSet]) -> list[MeasuredGap]:

@@ -30,11 +30,11 @@ RANDOM_GUESS = {
 def of_runs(runs: RunSet) -> pd.DataFrame:
     """Every score of every scored run, as lm-eval gave it; of a group (MMLU) the group's own, not its members'.
 
-    Columns: size, recipe, seed, task, metric, value, stderr (NaN where lm-eval gives none), n (items),
+    Columns: size, recipe, seed, tokens, task, metric, value, stderr (NaN where lm-eval gives none), n (items),
     random_guess (accuracy of guessing; NaN where it has no meaning or is unknown).
     """
     rows = [row for run in runs.runs if run.evaluation is not None for row in _run_scores(run)]
-    columns = ["size", "recipe", "seed", "task", "metric", "value", "stderr", "n", "random_guess"]
+    columns = ["size", "recipe", "seed", "tokens", "task", "metric", "value", "stderr", "n", "random_guess"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -56,6 +56,7 @@ def _run_scores(run: Run) -> list[dict[str, object]]:
                     "size": run.size,
                     "recipe": run.recipe,
                     "seed": run.record.seed,
+                    "tokens": run.record.tokens,
                     # The alias says where another split than the task's own was scored.
                     "task": values.get("alias", task),
                     "metric": metric,
@@ -71,13 +72,15 @@ def _run_scores(run: Run) -> list[dict[str, object]]:
 def answer_bits(runs: RunSet) -> pd.DataFrame:
     """Bits a byte of the correct answers' text, of every task with answers to choose from.
 
-    Columns: size, recipe, seed, task, value, stderr (over items).
+    Columns: size, recipe, seed, tokens, run, task, value, stderr (over items).
     """
     rows = [
         {
             "size": run.size,
             "recipe": run.recipe,
             "seed": run.record.seed,
+            "tokens": run.record.tokens,
+            "run": run.record.run,
             "task": evaluation["results"][task].get("alias", task),
             "value": values["bits_per_byte"],
             "stderr": values["bits_per_byte_stderr"],
@@ -87,19 +90,19 @@ def answer_bits(runs: RunSet) -> pd.DataFrame:
         for task, values in evaluation.get("answers", {}).items()
         if not any(task in names for names in evaluation.get("group_subtasks", {}).values())
     ]
-    return pd.DataFrame(rows, columns=["size", "recipe", "seed", "task", "value", "stderr"])
+    return pd.DataFrame(rows, columns=["size", "recipe", "seed", "tokens", "run", "task", "value", "stderr"])
 
 
 def differences(table: pd.DataFrame) -> pd.DataFrame:
-    """Every FP8 score minus BF16's on the same task by a model of the same size and seed.
+    """Every FP8 score minus BF16's on the same task by a model of the same size, seed and tokens.
 
     Args:
         table: one score a run and task, in columns as `of_runs` has them.
 
     Returns:
-        Columns: recipe, size, seed, task, difference, noise (its standard error, as if the items were not the same).
+        Columns: recipe, size, seed, tokens, task, difference, noise (its standard error, as of other items).
     """
-    key = ["size", "seed", "task"]
+    key = ["size", "seed", "tokens", "task"]
     bf16 = table[table["recipe"] == "bf16"]
     both = table[table["recipe"] != "bf16"].merge(bf16, on=key, suffixes=("", "_bf16"))
     both["difference"] = both["value"] - both["value_bf16"]

@@ -22,7 +22,7 @@ import pandas as pd
 
 from fp8lab.analysis.comparison import Gap
 from fp8lab.analysis.diagnosis import flushed_gradients
-from fp8lab.analysis.runs import EARLY_GRADIENTS_PLAN, EARLY_PLAN, Run, RunSet, plan_runs
+from fp8lab.analysis.runs import EARLY_GRADIENTS_PLAN, EARLY_PLAN, Run, RunSet, by_seed, plan_runs
 from fp8lab.config import RECIPES, ScheduleConfig
 from fp8lab.errors import UserError
 from fp8lab.records import Speed
@@ -133,9 +133,9 @@ def early_runs(records_dir: Path) -> RunSet:
 
 def by_setting(compared: Sequence[Start]) -> list[list[Start]]:
     """Starts that differ in their seed alone, together."""
-    settings: dict[tuple[str, str], list[Start]] = {}
+    settings: dict[object, list[Start]] = {}
     for start in compared:
-        settings.setdefault((start.size, start.ours.named), []).append(start)
+        settings.setdefault(start.ours.kind, []).append(start)
     return list(settings.values())
 
 
@@ -221,12 +221,15 @@ def flushed_text(pairs: Sequence[Change]) -> str:
     if shares.empty:
         return ""
     changed, default = (small_percent(most) for most in shares[["changed", "default"]].max())
-    return f"rounding flushed at most {changed} of its gradients to zero, against {default} by its defaults"
+    return (
+        f"in the mean of all Linears, rounding flushed at most {changed} of its gradients to zero, against {default} "
+        "by its defaults"
+    )
 
 
 def _losses(runs: Iterable[Run]) -> dict[int, float]:
     """Validation loss in the end (nats/token) by seed."""
-    return {run.record.seed: run.validation_loss for run in runs}
+    return by_seed(runs, lambda run: run.validation_loss)
 
 
 def left_out(runs: RunSet) -> str:

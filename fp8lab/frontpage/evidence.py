@@ -40,9 +40,11 @@ class Evidence:
     """Of the speed map's blocks."""
     map_cells: pd.DataFrame
     """`timings.break_even`."""
+    ladder: RunSet
+    """Sizes enough for a trend; the runs shown where there is none."""
     matched: list[Matched]
     tuned_as_ladder: list[MeasuredGap]
-    """Gaps of `matched` at the ladder's tuning, where they have another."""
+    """Gaps of `matched` at the ladder's learning rate, where they have another."""
     laws: list[FittedLaw]
     head_costs: list[HeadCost]
     """In loss."""
@@ -78,6 +80,7 @@ class Evidence:
             payoffs=decision.payoffs(timings[timings["kind"] == "model"]),
             map_payoffs=decision.payoffs(timings[timings["kind"] == "blocks"]),
             map_cells=break_even(maps),
+            ladder=ladder,
             matched=matched,
             tuned_as_ladder=losses.tuned_as(ladder, sets, [row.measured for row in matched]),
             laws=laws,

@@ -39,21 +39,26 @@ def clear_costs(evidence: Evidence) -> str:
         clear = [one for one in gaps if _excludes_zero(one) and (one.gap.mean > 0) == raised]
         if clear:
             said.append(f"FP8 ends at a {which} loss, by 95% intervals that exclude zero: {_listed(clear)}.")
-            said += [_at_the_ladders_rate(one, evidence) for one in clear]
-    return " ".join(part for part in said if part)
+            said += _learning_rates(clear, evidence)
+    return " ".join(said)
 
 
-def _at_the_ladders_rate(measured: MeasuredGap, evidence: Evidence) -> str:
-    """A sentence on the gap of the same recipe and size at the ladder's learning rate; empty where none is known."""
+def _learning_rates(gaps: Sequence[MeasuredGap], evidence: Evidence) -> list[str]:
+    """Sentences on those of `gaps` that were not trained at the ladder's learning rate, and on what they are at it."""
+    elsewhere: dict[str, list[str]] = {}
+    for measured in gaps:
+        for like in evidence.ladder.where(size=measured.size, recipe="bf16")[:1]:
+            ratio = f"{measured.baseline.learning_rate / like.learning_rate:.2g}"
+            if ratio != "1":
+                elsewhere.setdefault(ratio, []).append(f"{measured.named} at {measured.size}")
+    told = elsewhere.items()
+    said = [f"Trained at {ratio} times the ladder's learning rate: {listing(which)}." for ratio, which in told]
+    keys = [(measured.size, measured.recipe) for measured in gaps]
     for other in evidence.tuned_as_ladder:
-        ratio = measured.baseline.learning_rate / other.baseline.learning_rate
-        if (other.size, other.recipe) == (measured.size, measured.recipe) and ratio != 1:
+        if (other.size, other.recipe) in keys:
             where = " (@tbl-variance-gaps)" if other.runs.plan == VARIANCE_PLAN else ""
-            return (
-                f"That of `{measured.recipe}` is at {ratio:.2g} times the learning rate of the ladder, where seeds "
-                f"scatter less; at the ladder's it is {other.gap.text('nats/token')}{where}."
-            )
-    return ""
+            said.append(f"At the ladder's it is {other.text('nats/token')}{where}.")
+    return said
 
 
 def unclear_costs(evidence: Evidence) -> str:
@@ -61,7 +66,7 @@ def unclear_costs(evidence: Evidence) -> str:
     gaps = telling([row.measured for row in evidence.matched])
     unclear = [measured for measured in gaps if not _excludes_zero(measured)]
     said = [f"Not shown to differ from zero: FP8 − BF16 is {_listed(unclear)}."] if unclear else []
-    return " ".join([*said, left_out(gaps)]).strip()
+    return " ".join([*said, *_learning_rates(unclear, evidence), left_out(gaps)]).strip()
 
 
 def _excludes_zero(measured: MeasuredGap) -> bool:
@@ -106,7 +111,10 @@ def gradient_formats(evidence: Evidence) -> str:
         )
         gap = change_between(pairs)
         if len(pairs) >= FEWEST_SEEDS and gap.excludes_zero and gap.mean < 0:
-            said.append(f"As far as a start tells, train {ours.size} with E5M2 gradients.")
+            said.append(
+                f"As far as a start tells, train {ours.size} with E5M2 gradients; the log says which seeds raised the "
+                "question and which answered it."
+            )
         same = [start for start in larger if (start.size, start.recipe) == (ours.size, "tensorwise")]
         if all(pair.gap < 0 for pair in pairs) and same and all(start.gap > 0 for start in same):
             said.append(

@@ -37,7 +37,8 @@ def _measured_row(measured: MeasuredGap) -> dict[str, object]:
     columns = _gap_columns(measured.gap, measured.assumed)
     if sides:
         columns["so"] = f"{columns['so']}, of those that finished"
-    named = {"model": measured.size, "recipe": measured.recipe}
+    run = measured.runs.where(size=measured.size, recipe=measured.recipe)[0]
+    named = {"model": measured.size, "recipe": run.label}
     design = {"learning rate": f"{measured.baseline.learning_rate:.2g}", "plan": _plan(measured)}
     return named | columns | design | {"diverged": ", ".join(sides) or "none"}
 

@@ -38,7 +38,7 @@ def answer_bits(runs: RunSet) -> pd.DataFrame:
     rows = [
         {"model": size, "recipe": recipe}
         | {row["task"]: f"{row['value']:.3f} ± {row['stderr']:.3f}" for row in of_run.to_dict("records")}
-        for (size, recipe, _), of_run in scores.answer_bits(runs).groupby(["size", "recipe", "seed"], sort=False)
+        for (size, recipe, _), of_run in scores.answer_bits(runs).groupby(["size", "recipe", "run"], sort=False)
     ]
     return pd.DataFrame(rows)
 

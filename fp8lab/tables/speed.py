@@ -124,9 +124,9 @@ def scaling_out(runs: RunSet) -> pd.DataFrame:
     rows = []
     for run in sorted(runs.runs, key=lambda run: (run.parameters, run.recipe, _places(run))):
         (count, sharding), speed = _places(run), run.record.speed
-        rate = rates.get((run.size, run.recipe, count, sharding))
-        if speed is None or rate is None:
+        if speed is None or speed.tokens_per_second_median is None:
             continue
+        rate = speed.tokens_per_second_median
         one, memory = rates.get((run.size, run.recipe, 1, "")), speed.peak_memory_bytes
         bf16 = rates.get((run.size, "bf16", count, sharding)) if run.recipe != "bf16" else None
         rows.append(
