@@ -19,7 +19,6 @@ from fp8lab.analysis.starts import (
     pairs_with_defaults,
 )
 from fp8lab.analysis.timings import short_device
-from fp8lab.analysis.variance import VARIANCE_PLAN
 from fp8lab.claims import OURS
 from fp8lab.config import MODELS
 from fp8lab.frontpage.evidence import Evidence
@@ -54,11 +53,8 @@ def _learning_rates(gaps: Sequence[MeasuredGap], evidence: Evidence) -> list[str
     told = elsewhere.items()
     said = [f"Trained at {ratio} times the ladder's learning rate: {listing(which)}." for ratio, which in told]
     keys = [(measured.size, measured.recipe) for measured in gaps]
-    for other in evidence.tuned_as_ladder:
-        if (other.size, other.recipe) in keys:
-            where = " (@tbl-variance-gaps)" if other.runs.plan == VARIANCE_PLAN else ""
-            said.append(f"At the ladder's it is {other.text('nats/token')}{where}.")
-    return said
+    others = [other for other in evidence.tuned_as_ladder if (other.size, other.recipe) in keys]
+    return said + ([f"At the ladder's rate FP8 − BF16 is {_listed(others)}."] if others else [])
 
 
 def unclear_costs(evidence: Evidence) -> str:

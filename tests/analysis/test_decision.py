@@ -420,7 +420,7 @@ def test_a_gap_at_another_learning_rate_than_the_ladders_stands_beside_the_ladde
     told = "Trained at 0.5 times the ladder's learning rate: `fused` at 0.4M."
     lead = frontpage.lead(evidence)
     assert told in lead
-    assert f"At the ladder's it is {at_ladders.text('nats/token')} with `fused` at 0.4M." in lead
+    assert f"At the ladder's rate FP8 − BF16 is {at_ladders.text('nats/token')} with `fused` at 0.4M." in lead
     rates = tables.losses.loss_gaps([row.measured for row in evidence.matched])["learning rate"]
     assert rates.astype(float).tolist() == [evidence.matched[0].measured.baseline.learning_rate]
     for folder in tmp_path.glob("seeds-h200/*"):
