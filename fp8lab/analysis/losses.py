@@ -189,21 +189,21 @@ def tuned_as(ladder: RunSet, sets: Sequence[RunSet], gaps: Sequence[MeasuredGap]
             for runs in sets
             if (measured.size, measured.recipe) in runs.gaps()
         ]
-        alike = [one for one in others if one.has_seeds and _trained_alike(one.baseline, likes[0])]
+        alike = [one for one in others if one.has_seeds and one.baseline.tuning == likes[0].tuning]
+        alike = [one for one in alike if _as_long(one.baseline, likes[0])]
         found += sorted(alike, key=lambda one: -one.gap.seeds)[:1]
     return found
 
 
-def _trained_alike(run: Run, other: Run) -> bool:
-    """Whether they share their tuning and, to a step or so, their tokens."""
-    return run.tuning == other.tuning and math.isclose(run.record.tokens, other.record.tokens, rel_tol=0.01)
+def _as_long(run: Run, other: Run) -> bool:
+    """Whether they saw as many tokens, to a step or so."""
+    return math.isclose(run.record.tokens, other.record.tokens, rel_tol=0.01)
 
 
 def _differ_in_rate_alone(run: Run, other: Run) -> bool:
     rate = {"peak_learning_rate": 0.0}
     tunings = [one.tuning | {"optimizer": one.tuning["optimizer"] | rate} for one in (run, other)]
-    alike = math.isclose(run.record.tokens, other.record.tokens, rel_tol=0.01)
-    return alike and run.tuning != other.tuning and tunings[0] == tunings[1]
+    return _as_long(run, other) and run.tuning != other.tuning and tunings[0] == tunings[1]
 
 
 def measured_gaps(sets: Sequence[RunSet]) -> list[MeasuredGap]:

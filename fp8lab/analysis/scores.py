@@ -5,7 +5,9 @@ Frames have plain column names and raw numbers; `fp8lab.tables` and `fp8lab.figu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import resources
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -40,8 +42,8 @@ def of_runs(runs: RunSet) -> pd.DataFrame:
 
 def _run_scores(run: Run) -> list[dict[str, object]]:
     evaluation = run.evaluation or {}
+    members = _members(evaluation)
     guesses = RANDOM_GUESS | evaluation.get("random_guess", {})
-    members = {name for names in evaluation.get("group_subtasks", {}).values() for name in names}
     rows: list[dict[str, object]] = []
     for task, values in evaluation["results"].items():
         if task in members:
@@ -69,6 +71,11 @@ def _run_scores(run: Run) -> list[dict[str, object]]:
     return rows
 
 
+def _members(evaluation: Mapping[str, Any]) -> set[str]:
+    """The tasks that only count within their group (MMLU's subjects)."""
+    return {name for names in evaluation.get("group_subtasks", {}).values() for name in names}
+
+
 def answer_bits(runs: RunSet) -> pd.DataFrame:
     """Bits a byte of the correct answers' text, of every task with answers to choose from.
 
@@ -88,7 +95,7 @@ def answer_bits(runs: RunSet) -> pd.DataFrame:
         for run in runs.runs
         if (evaluation := run.evaluation)
         for task, values in evaluation.get("answers", {}).items()
-        if not any(task in names for names in evaluation.get("group_subtasks", {}).values())
+        if task not in _members(evaluation)
     ]
     return pd.DataFrame(rows, columns=["size", "recipe", "seed", "tokens", "run", "task", "value", "stderr"])
 

@@ -214,6 +214,23 @@ class Loader:
                 )
 
 
+def check_tokenizer(dataset: TokenDataset, trained_with: str | None, where: Path) -> None:
+    """Refuse a data set whose tokenizer is not the one that weights were trained with.
+
+    Args:
+        trained_with: its SHA-256; None where that was not kept, and so is taken at its word.
+        where: the file that says so, for the message.
+
+    Raises:
+        UserError: it is another.
+    """
+    if trained_with is not None and trained_with != dataset.tokenizer_sha256:
+        raise UserError(
+            f"{where}: trained with tokenizer {trained_with[:12]}, but {dataset.folder} now has "
+            f"{dataset.tokenizer_sha256[:12]}; build the data set that it was trained on"
+        )
+
+
 def domain_pattern(weights: list[float]) -> np.ndarray:
     """A period of domain indices, in which every prefix is within one sequence of every domain's share.
 

@@ -43,6 +43,7 @@ from fp8lab import precision as precision_swap
 from fp8lab import records
 from fp8lab.config import RECIPES, Recipe, RunConfig
 from fp8lab.data import TokenDataset, load_mixture
+from fp8lab.data.loader import check_tokenizer
 from fp8lab.errors import UserError
 from fp8lab.evaluation import answers
 from fp8lab.evaluation.adapter import GPTAdapter
@@ -101,7 +102,7 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="fp8lab-tasks-") as name:
         tasks = _build_suite(suite, Path(name), dataset, eval_data_dir)
         result = run_suite(adapter, tasks, limit)
-    result["config"] |= {"suite": suite, "precision": precision or "bf16", "emulated": _emulated(precision, config)}
+    result["config"] |= {"suite": suite, "precision": precision or "bf16", "emulated": _emulated(precision)}
     scores = json.dumps(result, indent=1).encode() + b"\n"
     records.write_atomically(record_folder / scores_file(precision), scores)
     items = sum(counts["effective"] for counts in result["n-samples"].values())
@@ -198,7 +199,7 @@ def convert_for_scoring(model: GPT, config: RunConfig, precision: Recipe | None)
     precision_swap.convert(model, precision, config.head, config.high_precision, fused=config.fused)
 
 
-def _emulated(precision: Recipe | None, config: RunConfig) -> bool:
+def _emulated(precision: Recipe | None) -> bool:
     return precision not in (None, "bf16") and not precision_swap.fp8_tensor_cores()
 
 
@@ -212,12 +213,7 @@ def _check(suite: str, precision: str | None) -> None:
 def _check_tokenizer(record_folder: Path, dataset: TokenDataset) -> None:
     if not (record_folder / "record.json").exists():
         return
-    trained_with = records.read(record_folder).provenance.tokenizer_sha256
-    if trained_with is not None and trained_with != dataset.tokenizer_sha256:
-        raise UserError(
-            f"{record_folder / 'record.json'}: trained with tokenizer {trained_with[:12]}, but {dataset.folder} "
-            f"now has {dataset.tokenizer_sha256[:12]}; build the data set that it was trained on"
-        )
+    check_tokenizer(dataset, records.read(record_folder).provenance.tokenizer_sha256, record_folder / "record.json")
 
 
 def _build_suite(suite: SuiteName, folder: Path, dataset: TokenDataset, eval_data_dir: Path | None) -> Suite:

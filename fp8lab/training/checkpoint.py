@@ -57,6 +57,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 
 from fp8lab.config import RunConfig, read_run_config
 from fp8lab.data import TokenDataset, load_mixture
+from fp8lab.data.loader import check_tokenizer
 from fp8lab.errors import UserError
 from fp8lab.model import GPT
 from fp8lab.progress import LOCK_FILE_NAME
@@ -474,11 +475,7 @@ def trained_encoding(run_folder: Path, config: RunConfig, data_dir: Path) -> tik
     dataset = TokenDataset.open(load_mixture(config.mixture), data_dir)
     with safe_open(run_folder / MODEL_FILE, "pt") as file:
         trained_with = (file.metadata() or {}).get(TOKENIZER_KEY)
-    if trained_with not in (None, dataset.tokenizer_sha256):
-        raise UserError(
-            f"{run_folder / MODEL_FILE}: trained with tokenizer {trained_with[:12]}, but {dataset.folder} now has "
-            f"{dataset.tokenizer_sha256[:12]}; build the data set that it was trained on"
-        )
+    check_tokenizer(dataset, trained_with, run_folder / MODEL_FILE)
     return dataset.encoding
 
 
